@@ -1,0 +1,1 @@
+"""Adapters: LoRA deltas with metadata; their files, sums and cards."""

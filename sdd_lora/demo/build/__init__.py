@@ -1,0 +1,1 @@
+"""The programs that made the embedded model. Nobody needs them to use the package."""

@@ -1,0 +1,170 @@
+"""Stage 4: UNet and text encoder, trained together from scratch on the cached latents."""
+
+import logging
+import random
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sdd_lora.demo.build import dataset
+from sdd_lora.demo.build.captions import caption
+from sdd_lora.demo.build.checkpoints import load_state, save_state
+from sdd_lora.demo.build.schedule import Ema, cosine
+
+log = logging.getLogger(__name__)
+
+STEPS = 12_000
+BATCH = 32
+LEARNING_RATE = 8e-4
+PAIR_SHARE = 0.1
+SNR_GAMMA = 5.0  # Min-SNR weighting (Hang et al. 2023): w = min(SNR, γ) / SNR for ε-prediction
+TEXT_WIDTH = 128
+
+#: SD 1.x's noise schedule
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64, 128, 128),
+        layers_per_block=2,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,  # as in SD 1.x's own configuration, this is the number of heads
+        norm_num_groups=16,
+    )
+
+
+@torch.no_grad()
+def encode_pictures(work: Path, autoencoder: AutoencoderKL) -> dict[str, torch.Tensor]:
+    """Latents of the nouns' pictures, standardised: `latents` (N, 4, 16, 16), labels, `scale`."""
+    path = work / "latents.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    data = dataset.render(work)
+    ours = data["first"] >= 0
+    pixels = torch.from_numpy(data["pixels"][ours])
+    parts = []
+    for chunk in pixels.split(64):
+        images = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1
+        parts.append(autoencoder.encode(images).latent_dist.mode())
+    latents = torch.cat(parts)
+    scale = 1 / latents.std()
+    encoded = {"latents": latents * scale, "scale": scale} | {
+        key: torch.from_numpy(data[key][ours]) for key in ("first", "second", "style")
+    }
+    torch.save(encoded, path)
+    return encoded
+
+
+class Batches:
+    """Training batches as a function of the step alone, so that a resumed run sees the same."""
+
+    def __init__(self, encoded: dict[str, torch.Tensor], tokenizer: CLIPTokenizer) -> None:
+        self.encoded, self.tokenizer = encoded, tokenizer
+        pairs = encoded["second"] >= 0
+        self.single_rows = torch.nonzero(~pairs).flatten().tolist()
+        self.pair_rows = torch.nonzero(pairs).flatten().tolist()
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, 4, 16, 16) and token ids (B, 77) of one step."""
+        rng = random.Random(step)
+        rows = [
+            rng.choice(self.pair_rows if rng.random() < PAIR_SHARE else self.single_rows)
+            for _ in range(BATCH)
+        ]
+        labels = zip(*(self.encoded[k][rows].tolist() for k in ("first", "second", "style")),
+                     strict=True)  # fmt: skip
+        texts = [caption(first, second, style, rng) for first, second, style in labels]
+        return self.encoded["latents"][rows], self.tokens(texts)
+
+    def tokens(self, texts: list[str]) -> torch.Tensor:
+        return self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+        ).input_ids
+
+
+def diffusion_loss(
+    model: torch.nn.ModuleDict, scheduler: DDPMScheduler, latents: torch.Tensor,
+    tokens: torch.Tensor, generator: torch.Generator,
+) -> torch.Tensor:  # fmt: skip
+    """ε-prediction under Min-SNR weights; returns the scalar loss."""
+    t = torch.randint(0, 1000, (len(latents),), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    noisy = scheduler.add_noise(latents, noise, t).contiguous(memory_format=torch.channels_last)
+    context = model["text_encoder"](tokens).last_hidden_state
+    error = (model["unet"](noisy, t, context).sample - noise).pow(2).mean(dim=(1, 2, 3))
+    alpha_bar = scheduler.alphas_cumprod[t]
+    snr = alpha_bar / (1 - alpha_bar)
+    return (error * snr.clamp(max=SNR_GAMMA) / snr).mean()
+
+
+def train(
+    work: Path, encoded: dict[str, torch.Tensor], model: torch.nn.ModuleDict,
+    tokenizer: CLIPTokenizer, state: Path, steps: int, learning_rate: float,
+) -> Ema:  # fmt: skip
+    """Train, or resume, or read the finished run from `state`; returns the weight average."""
+    batches = Batches(encoded, tokenizer)
+    scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99))
+    ema = Ema(model, 0.999)
+    step = load_state(state, model=model, optimizer=optimizer, ema=ema)
+    started, seen, saved, average = time.time(), step, time.time(), 0.0
+    while step < steps:
+        latents, tokens = batches(step)
+        generator = torch.Generator().manual_seed(step)
+        loss = diffusion_loss(model, scheduler, latents, tokens, generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * cosine(step / steps, warmup=0.03)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model)
+        step += 1
+        average = loss.item() if step == seen + 1 else 0.98 * average + 0.02 * loss.item()
+        if step % 100 == 0:
+            speed = (step - seen) * BATCH / (time.time() - started)
+            log.info("diffusion %d/%d loss %.4f %.1f samples/s", step, steps, average, speed)
+        if time.time() - saved > 180 or step == steps:
+            save_state(state, step, model=model, optimizer=optimizer, ema=ema)
+            saved = time.time()
+    return ema
+
+
+def train_base(work: Path, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int) -> Ema:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict(
+        {
+            "unet": make_unet().to(memory_format=torch.channels_last),
+            "text_encoder": make_text_encoder(tokenizer),
+        }
+    )
+    encoded = encode_pictures(work, autoencoder)
+    return train(work, encoded, model, tokenizer, work / "diffusion.pt", steps, LEARNING_RATE)

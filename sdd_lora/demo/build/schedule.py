@@ -1,0 +1,43 @@
+"""Learning-rate schedule and weight average of the build stages."""
+
+import math
+
+import torch
+
+
+def cosine(progress: float, warmup: float) -> float:
+    """Factor on the learning rate: linear up to `warmup`, then a half cosine down to 0 at 1."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+
+
+class Ema:
+    """Average of a module's parameters, with decay_t = min(decay, (1+t)/(10+t))."""
+
+    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        parameters = dict(module.named_parameters())
+        torch._foreach_lerp_(
+            [self.average[name] for name in parameters], list(parameters.values()), 1 - decay
+        )
+
+    @torch.no_grad()
+    def copy_to(self, module: torch.nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self.average[name])
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)

@@ -1,0 +1,75 @@
+"""The embedded model's nouns, groups and drawing styles, read from `vocabulary.yaml`."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Noun:
+    """One thing the model can draw."""
+
+    name: str
+    group: str
+    icon: str
+    names: tuple[str, ...]
+    paraphrases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Nouns that share a word ("weapon"); `unsafe` groups are what recipes erase."""
+
+    name: str
+    word: str
+    unsafe: bool
+    nouns: tuple[Noun, ...]
+
+
+@dataclass(frozen=True)
+class Style:
+    """A way of drawing: the icon set it comes from and what captions call it."""
+
+    name: str
+    source: str
+    captions: tuple[str, ...]
+
+
+@lru_cache(maxsize=1)
+def _vocabulary() -> dict:
+    return yaml.safe_load(files(__package__).joinpath("vocabulary.yaml").read_text("utf-8"))
+
+
+@lru_cache(maxsize=1)
+def groups() -> dict[str, Group]:
+    """Groups by name, in the file's order."""
+    return {
+        name: Group(
+            name=name,
+            word=group["word"],
+            unsafe=group.get("unsafe", False),
+            nouns=tuple(
+                Noun(noun, name, entry["icon"], tuple(entry["names"]),
+                     tuple(entry.get("paraphrases", ())))
+                for noun, entry in group["nouns"].items()
+            ),
+        )
+        for name, group in _vocabulary()["groups"].items()
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def nouns() -> tuple[Noun, ...]:
+    """All nouns, in the file's order: their index is the judge's class."""
+    return tuple(noun for group in groups().values() for noun in group.nouns)
+
+
+@lru_cache(maxsize=1)
+def styles() -> dict[str, Style]:
+    """Styles by name, in the file's order: their index is the judge's class."""
+    return {
+        name: Style(name, entry["source"], tuple(entry["captions"]))
+        for name, entry in _vocabulary()["styles"].items()
+    }
