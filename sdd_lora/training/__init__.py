@@ -1,0 +1,1 @@
+"""Training: roles of one UNet, rollouts, objectives, the loop."""

@@ -1,0 +1,34 @@
+"""What is minimised. Latents are (B, 4, h, w), t is (B,), prompts are embeddings (B, 77, d)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+#: ε(z_t, t, prompt) → noise estimate, of z_t's shape
+NoiseEstimate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def sdd(
+    student: NoiseEstimate, z_t: torch.Tensor, t: torch.Tensor, c_0: torch.Tensor, c_s: torch.Tensor
+) -> torch.Tensor:
+    """Safe self-distillation (Kim et al. 2023, Method): ‖ sg(ε_θ(z_t, t, ∅)) − ε_θ(z_t, t, c_s) ‖².
+
+    Both estimates are the student's; the mean over elements stands for the norm, as in the paper's
+    pseudo-code.
+    """
+    with torch.no_grad():
+        e_0 = student(z_t, t, c_0)
+    e_s = student(z_t, t, c_s)
+    return F.mse_loss(e_s.float(), e_0.float())
+
+
+def preservation(
+    student: NoiseEstimate, base: NoiseEstimate, z_t: torch.Tensor, t: torch.Tensor,
+    c_k: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Hold the student to the base on a kept prompt: ‖ sg(ε_base(z_t, t, c_k)) − ε_θ(z_t, t, c_k) ‖²."""
+    with torch.no_grad():
+        e_base = base(z_t, t, c_k)
+    e_k = student(z_t, t, c_k)
+    return F.mse_loss(e_k.float(), e_base.float())
