@@ -4,6 +4,7 @@ Stricter than the `safetensors` library, which lets duplicate keys pass, and our
 the library's metadata order differs from one process to the next.
 """
 
+import hashlib
 import json
 import math
 import struct
@@ -112,7 +113,7 @@ def serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) ->
 
     Widest dtypes come first, then names in order, so that every tensor is aligned.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    names = _order(tensors)
     header: dict[str, Any] = {}
     if metadata:
         header[METADATA_KEY] = dict(sorted(metadata.items()))
@@ -132,6 +133,14 @@ def serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) ->
         yield np.ascontiguousarray(tensors[name]).tobytes()
 
 
+def data_sha256(tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of the bytes that follow the header in the file that `serialize` makes."""
+    digest = hashlib.sha256()
+    for name in _order(tensors):
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
+
+
 def open_input(path: Path) -> BinaryIO:
     """Open a file for reading. Raises BadInput, in one line, where that can't be done."""
     path = Path(path)
@@ -141,6 +150,10 @@ def open_input(path: Path) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         raise BadInput(f"{path}: can't be read: {error.strerror}") from error
+
+
+def _order(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
 def _header_length(prefix: bytes, size: int, where: str) -> int:

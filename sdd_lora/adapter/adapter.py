@@ -1,0 +1,210 @@
+"""An adapter: the low-rank change of a model's weights, and what is known about it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from sdd_lora.adapter import card, formats
+from sdd_lora.adapter.card import METADATA_KEY
+from sdd_lora.adapter.factors import Factors
+from sdd_lora.errors import BadInput
+from sdd_lora.files import atomic_output
+from sdd_lora.safetensors_file import read_tensors, serialize
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "METADATA_KEY", "Adapter", "Factors"]
+
+ADAPTER_FILE = "adapter.safetensors"
+#: What a run's folder, and a folder that diffusers saved, call the adapter.
+_FILES_OF_FOLDER = (ADAPTER_FILE, "pytorch_lora_weights.safetensors")
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+DTYPES: dict[str, np.dtype] = {
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp32": np.dtype(np.float32),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Factors per module, and metadata. It is a *delta*: never to be confused with a weight.
+
+    `factors` maps canonical names (see `sdd_lora.names`) to `Factors`. `metadata` is JSON-able and
+    travels in the file's header; the keys that cards and user interfaces show are `name`,
+    `description`, `concepts`, `base`, `recipe`, `versions`, `measures`, `merged_from`, `author`,
+    `license`, `date`. What a foreign file said in its header is kept under `header`.
+    """
+
+    factors: dict[str, Factors]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Adapter":
+        """Read a file of any form, or the adapter of a run's folder.
+
+        Raises BadInput, in one line, where there is none, or it is broken, or of another family.
+        """
+        path = adapter_file(Path(path))
+        tensors, header = _read(path)
+        try:
+            adapter = cls(formats.decode(tensors, header), _metadata_of(header))
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from error
+        adapter.metadata.setdefault("name", path.stem)
+        return adapter
+
+    @classmethod
+    def from_state_dict(
+        cls, tensors: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
+    ) -> "Adapter":
+        """From tensors (numpy or torch) named in any form; `<module>.alpha` where alpha ≠ rank."""
+        return cls(formats.decode(tensors, {}), dict(metadata or {}))
+
+    def to_state_dict(self, form: str = "kohya") -> dict[str, np.ndarray]:
+        """fp32 arrays, named in one of kohya, peft, ldm, attn-procs; the scale is folded in."""
+        return formats.encode(self.factors, form)
+
+    def save(self, path: str | Path, format: str = "kohya", dtype: str = "fp16") -> Path:
+        """Write a safetensors file, whole or not at all; the same adapter gives the same bytes.
+
+        `format`: kohya (the file that everybody loads), peft, ldm or attn-procs; `dtype`: fp16,
+        bf16 or fp32. Raises BadInput where the form or dtype can't hold the adapter.
+        """
+        path = Path(path)
+        pieces = serialize(*self.file_content(format, dtype))
+        with atomic_output(path) as file:
+            file.writelines(pieces)
+        return path
+
+    def file_content(self, format: str, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """The tensors and the header's metadata that `save` writes."""
+        tensors = self._cast(format, dtype)
+        header = card.header(self, tensors)
+        own = {**self.metadata, "identity": self.identity}
+        own.pop("header", None)
+        header[METADATA_KEY] = json.dumps(own, sort_keys=True, ensure_ascii=False)
+        if format == "peft":
+            header[formats.PEFT_METADATA_KEY] = formats.peft_metadata(self.factors)
+        return tensors, header
+
+    def delta(self, name: str) -> "torch.Tensor":
+        """ΔW of a module, dense, (out, in) fp32. Raises KeyError where the adapter has none."""
+        import torch
+
+        return torch.from_numpy(self.factors[name].delta())
+
+    def scaled(self, weight: float) -> "Adapter":
+        """weight · ΔW; the metadata stays, but for the identity."""
+        factors = {name: part.scaled(weight) for name, part in self.factors.items()}
+        metadata = {key: value for key, value in self.metadata.items() if key != "identity"}
+        return Adapter(factors, metadata)
+
+    @property
+    def name(self) -> str:
+        return str(self.metadata.get("name", "adapter"))
+
+    @property
+    def rank(self) -> int:
+        """The highest rank of a module."""
+        return max(part.rank for part in self.factors.values())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the factors hold."""
+        return sum(part.parameters for part in self.factors.values())
+
+    @property
+    def identity(self) -> str:
+        """A hash that stays through conversion between forms and dtypes.
+
+        SHA-256 of the factors when the adapter was first saved; kept in the metadata from then on.
+        """
+        known = self.metadata.get("identity")
+        return known if isinstance(known, str) else _fingerprint(self.factors)
+
+    def norm(self) -> float:
+        """The Frobenius norm of the whole delta."""
+        return float(np.sqrt(sum(part.norm() ** 2 for part in self.factors.values())))
+
+    def _cast(self, form: str, dtype: str) -> dict[str, np.ndarray]:
+        """Tensors in the dtype they are stored in. alpha stays fp32: bf16 holds no 257."""
+        if dtype not in DTYPES:
+            raise BadInput(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        factors = self.factors
+        if dtype == "fp16":
+            factors = {name: part.folded().balanced() for name, part in factors.items()}
+        tensors = formats.encode(factors, form)
+        return {
+            key: tensor if key.endswith(".alpha") else _fitting(key, tensor, dtype)
+            for key, tensor in tensors.items()
+        }
+
+
+def adapter_file(path: Path) -> Path:
+    """The file of an adapter given as a file or a run's folder. Raises BadInput."""
+    if not path.exists():
+        raise BadInput(f"{path}: no such file; expected an adapter file or a run's folder")
+    if not path.is_dir():
+        return path
+    for name in _FILES_OF_FOLDER:
+        if (path / name).is_file():
+            return path / name
+    raise BadInput(f"{path}: no adapter in this folder; expected {' or '.join(_FILES_OF_FOLDER)}")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    if path.suffix.lower() not in _PICKLES:
+        return read_tensors(path)
+    return _read_pickle(path), {}
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    """Tensors of a legacy file, through torch's unpickler of tensors alone: nothing is executed."""
+    import pickle
+
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise BadInput(
+            f"{path}: not read: it is broken, or holds more than tensors, which is not executed "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
+        raise BadInput(f"{path}: expected a dictionary of tensors")
+    return content
+
+
+def _metadata_of(header: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        return card.metadata_of(header)
+    except ValueError as error:
+        raise BadInput(f"the header's {METADATA_KEY}: {error}; expected JSON") from error
+
+
+def _fitting(key: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        stored = tensor.astype(DTYPES[dtype])
+    if not np.isfinite(stored).all():
+        raise BadInput(f"{key}: values up to {np.abs(tensor).max():.3g} don't fit {dtype}")
+    return stored
+
+
+def _fingerprint(factors: Mapping[str, Factors]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(factors):
+        part = factors[name].folded()
+        digest.update(f"{name} {part.down.shape} {part.up.shape}\n".encode())
+        digest.update(np.ascontiguousarray(part.down).tobytes())
+        digest.update(np.ascontiguousarray(part.up).tobytes())
+    return digest.hexdigest()

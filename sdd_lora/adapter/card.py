@@ -1,0 +1,189 @@
+"""The labels on an adapter: header metadata, sidecar, card. The same adapter gives the same text.
+
+User interfaces show `ss_*` (A1111) and ModelSpec 1.0.1 keys of the header, and the sidecar
+`<name>.json` beside the file (A1111, InvokeAI); the hub shows the card.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdd_lora.files import write_text
+from sdd_lora.safetensors_file import data_sha256
+
+if TYPE_CHECKING:
+    from sdd_lora.adapter.adapter import Adapter
+
+METADATA_KEY = "sdd_lora"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MODELSPEC_FIELDS = ("description", "author", "license", "date", "usage_hint")
+#: Header keys written anew at every save: what a read file said there is stale or in `metadata`.
+_GENERATED = {
+    METADATA_KEY,
+    "format",
+    "lora_adapter_metadata",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    *(f"ss_{key}" for key in ("output_name", "sd_model_name", "network_module", "network_dim",
+                              "network_alpha", "base_model_version", "v2")),
+    *(f"modelspec.{key}" for key in ("sai_model_spec", "architecture", "implementation", "title",
+                                     "merged_from", "hash_sha256", *_MODELSPEC_FIELDS)),
+}  # fmt: skip
+
+
+def header(adapter: "Adapter", tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The header's entries for user interfaces, hashes of `tensors` as stored included."""
+    metadata = adapter.metadata
+    data_hash = data_sha256(tensors)
+    entries = {
+        **metadata.get("header", {}),
+        "format": "pt",
+        "ss_output_name": adapter.name,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(adapter.rank),
+        "ss_network_alpha": str(float(adapter.rank)),
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+        "sshs_model_hash": data_hash,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": adapter.name,
+        "modelspec.hash_sha256": f"0x{data_hash}",
+    }
+    if base := base_model(metadata):
+        entries["ss_sd_model_name"] = base
+    if merged := metadata.get("merged_from"):
+        entries["modelspec.merged_from"] = ", ".join(str(part["name"]) for part in merged)
+    described = {"description": describe(metadata), **metadata}
+    for key in _MODELSPEC_FIELDS:
+        if described.get(key):
+            entries[f"modelspec.{key}"] = str(described[key])
+    return entries
+
+
+def metadata_of(header: Mapping[str, str]) -> dict[str, Any]:
+    """What a file's header says: our own entry, or what a foreign header tells of the same kind.
+
+    Entries of other tools are kept under `header`. Raises ValueError where our entry is no JSON
+    object.
+    """
+    if METADATA_KEY in header:
+        metadata = json.loads(header[METADATA_KEY])
+        if not isinstance(metadata, dict):
+            raise ValueError("no JSON object")
+    else:
+        metadata = _foreign(header)
+    other = {key: value for key, value in header.items() if key not in _GENERATED}
+    return metadata | {"header": other} if other else metadata
+
+
+def base_model(metadata: Mapping[str, Any]) -> str | None:
+    """The name of the model that the adapter was trained on."""
+    return (metadata.get("base") or {}).get("model")
+
+
+def describe(metadata: Mapping[str, Any]) -> str:
+    """One sentence on what the adapter does; empty where nothing is known."""
+    if metadata.get("description"):
+        return str(metadata["description"])
+    concepts = ", ".join(metadata.get("concepts", []))
+    return f"Keeps Stable Diffusion 1.x from drawing: {concepts}." if concepts else ""
+
+
+def sidecar(adapter: "Adapter") -> dict[str, Any]:
+    """What `<name>.json` beside the file says, under the keys that A1111 and InvokeAI read."""
+    return {
+        "description": describe(adapter.metadata),
+        "sd version": "SD1",
+        "activation text": "",
+        "preferred weight": 1.0,
+        "notes": "\n".join(_notes(adapter)),
+        METADATA_KEY: {k: v for k, v in adapter.metadata.items() if k != "header"},
+    }
+
+
+def write_sidecar(adapter: "Adapter", path: Path) -> Path:
+    """Write `<name>.json` beside the adapter file `path`; returns where."""
+    target = Path(path).with_suffix(".json")
+    write_text(target, json.dumps(sidecar(adapter), indent=2, ensure_ascii=False) + "\n")
+    return target
+
+
+def render_card(adapter: "Adapter", metrics: Mapping[str, Any]) -> str:
+    """The README of an adapter's folder: YAML front matter for the hub, then what it does.
+
+    `metrics` follows `metrics.json`; its `measures` become a table with 95 % intervals.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    template = resources.files("sdd_lora.adapter").joinpath("card.md.jinja").read_text("utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"percent": _percent, "interval": _interval}
+    return environment.from_string(template).render(
+        front_matter=_front_matter(adapter.metadata),
+        adapter=adapter,
+        metadata=adapter.metadata,
+        description=describe(adapter.metadata),
+        base=base_model(adapter.metadata),
+        modules=len(adapter.factors),
+        measures=metrics.get("measures", []),
+        training=metrics.get("training", {}),
+        file=metrics.get("adapter", {}),
+        versions=metrics.get("versions", {}),
+    )
+
+
+def _foreign(header: Mapping[str, str]) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    if title := header.get("modelspec.title") or header.get("ss_output_name"):
+        metadata["name"] = title
+    if base := header.get("ss_sd_model_name"):
+        metadata["base"] = {"model": base}
+    for key in _MODELSPEC_FIELDS:
+        if value := header.get(f"modelspec.{key}"):
+            metadata[key] = value
+    return metadata
+
+
+def _notes(adapter: "Adapter") -> Iterable[str]:
+    if base := base_model(adapter.metadata):
+        yield f"Trained on {base}."
+    for part in adapter.metadata.get("merged_from", []):
+        yield f"Contains {part['name']} at weight {part['weight']:g}."
+    for row in adapter.metadata.get("measures", []):
+        rates = f"{_percent(row['before'])} → {_percent(row['after'])}"
+        yield f"{row['name']} ({row['group']}): {rates}"
+
+
+def _front_matter(metadata: Mapping[str, Any]) -> str:
+    import yaml
+
+    entries: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["lora", "stable-diffusion", "safety", "concept-erasure", "template:sd-lora"],
+    }
+    if license := metadata.get("license"):
+        entries["license"] = license
+    base = base_model(metadata)
+    if base and _HUB_ID.fullmatch(base):
+        entries["base_model"] = base
+        entries["widget"] = [{"text": concept} for concept in metadata.get("concepts", [])]
+    return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
+
+
+def _interval(bounds: Iterable[float]) -> str:
+    low, high = bounds
+    return f"{100 * low:.1f}–{100 * high:.1f}"

@@ -1,0 +1,99 @@
+"""Adapters made of adapters: exact sums, and smaller ones at a stated cost."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.factors import Factors, concatenated, truncated
+from sdd_lora.errors import BadInput
+
+Weighted = Sequence[tuple[Adapter, float]]
+
+
+def stack(parts: Weighted, name: str | None = None) -> Adapter:
+    """Σ wᵢ ΔWᵢ as one adapter: exact for any ranks, alphas and signs of the weights.
+
+    Factors are concatenated, so ranks add up; summing up and down apart would bring in cross
+    terms. Raises BadInput where there is no part, or two parts are for models of other widths.
+    """
+    if not parts:
+        raise BadInput("nothing to stack: expected at least one adapter")
+    collected: dict[str, list[Factors]] = {}
+    for adapter, weight in parts:
+        if not math.isfinite(weight):
+            raise BadInput(f"{adapter.name}: expected a finite weight, found {weight}")
+        for module, part in adapter.factors.items():
+            collected.setdefault(module, []).append(part.scaled(weight))
+    for module, found in collected.items():
+        shapes = {part.weight_shape for part in found}
+        if len(shapes) > 1:
+            raise BadInput(
+                f"these adapters are for different models: {module} is "
+                f"{' and '.join(map(str, sorted(shapes)))}; stack adapters of one model"
+            )
+    factors = {module: concatenated(found) for module, found in collected.items()}
+    return Adapter(factors, _merged_metadata(parts, name))
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A smaller adapter and the relative errors, ‖ΔW − ΔW′‖ / ‖ΔW‖, that it costs."""
+
+    adapter: Adapter
+    error: float
+    error_of_module: dict[str, float]
+
+
+def resize(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> Resized:
+    """The best adapter of at most `rank`, or the smallest that keeps the share `energy` of ‖ΔW‖².
+
+    Exactly one of the two is given; energy is in (0, 1]. Raises BadInput otherwise.
+    """
+    require_one_size(rank, energy)
+    factors, errors = {}, {}
+    lost = whole = 0.0
+    for module, found in adapter.factors.items():
+        factors[module], errors[module] = truncated(found, rank, energy)
+        norm = found.norm()
+        whole += norm**2
+        lost += (errors[module] * norm) ** 2
+    error = math.sqrt(lost / whole) if whole else 0.0
+    metadata = {key: value for key, value in adapter.metadata.items() if key != "identity"}
+    metadata["resized_from"] = {
+        "identity": adapter.identity, "rank": adapter.rank, "relative_error": error,
+    }  # fmt: skip
+    return Resized(Adapter(factors, metadata), error, errors)
+
+
+def require_one_size(rank: int | None, energy: float | None) -> None:
+    """Raises BadInput unless exactly one of rank ≥ 1 and 0 < energy ≤ 1 is given."""
+    if (rank is None) == (energy is None):
+        raise BadInput("expected either a rank or an energy")
+    if rank is not None and rank < 1:
+        raise BadInput(f"rank {rank}: expected at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise BadInput(f"energy {energy}: expected a share above 0, up to 1")
+
+
+def _merged_metadata(parts: Weighted, name: str | None) -> dict[str, Any]:
+    """Where a stack comes from; `base` stays where all parts agree on it."""
+    adapters = [adapter for adapter, _ in parts]
+    metadata: dict[str, Any] = {
+        "name": name or "+".join(adapter.name for adapter in adapters),
+        "merged_from": [
+            {"name": adapter.name, "identity": adapter.identity, "weight": weight,
+             "concepts": adapter.metadata.get("concepts", [])}
+            for adapter, weight in parts
+        ],
+        "concepts": list(dict.fromkeys(
+            concept
+            for adapter, weight in parts if weight > 0
+            for concept in adapter.metadata.get("concepts", [])
+        )),
+    }  # fmt: skip
+    base = adapters[0].metadata.get("base")
+    if base and all(adapter.metadata.get("base") == base for adapter in adapters):
+        metadata["base"] = base
+    return metadata

@@ -1,0 +1,139 @@
+"""The two factors of one module's delta: ΔW = alpha / rank · up @ down."""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from sdd_lora.errors import BadInput
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One module's delta in low-rank form, fp32.
+
+    down is (r, in), up is (out, r). Of a convolution `kernel` is its (height, width) and `in` runs
+    over channels × height × width, as in the flattened weight. Raises BadInput where the shapes
+    disagree, the rank or alpha is 0, or a value is not finite.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
+    alpha: float
+    kernel: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.down.ndim != 2 or self.up.ndim != 2 or self.up.shape[1] != self.rank:
+            raise BadInput(
+                f"down {self.down.shape} and up {self.up.shape} don't fit; "
+                "expected (rank, in) and (out, rank)"
+            )
+        if self.rank == 0:
+            raise BadInput("rank 0: there is nothing in it")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise BadInput(f"alpha is {self.alpha}; expected a finite number other than 0")
+        if not (np.isfinite(self.down).all() and np.isfinite(self.up).all()):
+            raise BadInput("values that are not finite (NaN or infinity)")
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def parameters(self) -> int:
+        return self.down.size + self.up.size
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight that the delta belongs to: (out, in) or (out, channels, h, w)."""
+        out, wide_in = self.up.shape[0], self.down.shape[1]
+        if self.kernel is None:
+            return (out, wide_in)
+        return (out, wide_in // math.prod(self.kernel), *self.kernel)
+
+    def delta(self) -> np.ndarray:
+        """ΔW, dense, (out, in) fp32."""
+        return (self.up * np.float32(self.scale)) @ self.down
+
+    def norm(self) -> float:
+        """The Frobenius norm of ΔW, from the factors' Gram matrices: nothing dense is formed."""
+        return math.sqrt(max(inner(self, self), 0.0))
+
+    def scaled(self, weight: float) -> "Factors":
+        """The factors of weight · ΔW."""
+        return replace(self, up=self.up * np.float32(weight))
+
+    def folded(self) -> "Factors":
+        """The same delta with alpha = rank: the scale moves into `up`."""
+        if self.alpha == self.rank:
+            return self
+        return replace(self, up=self.up * np.float32(self.scale), alpha=float(self.rank))
+
+    def padded(self, rank: int) -> "Factors":
+        """The same delta at a higher rank, by zeros. Expects folded factors."""
+        more = rank - self.rank
+        down = np.pad(self.down, ((0, more), (0, 0)))
+        up = np.pad(self.up, ((0, 0), (0, more)))
+        return replace(self, down=down, up=up, alpha=float(rank))
+
+    def balanced(self) -> "Factors":
+        """The same delta, exactly, with up and down of like size: each rank's pair is multiplied
+        by 2ᵏ and 2⁻ᵏ. A trained `up` is often so small that fp16 would hold it as subnormals.
+        """
+        wide, tall = np.abs(self.down).max(axis=1), np.abs(self.up).max(axis=0)
+        used = (wide > 0) & (tall > 0)
+        ratio = np.divide(tall, wide, out=np.ones_like(wide), where=used)
+        power = np.exp2(np.round(np.log2(ratio) / 2)).astype(np.float32)
+        return replace(self, down=self.down * power[:, None], up=self.up / power)
+
+
+def inner(a: Factors, b: Factors) -> float:
+    """⟨ΔWₐ, ΔW_b⟩ = tr((uₐᵀu_b)(d_b dₐᵀ)), in fp64, through rank × rank matrices alone."""
+    up = a.up.astype(np.float64).T @ b.up
+    down = a.down.astype(np.float64) @ b.down.T
+    return a.scale * b.scale * float((up * down).sum())
+
+
+def concatenated(parts: list[Factors]) -> Factors:
+    """Σ ΔWᵢ, exactly: the factors side by side. All parts are of one module."""
+    folded = [part.folded() for part in parts]
+    down = np.concatenate([part.down for part in folded])
+    up = np.concatenate([part.up for part in folded], axis=1)
+    return Factors(down, up, float(down.shape[0]), parts[0].kernel)
+
+
+def truncated(factors: Factors, rank: int | None, energy: float | None) -> tuple[Factors, float]:
+    """The best approximation of ΔW (Eckart–Young) and the relative error it costs.
+
+    To `rank`, or to the smallest rank that keeps the share `energy` of ‖ΔW‖². QR of both factors
+    first, so that the SVD is of a rank × rank matrix. The result is folded and balanced: up and
+    down share the singular values. The error is ‖ΔW − ΔW′‖ / ‖ΔW‖, from the spectrum's tail.
+    """
+    q_up, r_up = np.linalg.qr(factors.up.astype(np.float64) * factors.scale)
+    q_down, r_down = np.linalg.qr(factors.down.astype(np.float64).T)
+    left, values, right = np.linalg.svd(r_up @ r_down.T)
+    kept = rank_to_keep(values, rank, energy)
+    root = np.sqrt(values[:kept])
+    up = (q_up @ left[:, :kept]) * root
+    down = root[:, None] * (right[:kept] @ q_down.T)
+    whole = math.sqrt(float((values**2).sum()))
+    tail = math.sqrt(float((values[kept:] ** 2).sum()))
+    small = Factors(
+        down.astype(np.float32), up.astype(np.float32), float(kept), factors.kernel
+    )  # fmt: skip
+    return small, tail / whole if whole else 0.0
+
+
+def rank_to_keep(values: np.ndarray, rank: int | None, energy: float | None) -> int:
+    """How many singular values stay: at least one, at most `rank`, enough for `energy`."""
+    if energy is None:
+        assert rank is not None
+        return min(rank, len(values))
+    shares = np.cumsum(values**2)
+    if not shares[-1]:
+        return 1
+    return min(int(np.searchsorted(shares, energy * shares[-1])) + 1, len(values))

@@ -1,0 +1,317 @@
+"""Every dress an adapter wears in files: read all of them, write four.
+
+| form | key | scale kept in |
+|---|---|---|
+| kohya | lora_unet_down_blocks_0_….lora_down.weight | .alpha |
+| ldm | lora_unet_input_blocks_1_1_….lora_down.weight | .alpha |
+| peft | unet.down_blocks.0.….lora_A.weight | header: lora_adapter_metadata |
+| bare | down_blocks.0.….lora_A.weight (read only) | header: lora_adapter_metadata |
+| attn-procs | unet.….processor.to_k_lora.down.weight | nothing: it is 1 |
+
+Written files fold the scale into `up`, so that a reader who overlooks alpha is right all the same.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from sdd_lora import names
+from sdd_lora.adapter.factors import Factors
+from sdd_lora.errors import BadInput
+
+FORMS = ("kohya", "peft", "ldm", "attn-procs")
+PEFT_METADATA_KEY = "lora_adapter_metadata"
+
+_ENDINGS = {
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    "_lora.down.weight": "down",
+    "_lora.up.weight": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".alpha": "alpha",
+}
+_WRITTEN: dict[str, tuple[Callable[[str], str], str, str]] = {
+    "kohya": (names.kohya_stem, ".lora_down.weight", ".lora_up.weight"),
+    "ldm": (names.ldm_stem, ".lora_down.weight", ".lora_up.weight"),
+    "peft": (names.peft_stem, ".lora_A.weight", ".lora_B.weight"),
+    "attn-procs": (names.attn_procs_stem, ".down.weight", ".up.weight"),
+}
+
+#: Marks in keys of what is no plain low-rank delta → what it is.
+_OTHER_KINDS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "lora_mid": "a Tucker-decomposed LoCon",
+    "lora_B.bias": "a LoRA with biases",
+    ".diff": "a full difference",
+}
+#: Marks in keys that only another family's adapters have, the first that fits counting.
+_FAMILY_MARKS = {
+    "SDXL": ("lora_te1_", "lora_te2_", "text_encoder_2.", "add_embedding", "label_emb",
+             *(f"transformer_blocks{dot}{n}{dot}" for n in range(1, 10) for dot in "._")),
+    "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
+    "SD 3": ("joint_blocks", "lora_transformer_", "transformer.transformer_blocks"),
+    "SD 2": ("text_model_encoder_layers_12_", "encoder.layers.12."),
+}  # fmt: skip
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """A key's stem and part ("down", "up", "alpha"); None where it is no LoRA key."""
+    for ending, part in _ENDINGS.items():
+        if key.endswith(ending):
+            return key.removesuffix(ending), part
+    return None
+
+
+def form_of(keys: Iterable[str]) -> str:
+    """The form of a file by its keys; the most frequent one where they are mixed."""
+    counted = Counter(_form_of_key(key) for key in keys if not key.endswith(".alpha"))
+    return counted.most_common(1)[0][0] if counted else "empty"
+
+
+def looks_like_adapter(keys: Iterable[str]) -> bool:
+    """Whether any key is a LoRA's: what tells an adapter from a checkpoint."""
+    return any(split_key(key) or _mark_in(key, _OTHER_KINDS) for key in keys)
+
+
+def decode(tensors: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Factors]:
+    """Factors per canonical module name, from a file of any form.
+
+    `tensors` are numpy or torch arrays of any float dtype. Raises BadInput where a key is unknown
+    (naming the family it belongs to, if that can be told), a factor is missing, or a value is bad.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        split = split_key(key)
+        name = names.parse_stem(split[0]) if split else None
+        if split is None or name is None:
+            unknown.append(key)
+        elif split[1] in parts.setdefault(name, {}):
+            raise BadInput(f"{name} is there twice, under two spellings; the second is {key}")
+        else:
+            parts[name][split[1]] = tensor
+    if unknown:
+        raise BadInput(_why_unknown(unknown, len(tensors)))
+    if not parts:
+        raise BadInput("no tensors: there is no adapter in it")
+    _refuse_other_widths(parts)
+    alphas = _PeftAlphas(header)
+    return {name: _factors(name, part, alphas) for name, part in parts.items()}
+
+
+def encode(factors: Mapping[str, Factors], form: str) -> dict[str, np.ndarray]:
+    """Tensors (fp32) of one of `FORMS`.
+
+    kohya and ldm get one rank for all modules and alpha = rank: diffusers mis-scales files whose
+    alphas differ. Raises BadInput where the form can't hold a module.
+    """
+    if form not in FORMS:
+        raise BadInput(f"form {form!r}: expected one of {', '.join(FORMS)}")
+    if form == "attn-procs":
+        _refuse_outside_attention(factors)
+    folded = {name: part.folded() for name, part in factors.items()}
+    if form in ("kohya", "ldm"):
+        rank = max(part.rank for part in folded.values())
+        folded = {name: part.padded(rank) for name, part in folded.items()}
+    stem_of, down_ending, up_ending = _WRITTEN[form]
+    tensors = {}
+    for name, part in folded.items():
+        stem = stem_of(name)
+        tensors[stem + down_ending], tensors[stem + up_ending] = _shaped(part)
+        if form in ("kohya", "ldm"):
+            tensors[stem + ".alpha"] = np.array(part.alpha, np.float32)
+    return tensors
+
+
+def peft_metadata(factors: Mapping[str, Factors]) -> str:
+    """The header's `lora_adapter_metadata` of the peft form: a LoraConfig per component, JSON.
+
+    The text encoder's modules are named without `text_model.`, a level that transformers 5 dropped
+    and that peft, matching endings, doesn't miss in older ones.
+    """
+    config: dict[str, Any] = {}
+    for prefix, component in _components(factors).items():
+        ranks = {name: part.rank for name, part in component.items()}
+        ((usual, _),) = Counter(ranks.values()).most_common(1)
+        unusual = {name: rank for name, rank in ranks.items() if rank != usual}
+        fields = {
+            "r": usual, "lora_alpha": usual, "rank_pattern": unusual, "alpha_pattern": unusual,
+            "target_modules": sorted(ranks), "lora_dropout": 0.0, "bias": "none",
+        }  # fmt: skip
+        config |= {prefix + field: value for field, value in fields.items()}
+    return json.dumps(config, sort_keys=True)
+
+
+def to_float32(value: Any) -> np.ndarray:
+    """A numpy or torch array of any float dtype as numpy fp32; raises BadInput for other kinds."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if value.is_floating_point():
+            value = value.float()
+        value = value.numpy()
+    if value.dtype.kind not in "fV":  # ml_dtypes' types are of kind V or f
+        raise BadInput(f"dtype {value.dtype}; expected a float type")
+    return np.asarray(value, np.float32)
+
+
+class _PeftAlphas:
+    """What `lora_adapter_metadata` says about scales."""
+
+    def __init__(self, header: Mapping[str, str]) -> None:
+        text = header.get(PEFT_METADATA_KEY)
+        if text is None:
+            self.config: dict[str, Any] | None = None
+            return
+        try:
+            config = json.loads(text)
+        except ValueError as error:
+            raise BadInput(f"{PEFT_METADATA_KEY} of the header is no JSON") from error
+        if not isinstance(config, dict):
+            raise BadInput(f"{PEFT_METADATA_KEY} of the header is no JSON object")
+        self.config = config
+
+    def alpha_of(self, name: str, rank: int) -> float:
+        """alpha, such that alpha / rank is the scale; the rank where nothing is said."""
+        if self.config is None:
+            return float(rank)
+        if self._field(name, "use_dora"):
+            raise BadInput("DoRA, which is no plain delta: it can't be added to other adapters")
+        alpha = self._field(name, "lora_alpha")
+        for pattern, value in (self._field(name, "alpha_pattern") or {}).items():
+            if _matches(pattern, name):
+                alpha = value
+        if alpha is None:
+            return float(rank)
+        if not isinstance(alpha, int | float):
+            raise BadInput(f"{PEFT_METADATA_KEY}: alpha is {alpha!r}; expected a number")
+        root = float(rank) ** 0.5 if self._field(name, "use_rslora") else 1.0
+        return float(alpha) * root
+
+    def _field(self, name: str, field: str) -> Any:
+        """A component's entry; `save_lora_adapter` writes the UNet's without a prefix."""
+        assert self.config is not None
+        prefix = names.TEXT_PREFIX if names.is_text(name) else names.UNET_PREFIX
+        bare = None if names.is_text(name) else self.config.get(field)
+        return self.config.get(prefix + field, bare)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """peft matches the end of a module's name; what diffusers writes are whole names."""
+    plain = pattern.removeprefix("^")
+    if not plain.replace(".", "").replace("_", "").isalnum():
+        raise BadInput(f"{PEFT_METADATA_KEY}: alpha_pattern {pattern!r} is no plain module name")
+    return name == plain or name.endswith("." + plain)
+
+
+def _factors(name: str, parts: dict[str, Any], alphas: _PeftAlphas) -> Factors:
+    missing = [part for part in ("down", "up") if part not in parts]
+    if missing:
+        raise BadInput(f"{name}: the factor {missing[0]!r} is missing")
+    try:
+        down, up = to_float32(parts["down"]), to_float32(parts["up"])
+        kernel = _kernel(name, down, up)
+        rank = down.shape[0]
+        alpha = _scalar(parts["alpha"]) if "alpha" in parts else alphas.alpha_of(name, rank)
+        return Factors(down.reshape(rank, -1), up.reshape(up.shape[0], -1), alpha, kernel)
+    except (BadInput, ValueError) as error:
+        raise BadInput(f"{name}: {error}") from error
+
+
+def _kernel(name: str, down: np.ndarray, up: np.ndarray) -> tuple[int, int] | None:
+    """A convolution's kernel; 1×1 also where the factors of a convolution are 2-D."""
+    if (
+        down.ndim not in (2, 4)
+        or up.ndim not in (2, 4)
+        or (up.ndim == 4 and up.shape[2:] != (1, 1))
+    ):
+        raise BadInput(f"down {down.shape} and up {up.shape}; expected 2-D, or 4-D with a 1×1 up")
+    if down.ndim == 4:
+        return (down.shape[2], down.shape[3])
+    return (1, 1) if name.endswith((".proj_in", ".proj_out", ".conv_shortcut")) else None
+
+
+def _shaped(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
+    """down and up as files hold them: 4-D of a convolution."""
+    if factors.kernel is None:
+        return factors.down, factors.up
+    out, channels, *kernel = factors.weight_shape
+    rank = factors.rank
+    return factors.down.reshape(rank, channels, *kernel), factors.up.reshape(out, rank, 1, 1)
+
+
+def _scalar(value: Any) -> float:
+    array = to_float32(value) if getattr(value, "dtype", None) is not None else np.asarray(value)
+    if array.size != 1:
+        raise BadInput(f"alpha has the shape {array.shape}; expected one number")
+    return float(array.reshape(()))
+
+
+def _components(factors: Mapping[str, Factors]) -> dict[str, dict[str, Factors]]:
+    """ "unet." and "text_encoder." → their modules, named as peft finds them in the model."""
+    found: dict[str, dict[str, Factors]] = {}
+    for name, part in factors.items():
+        prefix = names.TEXT_PREFIX if names.is_text(name) else names.UNET_PREFIX
+        found.setdefault(prefix, {})[name.removeprefix(names.TEXT_LAYERS_PREFIX)] = part
+    return found
+
+
+def _form_of_key(key: str) -> str:
+    if key.startswith("lora_"):
+        ldm = any(mark in key for mark in ("_input_blocks_", "_middle_block_", "_output_blocks_"))
+        return "ldm" if ldm else "kohya"
+    if ".lora_A." in key or ".lora_B." in key:
+        return "peft" if key.startswith((names.UNET_PREFIX, names.TEXT_PREFIX)) else "bare"
+    return "attn-procs" if split_key(key) else "unknown"
+
+
+def _mark_in(key: str, marks: Iterable[str]) -> str | None:
+    return next((mark for mark in marks if mark in key), None)
+
+
+def _why_unknown(unknown: list[str], count: int) -> str:
+    for key in unknown:
+        if mark := _mark_in(key, _OTHER_KINDS):
+            return f"{key}: {_OTHER_KINDS[mark]}; expected a plain LoRA (up and down factors)"
+    for family, marks in _FAMILY_MARKS.items():
+        for key in unknown:
+            if _mark_in(key, marks):
+                return f"an adapter for {family}; expected one for SD 1.x (the key {key} tells)"
+    shown = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
+    return (
+        f"{len(unknown)} of {count} keys are no LoRA keys of SD 1.x: {shown}; "
+        "a checkpoint is read by bake and extract, not as an adapter"
+    )
+
+
+def _refuse_other_widths(parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """The cross-attention's input width tells SD 1 from SD 2 and SDXL."""
+    for name, part in parts.items():
+        if not name.endswith((".attn2.to_k", ".attn2.to_v")) or "down" not in part:
+            continue
+        family = names.FAMILY_OF_CONTEXT.get(part["down"].shape[-1])
+        if family in ("SD 2", "SDXL"):
+            raise BadInput(
+                f"an adapter for {family}; expected one for SD 1.x "
+                f"({name} takes {part['down'].shape[-1]} inputs)"
+            )
+
+
+def _refuse_outside_attention(factors: Mapping[str, Factors]) -> None:
+    outside = [name for name in factors if not names.is_attention(name)]
+    if outside:
+        raise BadInput(
+            f"attn-procs holds attention modules alone; {len(outside)} others are in it, such as "
+            f"{outside[0]}; convert to kohya or peft"
+        )
