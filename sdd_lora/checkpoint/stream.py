@@ -1,0 +1,123 @@
+"""Moving tensors' bytes from file to file by range, never through mapped pages."""
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from sdd_lora.checkpoint.pickles import StridedInfo
+from sdd_lora.errors import BadInput
+from sdd_lora.safetensors_file import DTYPES, METADATA_KEY, Header, TensorInfo
+
+#: One request to the kernel; between two of them Ctrl-C is heard.
+CHUNK_BYTES = 32 << 20
+BUFFER_BYTES = 1 << 20
+#: A header may grow by whole pages only, so that all data keep their place within a page: the
+#: kernel copies pages, and file systems that share blocks can share them.
+PAGE_BYTES = 4096
+
+_NO_COPY_FILE_RANGE = {
+    errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`size` bytes at `source` of the input that go to `target` of the output."""
+
+    source: int
+    target: int
+    size: int
+
+
+def read_bytes(file: BinaryIO, header: Header, key: str) -> bytes:
+    """A tensor's bytes as they would stand in a safetensors file (row by row)."""
+    info = header.tensors[key]
+    file.seek(header.data_start + info.start)
+    data = file.read(info.nbytes)
+    if len(data) != info.nbytes:
+        raise BadInput(f"{file.name}: {key}: truncated while it was read")
+    return info.gather(data).tobytes() if isinstance(info, StridedInfo) else data
+
+
+def as_array(data: bytes, info: TensorInfo) -> np.ndarray:
+    """A tensor from its bytes, in its stored dtype and shape."""
+    return np.frombuffer(data, DTYPES[info.dtype]).reshape(info.shape)
+
+
+def encode_header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], like: int = 0
+) -> bytes:
+    """A header with its length prefix, tensors in the given order, offsets as they are.
+
+    Its length differs from `like` by whole pages, so that the data need not move within a page.
+    """
+    entries: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
+    for key, info in tensors.items():
+        entries[key] = {
+            "dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.start, info.end],
+        }  # fmt: skip
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return pad_header(text, 8 + len(text) + (like - 8 - len(text)) % PAGE_BYTES)
+
+
+def pad_header(text: bytes, total: int) -> bytes:
+    """The header's text behind its length, padded with spaces to `total` bytes."""
+    return struct.pack("<Q", total - 8) + text.ljust(total - 8)
+
+
+def copy_range(source: BinaryIO, target: BinaryIO, segment: Segment) -> None:
+    """Copy one segment inside the kernel where it can, sharing blocks where the disk can.
+
+    Raises OSError where the disk is full or fails, BadInput where the input ends early.
+    """
+    target.flush()
+    done = 0
+    while done < segment.size:
+        size = min(CHUNK_BYTES, segment.size - done)
+        moved = _copy_some(source, target, segment.source + done, segment.target + done, size)
+        if moved == 0:
+            raise BadInput(f"{source.name}: truncated while it was read")
+        done += moved
+
+
+def _copy_some(source: BinaryIO, target: BinaryIO, start: int, to: int, size: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source.fileno(), target.fileno(), size, start, to)
+        except OSError as error:
+            if error.errno not in _NO_COPY_FILE_RANGE:
+                raise
+    source.seek(start)
+    block = source.read(min(size, BUFFER_BYTES))
+    target.seek(to)
+    target.write(block)
+    return len(block)
+
+
+def write_at(target: BinaryIO, position: int, data: bytes) -> None:
+    """Write all of `data` at `position`."""
+    target.seek(position)
+    target.write(data)
+
+
+def merged(segments: Iterator[Segment]) -> Iterator[Segment]:
+    """Neighbours that are neighbours on both sides, made one."""
+    held: Segment | None = None
+    for segment in segments:
+        if held is None:
+            held = segment
+        elif (
+            segment.source == held.source + held.size and segment.target == held.target + held.size
+        ):
+            held = Segment(held.source, held.target, held.size + segment.size)
+        else:
+            yield held
+            held = segment
+    if held is not None:
+        yield held
