@@ -1,5 +1,6 @@
 """The parts of an SD 1.x model: from the embedded one, a folder, one file, or a hub id."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from importlib.resources import files
@@ -23,6 +24,19 @@ _OFFLINE_ADVICE = (
     "no model hub could be reached. Offline, give a diffusers folder, a .safetensors file, "
     "or `demo` (the embedded model)"
 )
+
+
+def fingerprint(unet: UNet2DConditionModel) -> str:
+    """SHA-256 of the UNet's cross-attention weights, names and shapes.
+
+    Taken at fp16, so that a model keeps its fingerprint in another layout and as fp32 or fp16.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unet.state_dict().items()):
+        if ".attn2." in name and "lora" not in name:
+            digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().half().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass

@@ -96,13 +96,17 @@ class MeasurePrompts(_Section):
 
 
 class Measure(_Section):
-    """What the card will say: `images` of each kind of prompt, drawn before and after."""
+    """What the card will say: `images` of each kind of prompt, drawn before and after.
+
+    A kind is the concept's prompts, and each group of kept ones that the detector tells apart.
+    """
 
     prompts: MeasurePrompts = MeasurePrompts()
     images: Positive = 32
     steps: Positive = 25
     guidance: float = 5.0
     detector: Literal["judge", "none"] = "none"
+    seed: Annotated[int, Field(ge=0)] = 1000
 
 
 class Recipe(_Section):
@@ -225,18 +229,31 @@ def _merged(base: dict, over: dict) -> dict:
 
 
 def _read_lists(fields: dict, folder: Path) -> None:
-    """Replace the name of a text file by its lines, where a list of prompts may stand."""
-    places = [(fields, "concepts")]
-    if isinstance(fields.get("preserve"), dict):
-        places.append((fields["preserve"], "prompts"))
+    """Where a list of prompts may stand, put a text file's lines in the place of its name."""
+    preserve, measure = fields.get("preserve"), fields.get("measure")
+    measured = measure.get("prompts") if isinstance(measure, dict) else None
+    places = [(fields, "concepts"), (preserve, "prompts"), (measured, "concept"), (measured, "kept")]
     for section, key in places:
-        value = section.get(key)
-        if isinstance(value, str) and value.endswith(".txt"):
-            try:
-                lines = (folder / value).read_text("utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise BadInput(f"{key}: {folder / value}: can't read the list: {error}") from error
-            section[key] = [line.strip() for line in lines if line.strip()]
+        if not isinstance(section, dict) or not isinstance(section.get(key), str | list):
+            continue
+        entries = section[key] if isinstance(section[key], list) else [section[key]]
+        section[key] = [
+            line
+            for entry in entries
+            for line in (_lines(folder / entry, key) if _names_a_file(entry) else [entry])
+        ]
+
+
+def _names_a_file(entry: Any) -> bool:
+    return isinstance(entry, str) and entry.endswith(".txt")
+
+
+def _lines(path: Path, key: str) -> list[str]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{key}: {path}: can't read the list, one a line: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _explain(where: str, root: yaml.Node, error: ValidationError) -> str:

@@ -5,7 +5,9 @@ import inspect
 import json
 import logging
 import math
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -26,6 +28,11 @@ app = typer.Typer(
 )
 
 EXIT_INTERRUPTED = 130
+_QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+}
 
 
 @dataclass
@@ -50,7 +57,7 @@ def verb(name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
     def decorate(function: Callable[..., Result]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, json_output: bool, debug: bool, quiet: bool, **arguments: Any) -> None:
-            _set_up_logging(quiet)
+            _set_up_logging(quiet, debug)
             try:
                 result = function(**arguments)
             except KeyboardInterrupt as error:
@@ -96,7 +103,12 @@ def _fail(message: str, exit_code: int, debug: bool) -> None:
     raise typer.Exit(exit_code)
 
 
-def _set_up_logging(quiet: bool) -> None:
+def _set_up_logging(quiet: bool, debug: bool) -> None:
+    if not debug:  # the libraries' own bars and notices; ours say what a person needs
+        for variable, value in _QUIET_LIBRARIES.items():
+            os.environ.setdefault(variable, value)
+        warnings.simplefilter("ignore")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     log = logging.getLogger("sdd_lora")
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     if not log.handlers:

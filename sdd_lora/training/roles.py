@@ -5,6 +5,7 @@ UNet with its adapters off. A role is taken in a `with` block that always restor
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,7 +40,9 @@ class Roles:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             unet.add_adapter(config, adapter_name=STUDENT)
-            unet.add_adapter(config, adapter_name=TEACHER)
+            with warnings.catch_warnings():  # peft asks whether a second adapter is meant: it is
+                warnings.simplefilter("ignore")
+                unet.add_adapter(config, adapter_name=TEACHER)
         self.layers: dict[str, LoraLayer] = {
             name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)
         }
@@ -80,6 +83,10 @@ class Roles:
         """The UNet as it was, its adapters off."""
         with self._role(STUDENT, enabled=False):
             yield self.unet
+
+    def remove(self) -> None:
+        """Take both adapters off: the UNet is as it was, for the next recipe."""
+        self.unet.unload_lora()
 
     @contextmanager
     def _role(self, adapter: str, enabled: bool) -> Iterator[None]:

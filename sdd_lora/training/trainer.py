@@ -66,7 +66,7 @@ class Trainer:
         self.recipe, self.state_path = recipe, state_path
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(training.precision, training.precision),
-            log_with=_trackers(),
+            log_with=_tracker(),
             project_dir=None if state_path is None else state_path.parent.parent,
         )
         device = self.accelerator.device
@@ -322,7 +322,7 @@ def learning_rate_factor(iteration: int, iterations: int, settings: OptimizerSet
     return 1.0
 
 
-def _trackers() -> list[str]:
+def _tracker() -> str | None:
     from accelerate.utils import is_tensorboard_available
 
-    return ["tensorboard"] if is_tensorboard_available() else []
+    return "tensorboard" if is_tensorboard_available() else None

@@ -1,0 +1,41 @@
+"""Tables for the terminal, plain text so that they can be piped."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their width; the first is aligned left, the others right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = []
+    for row in [head, *rows]:
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w)
+                 for i, (cell, w) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    return "{:.1f} … {:.1f}".format(*(100 * bound for bound in bounds))
+
+
+def measures_table(metrics: dict[str, Any]) -> str:
+    """The measures of a run: before → after, in percent, with 95 % intervals."""
+    if not metrics["measures"]:
+        return "not measured (measure.detector: none)"
+    rows = [
+        [
+            f"{m['name']} ({m['group']})", str(m["n"]),
+            percent(m["before"]), interval(m["ci95_before"]),
+            percent(m["after"]), interval(m["ci95_after"]),
+            f"{100 * (m['after'] - m['before']):+.1f}",
+            "{:+.1f} … {:+.1f}".format(*(100 * bound for bound in m["ci95_change"])),
+        ]
+        for m in metrics["measures"]
+    ]  # fmt: skip
+    head = ["% of images", "n", "before", "95 %", "after", "95 %", "change", "95 %"]
+    return table(head, rows)

@@ -1,0 +1,48 @@
+"""`sdd-lora train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdd_lora.cli.common import Result, verb
+
+
+@verb("train")
+def train(
+    recipes: Annotated[
+        list[Path], typer.Argument(help="Recipe files, or folders of them.", metavar="RECIPE...")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The run's folder [default: runs/NAME]. With several "
+                     "recipes, the folder that holds one folder each."),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a field: training.iterations=300. Repeatable."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    keep_state: Annotated[
+        bool, typer.Option("--keep-state", help="Keep the training state of a finished run.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
+) -> Result:
+    """Train safety adapters by recipe, measure them, and write their cards.
+
+    Ctrl-C (or a crash) leaves a run that --resume continues.
+
+    Examples:
+
+        sdd-lora train recipes/demo/weapons.yaml
+
+        sdd-lora train recipes/demo -o runs --set training.iterations=50
+
+        sdd-lora train recipes/demo/gore.yaml --resume
+    """
+    from sdd_lora.cli.tables import measures_table
+    from sdd_lora.runs import train_recipes
+
+    finished = train_recipes(recipes, output, changes or [], resume, keep_state, force)
+    text = "\n\n".join(f"{folder}\n{measures_table(metrics)}" for folder, metrics in finished)
+    return Result({"runs": [{"folder": str(f)} | m for f, m in finished]}, text)

@@ -1,0 +1,50 @@
+"""Stage 5: the trained parts as files: a diffusers folder in fp16, and one file in LDM layout."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from sdd_lora.demo.build.diffusion import (
+    NOISE_SCHEDULE,
+    Ema,
+    encode_pictures,
+    make_text_encoder,
+    make_unet,
+)
+
+
+def assemble(
+    work: Path, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, ema: Ema
+) -> StableDiffusionPipeline:
+    """A pipeline of the averaged weights, rounded to fp16 as they will be shipped."""
+    model = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
+    ema.copy_to(model)
+    autoencoder.register_to_config(
+        scaling_factor=float(encode_pictures(work, autoencoder)["scale"])
+    )
+    return StableDiffusionPipeline(
+        vae=autoencoder.half(),
+        text_encoder=model["text_encoder"].half(),
+        tokenizer=tokenizer,
+        unet=model["unet"].half(),
+        scheduler=PNDMScheduler(**NOISE_SCHEDULE, skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def save_folder(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Write the diffusers folder, with the tokenizer also in the form older versions read."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    tokenizer = json.loads((folder / "tokenizer" / "tokenizer.json").read_text("utf-8"))["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(
+        json.dumps(tokenizer["vocab"], ensure_ascii=False), "utf-8"
+    )
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["merges"]]
+    (folder / "tokenizer" / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *merges, ""]), "utf-8"
+    )

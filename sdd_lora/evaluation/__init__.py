@@ -1,0 +1,1 @@
+"""Measuring what an eraser removed and what it left."""

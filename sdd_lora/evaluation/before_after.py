@@ -1,0 +1,164 @@
+"""What a card says: the same prompts and seeds drawn without and with an adapter, side by side."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.demo.judge import Verdict, load_judge
+from sdd_lora.evaluation.measures import judge as judging
+from sdd_lora.generation.images import Job, Sampling, draw, jobs_for
+from sdd_lora.generation.pipeline import load_pipeline
+from sdd_lora.model import fingerprint
+from sdd_lora.recipe import Measure, Recipe
+
+BASE_CACHE = Path(str(files("sdd_lora.demo").joinpath("base_verdicts.json.gz")))
+_PICTURES = 8  # of each kind shown in the picture
+_BATCH = 16
+
+
+@dataclass
+class Measured:
+    """Rows of the table, and the picture: concept and kept prompts, before above after."""
+
+    rows: list[judging.Row]
+    picture: Image.Image
+
+
+def measure(
+    recipe: Recipe, adapter: Adapter, model: str, refresh_base: bool = False
+) -> Measured:
+    """Draw `measure.images` of each kind of prompt, before and after; judge; tabulate.
+
+    Verdicts on the embedded model without an adapter come from a cache that travels with it, unless
+    `refresh_base`; what the cache lacks is drawn.
+    """
+    settings = recipe.measure
+    sampling = Sampling(steps=settings.steps, guidance=settings.guidance, batch=_BATCH)
+    concept_jobs = jobs_for(settings.prompts.concept, settings.images, settings.seed)
+    kept_jobs = [
+        job
+        for number, prompts in enumerate(_kinds(settings.prompts.kept))
+        for job in jobs_for(prompts, settings.images, settings.seed + 10_000 * (number + 1))
+    ]
+    jobs = concept_jobs + kept_jobs
+    shown = _shown(len(concept_jobs), len(kept_jobs))
+    pipeline = load_pipeline(model)
+    cache = {} if refresh_base else load_cache(pipeline, settings)
+    before, before_images = _verdicts(pipeline, jobs, sampling, cache, shown, "before")
+    pipeline = load_pipeline(model, [(adapter, 1.0)])
+    after, after_images = _verdicts(pipeline, jobs, sampling, {}, shown, "after")
+    split, prompts = len(concept_jobs), [job.prompt for job in jobs]
+    rows = judging.rows(
+        recipe.concepts,
+        (prompts[:split], before[:split], after[:split]),
+        (prompts[split:], before[split:], after[split:]),
+    )
+    picture = side_by_side(
+        [prompts[i] for i in shown], [before_images[i] for i in shown],
+        [after_images[i] for i in shown],
+    )  # fmt: skip
+    return Measured(rows, picture)
+
+
+def _kinds(prompts: Sequence[str]) -> list[list[str]]:
+    """Kept prompts by what they ask for: one group's nouns, or two things."""
+    kinds: dict[str, list[str]] = {}
+    for prompt in prompts:
+        asked = judging.asked_for(prompt).nouns
+        kinds.setdefault(asked[0].group if len(asked) == 1 else "several", []).append(prompt)
+    return list(kinds.values())
+
+
+def _shown(concepts: int, kept: int) -> list[int]:
+    """Indices of the images that stand in the picture: concepts first, kept ones spread."""
+    count = min(_PICTURES, kept)
+    spread = [concepts + i * kept // count for i in range(count)] if kept else []
+    return [*range(min(_PICTURES, concepts)), *spread]
+
+
+def _verdicts(
+    pipeline: StableDiffusionPipeline, jobs: Sequence[Job], sampling: Sampling,
+    cache: dict[str, list[Verdict]], shown: Sequence[int], description: str,
+) -> tuple[list[list[Verdict]], dict[int, np.ndarray]]:  # fmt: skip
+    """Verdicts on every job, and the images of those shown."""
+    judge = load_judge()
+    verdicts = [cache.get(_key(job)) for job in jobs]
+    todo = [i for i, seen in enumerate(verdicts) if seen is None or i in shown]
+    images = {}
+    for part in range(0, len(todo), 256):
+        rows = todo[part : part + 256]
+        drawn = [image for _, image in draw(pipeline, [jobs[i] for i in rows], sampling, description)]
+        seen = judging.see(judge, [jobs[i].prompt for i in rows], np.stack(drawn))
+        for i, image, verdict in zip(rows, drawn, seen, strict=True):
+            verdicts[i] = verdict
+            if i in shown:
+                images[i] = image
+    return [seen for seen in verdicts if seen is not None], images
+
+
+def _key(job: Job) -> str:
+    return f"{job.seed} {job.prompt}"
+
+
+def load_cache(pipeline: StableDiffusionPipeline, settings: Measure) -> dict[str, list[Verdict]]:
+    """Cached verdicts on the unadapted model, empty where they are another model's or settings'."""
+    if not BASE_CACHE.exists():
+        return {}
+    cache = json.loads(gzip.decompress(BASE_CACHE.read_bytes()))
+    if cache["conditions"] != _conditions(pipeline, settings):
+        return {}
+    return {k: [Verdict(**v) for v in seen] for k, seen in cache["verdicts"].items()}
+
+
+def save_cache(
+    pipeline: StableDiffusionPipeline, settings: Measure, jobs: Sequence[Job],
+    verdicts: Sequence[list[Verdict]],
+) -> None:  # fmt: skip
+    """Write the cache that travels with the embedded model."""
+    content = {
+        "conditions": _conditions(pipeline, settings),
+        "verdicts": {
+            _key(job): [asdict(v) for v in seen] for job, seen in zip(jobs, verdicts, strict=True)
+        },
+    }
+    packed = gzip.compress(json.dumps(content).encode(), mtime=0)
+    BASE_CACHE.write_bytes(packed)
+
+
+def _conditions(pipeline: StableDiffusionPipeline, settings: Measure) -> dict:
+    return {
+        "base": fingerprint(pipeline.unet),
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+    }
+
+
+def side_by_side(
+    prompts: Sequence[str], before: Sequence[np.ndarray], after: Sequence[np.ndarray]
+) -> Image.Image:
+    """A picture: prompts as captions, without the adapter above, with it below."""
+    side, columns, caption = 128, 8, 30
+    rows = -(-len(prompts) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * (2 * side + caption + 8)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, prompt in enumerate(prompts):
+        x, y = i % columns * side, i // columns * (2 * side + caption + 8)
+        pen.text((x + 3, y + 2), _wrapped(prompt), fill="black", spacing=1)
+        for row, image in enumerate((before[i], after[i])):
+            picture = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(picture, (x, y + caption + row * side))
+    return sheet
+
+
+def _wrapped(text: str, width: int = 21) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width)[:2])

@@ -1,0 +1,29 @@
+"""Intervals, so that no rate stands alone."""
+
+import math
+
+_Z95 = 1.959963984540054
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a rate (Wilson 1927)."""
+    if count == 0:
+        return 0.0, 1.0
+    rate, z2 = hits / count, _Z95**2
+    centre = (rate + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z95 / (1 + z2 / count) * math.sqrt(rate * (1 - rate) / count + z2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_difference(before: list[bool], after: list[bool]) -> tuple[float, float, float]:
+    """after − before on the same seeds: the difference of rates and its 95 % interval.
+
+    Normal interval on paired differences, with half a pair added to either side (Agresti & Min 2005).
+    """
+    count = len(before)
+    gained = sum(a and not b for b, a in zip(before, after, strict=True)) + 0.5
+    lost = sum(b and not a for b, a in zip(before, after, strict=True)) + 0.5
+    total = count + 2
+    difference = (gained - lost) / total
+    half = _Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
+    return (gained - lost) / max(count, 1), difference - half, difference + half

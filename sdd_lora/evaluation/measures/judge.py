@@ -1,0 +1,153 @@
+"""Measures of the embedded model's pictures: is the thing asked for there, in the style asked for?"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from sdd_lora.demo.judge import Judge, Verdict, judge_images
+from sdd_lora.demo.vocabulary import Noun, groups, nouns, styles
+from sdd_lora.errors import BadInput
+from sdd_lora.evaluation.intervals import paired_difference, wilson
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a prompt asks for, as far as the judge's vocabulary goes."""
+
+    nouns: tuple[Noun, ...]
+    style: str | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a measurement: a rate before and after, each a fraction of `n` images."""
+
+    name: str
+    group: str
+    prompts: int
+    before: float
+    after: float
+    n: int
+    ci95_before: tuple[float, float]
+    ci95_after: tuple[float, float]
+    ci95_change: tuple[float, float]
+
+
+@lru_cache(maxsize=1)
+def _patterns() -> list[tuple[re.Pattern, Noun]]:
+    """Names of nouns, the longest first, so that "ice cream cone" is not taken for "cone"."""
+    named = [(name, noun) for noun in nouns() for name in (*noun.names, *noun.paraphrases)]
+    named.sort(key=lambda pair: -len(pair[0]))
+    return [(re.compile(rf"\b{re.escape(name)}\b"), noun) for name, noun in named]
+
+
+def asked_for(prompt: str) -> Asked:
+    """The nouns (left to right) and the style that a prompt names."""
+    text, found = prompt.lower(), []
+    style = None
+    for name, entry in styles().items():
+        for words in sorted(entry.captions, key=len, reverse=True):
+            if words in text:
+                style, text = name, text.replace(words, " ")
+    for pattern, noun in _patterns():
+        if match := pattern.search(text):
+            found.append((match.start(), noun))
+            text = text[: match.start()] + " " * len(match.group()) + text[match.end() :]
+    return Asked(tuple(noun for _, noun in sorted(found, key=lambda pair: pair[0])), style)
+
+
+def see(judge: Judge, prompts: Sequence[str], images: np.ndarray) -> list[list[Verdict]]:
+    """What is in each image (B, 64, 64, 3): one verdict, or one for each half where the prompt asks
+    for two things side by side."""
+    pictures, owners = [], []
+    for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        parts = _halves(image) if len(asked_for(prompt).nouns) == 2 else [image]
+        pictures += parts
+        owners += [index] * len(parts)
+    seen: list[list[Verdict]] = [[] for _ in prompts]
+    for owner, verdict in zip(owners, judge_images(judge, np.stack(pictures)), strict=True):
+        seen[owner].append(verdict)
+    return seen
+
+
+def _halves(image: np.ndarray) -> list[np.ndarray]:
+    """Left and right half, each centred on white: the judge knows small drawings so."""
+    half = image.shape[1] // 2
+    halves = []
+    for column in (0, half):
+        canvas = np.full_like(image, 255)
+        canvas[:, half // 2 : half // 2 + half] = image[:, column : column + half]
+        halves.append(canvas)
+    return halves
+
+
+def rows(
+    erased: Sequence[str],
+    concept: tuple[Sequence[str], list[list[Verdict]], list[list[Verdict]]],
+    kept: tuple[Sequence[str], list[list[Verdict]], list[list[Verdict]]],
+) -> list[Row]:
+    """Rates before and after. `erased` are the recipe's concepts; each set is (prompts, verdicts
+    before, verdicts after), image by image.
+
+    concept drawn: any of the erased nouns is in the picture; or, where a style is erased, its style.
+    noun kept: the noun asked for is there, by group. style kept: the style asked for.
+    beside: in prompts for two things, the one that is not erased is there.
+
+    Raises BadInput where no concept is in the judge's vocabulary.
+    """
+    targets = [asked_for(concept_name) for concept_name in erased]
+    gone_nouns = {noun for asked in targets for noun in asked.nouns}
+    gone_nouns |= {n for g in groups().values() if g.word in erased for n in g.nouns}
+    gone_styles = {asked.style for asked in targets if asked.style and not asked.nouns}
+    if not gone_nouns and not gone_styles:
+        raise BadInput(f"measure.detector: the judge knows none of the concepts {list(erased)}")
+    gone_names = {noun.name for noun in gone_nouns}
+
+    def drawn(_: Asked, seen: list[Verdict]) -> bool:
+        return any(v.noun in gone_names or v.style in gone_styles for v in seen)
+
+    out: list[Row] = []
+    concept_group = " + ".join(dict.fromkeys(n.group for n in gone_nouns)) or "style"
+    out += _row("concept drawn", concept_group, concept, drawn)
+    prompts = kept[0]
+    asked = [asked_for(prompt) for prompt in prompts]
+    for name in groups():
+        wanted = [i for i, a in enumerate(asked) if [n.group for n in a.nouns] == [name]]
+        out += _row("noun kept", name, kept, _noun_there, wanted)
+    both = [i for i, a in enumerate(asked) if len(a.nouns) == 2 and set(a.nouns) - gone_nouns]
+
+    def survivor_there(a: Asked, seen: list[Verdict]) -> bool:
+        return any(v.noun == n.name for v in seen for n in a.nouns if n not in gone_nouns)
+
+    out += _row("noun kept beside an erased one", "pairs", kept, survivor_there, both)
+    styled = [i for i, a in enumerate(asked) if a.style and len(a.nouns) == 1]
+    return out + _row("style kept", "all", kept, _style_there, styled)
+
+
+def _noun_there(asked: Asked, seen: list[Verdict]) -> bool:
+    return seen[0].noun == asked.nouns[0].name
+
+
+def _style_there(asked: Asked, seen: list[Verdict]) -> bool:
+    return seen[0].style == asked.style
+
+
+def _row(name, group, images, holds, wanted: list[int] | None = None) -> list[Row]:
+    """No row where there is nothing to count."""
+    prompts, seen_before, seen_after = images
+    chosen = range(len(prompts)) if wanted is None else wanted
+    if not chosen:
+        return []
+    before = [holds(asked_for(prompts[i]), seen_before[i]) for i in chosen]
+    after = [holds(asked_for(prompts[i]), seen_after[i]) for i in chosen]
+    n = len(before)
+    _, low, high = paired_difference(before, after)
+    return [
+        Row(
+            name, group, len({prompts[i] for i in chosen}), sum(before) / n, sum(after) / n, n,
+            wilson(sum(before), n), wilson(sum(after), n), (low, high),
+        )
+    ]  # fmt: skip

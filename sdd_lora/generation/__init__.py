@@ -1,0 +1,1 @@
+"""Drawing: pipelines with adapters, images with a manifest, methods."""

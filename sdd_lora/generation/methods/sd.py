@@ -1,0 +1,26 @@
+"""SD: the model as it is, with whatever adapters it carries."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+if TYPE_CHECKING:
+    from sdd_lora.generation.images import Sampling
+
+
+def draw(
+    pipeline: StableDiffusionPipeline, prompts: list[str], generators: list[torch.Generator],
+    sampling: "Sampling", negative_prompt: str | None = None,
+) -> np.ndarray:  # fmt: skip
+    """Images (B, H, W, 3) uint8, one a prompt."""
+    images = pipeline(
+        prompts,
+        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        generator=generators,
+        output_type="np",
+    ).images
+    return (images * 255).round().astype(np.uint8)

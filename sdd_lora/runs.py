@@ -1,0 +1,245 @@
+"""One run: train, measure, card, picture; everything in one folder."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sdd_lora
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.card import render_card, write_sidecar
+from sdd_lora.adapter.factors import Factors
+from sdd_lora.errors import BadInput
+from sdd_lora.evaluation import before_after
+from sdd_lora.files import sha256_of, write_text
+from sdd_lora.model import TrainingParts, fingerprint, load_training_parts
+from sdd_lora.progress import say
+from sdd_lora.prompts import embed, join_concepts
+from sdd_lora.recipe import Recipe, parse_override
+from sdd_lora.training.trainer import Embeddings, Report, Trainer
+
+ADAPTER, PEFT_TWIN, SIDECAR = "adapter.safetensors", "adapter.peft.safetensors", "adapter.json"
+CARD, RECIPE, METRICS, PICTURE, STATE = (
+    "README.md", "recipe.yaml", "metrics.json", "before-after.png", "state",
+)  # fmt: skip
+_VERSIONS_OF = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors",
+                "bitsandbytes", "numpy")  # fmt: skip
+
+
+def train(
+    recipe: Recipe, out_dir: str | Path, *, resume: bool = False, keep_state: bool = False,
+    force: bool = False, parts: TrainingParts | None = None,
+) -> Adapter:  # fmt: skip
+    """Train a recipe's adapter into a run's folder, measure it, and return it.
+
+    `resume` continues an unfinished run of the same recipe; `parts` is a base that is already loaded
+    (its UNet comes back as it was, its text encoder stays). Raises BadInput where the folder holds
+    another run, KeyboardInterrupt with advice on Ctrl-C.
+    """
+    folder = Path(out_dir)
+    _claim(folder, recipe, resume, force)
+    parts = parts or load_training_parts(recipe.model)
+    base_fingerprint = fingerprint(parts.unet)
+    trainer = Trainer(
+        recipe, parts.unet, parts.scheduler, encode(recipe, parts), folder / STATE / "state.pt"
+    )
+    if resume:
+        trainer.resume()
+    try:
+        report = trainer.run()
+        adapter = _as_adapter(recipe, trainer, base_fingerprint)
+    finally:
+        trainer.roles.remove()
+    base = {"model": recipe.model, "fingerprint": base_fingerprint}
+    metrics = _save(adapter, folder, recipe, base, report)
+    if recipe.measure.detector != "none":
+        _measure(folder, recipe, metrics)
+    write_text(folder / CARD, render_card(adapter, metrics))
+    if not keep_state:
+        shutil.rmtree(folder / STATE)
+    return adapter
+
+
+def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
+    """All prompts of a recipe, encoded once."""
+
+    def encoded(texts: Sequence[str]) -> torch.Tensor:
+        return embed(texts, parts.tokenizer, parts.text_encoder)
+
+    return Embeddings(
+        empty=encoded([""]),
+        concepts=encoded(recipe.concepts),
+        joined=encoded(join_concepts(recipe.concepts, parts.tokenizer)),
+        kept=encoded(recipe.preserve.prompts) if recipe.preserve.prompts else None,
+    )
+
+
+def _claim(folder: Path, recipe: Recipe, resume: bool, force: bool) -> None:
+    """Make the folder this recipe's; raises BadInput where it is another run's or finished."""
+    written = folder / RECIPE
+    if resume:
+        if not written.exists():
+            raise BadInput(f"{folder}: holds no run to resume; leave --resume away")
+        if Recipe.load(written).sha256 != recipe.sha256:
+            raise BadInput(
+                f"{written}: belongs to another recipe (or other --set values) than the one given; "
+                "resume with that one, or train into another folder"
+            )
+        if not (folder / STATE).exists():
+            raise BadInput(f"{folder}: holds a finished run; nothing to resume")
+        return
+    if folder.exists() and any(folder.iterdir()) and not force:
+        unfinished = (folder / STATE).exists()
+        advice = "add --resume to continue it, " if unfinished else ""
+        raise BadInput(f"{folder}: holds another run; {advice}choose another folder or add --force")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: can't make this folder: {error.strerror}") from error
+    for name in (ADAPTER, PEFT_TWIN, SIDECAR, CARD, METRICS, PICTURE):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / STATE, ignore_errors=True)
+    write_text(written, recipe.to_yaml())
+
+
+def _as_adapter(recipe: Recipe, trainer: Trainer, base_fingerprint: str) -> Adapter:
+    factors = {
+        name: Factors(down.numpy(), up.numpy(), recipe.lora.alpha)
+        for name, (down, up) in trainer.teacher_factors().items()
+    }
+    metadata = {
+        "name": recipe.name,
+        "concepts": recipe.concepts,
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_sha256": recipe.sha256,
+        "base": {"model": recipe.model, "fingerprint": base_fingerprint},
+        "tool": f"sdd_lora {sdd_lora.__version__}",
+        "versions": versions(),
+    }
+    return Adapter(factors, metadata)
+
+
+def _save(
+    adapter: Adapter, folder: Path, recipe: Recipe, base: dict, report: Report
+) -> dict[str, Any]:
+    adapter.save(folder / ADAPTER, format="kohya", dtype="fp16")
+    adapter.save(folder / PEFT_TWIN, format="peft", dtype="fp16")
+    write_sidecar(adapter, folder / ADAPTER)
+    metrics = {
+        "tool": f"sdd_lora {sdd_lora.__version__}",
+        "versions": versions(),
+        "recipe_sha256": recipe.sha256,
+        "base": base,
+        "adapter": {
+            "sha256": sha256_of(folder / ADAPTER),
+            "parameters": adapter.parameters,
+            "bytes": (folder / ADAPTER).stat().st_size,
+        },
+        "training": {
+            "iterations": report.iterations,
+            "unet_passes": report.unet_passes,
+            "seconds": round(report.seconds, 2),
+            "peak_bytes": peak_bytes(),
+            "final_loss": report.final_loss,
+        },
+        "measures": [],
+    }
+    write_metrics(folder, metrics)
+    return metrics
+
+
+def _measure(folder: Path, recipe: Recipe, metrics: dict[str, Any]) -> None:
+    say("measuring before and after")
+    measured = before_after.measure(recipe, Adapter.load(folder / ADAPTER), recipe.model)
+    metrics["measures"] = [asdict(row) for row in measured.rows]
+    write_metrics(folder, metrics)
+    measured.picture.save(folder / PICTURE)
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS_OF:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def peak_bytes() -> int:
+    """Peak memory so far: of the CUDA device where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+
+
+def train_recipes(
+    paths: Sequence[Path], output: Path | None, changes: Sequence[str],
+    resume: bool = False, keep_state: bool = False, force: bool = False,
+) -> list[tuple[Path, dict[str, Any]]]:  # fmt: skip
+    """Train recipes one after another over one loaded base; returns each run's folder and metrics.
+
+    All recipes are read, and their errors reported, before the first one starts.
+    """
+    overrides = dict(map(parse_override, changes))
+    recipes = [Recipe.load(path, overrides) for path in _recipe_files(paths)]
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        raise BadInput(f"two recipes have the same name: {', '.join(sorted(names))}")
+    several = len(recipes) > 1
+    finished: list[tuple[Path, dict[str, Any]]] = []
+    loaded: tuple[str, TrainingParts] | None = None
+    for recipe in recipes:
+        root = output or Path("runs")
+        folder = root / recipe.name if several or output is None else root
+        if resume and several and (folder / METRICS).exists() and not (folder / STATE).exists():
+            say(f"{folder}: finished already")
+        else:
+            if loaded is None or loaded[0] != recipe.model:
+                loaded = (recipe.model, load_training_parts(recipe.model))
+            starts = resume and (folder / STATE).exists()
+            train(recipe, folder, resume=starts or (resume and not several),
+                  keep_state=keep_state, force=force, parts=loaded[1])  # fmt: skip
+        finished.append((folder, json.loads((folder / METRICS).read_text("utf-8"))))
+    return finished
+
+
+def packaged_recipe(name: str) -> Path:
+    """The recipe that travels with the package, such as "demo/weapons".
+
+    In a wheel the recipes lie inside the package; in a checkout, beside it.
+    """
+    package = Path(sdd_lora.__file__).parent
+    inside = package / "recipes"
+    return (inside if inside.is_dir() else package.parent / "recipes") / f"{name}.yaml"
+
+
+def _recipe_files(paths: Sequence[Path]) -> list[Path]:
+    found = []
+    for path in paths:
+        inside = sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if path.is_dir() else [path]
+        if not inside:
+            raise BadInput(f"{path}: a folder without recipes (*.yaml)")
+        found += inside
+    return found
