@@ -178,7 +178,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise BadInput(
             f"{path}: not read: it is broken, or holds more than tensors, which is not executed "
-            f"({str(error).splitlines()[0]})"
+            f"({type(error).__name__})"
         ) from error
     if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
         raise BadInput(f"{path}: expected a dictionary of tensors")

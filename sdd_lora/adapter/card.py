@@ -130,13 +130,13 @@ def render_card(adapter: "Adapter", metrics: Mapping[str, Any]) -> str:
     return environment.from_string(template).render(
         front_matter=_front_matter(adapter.metadata),
         adapter=adapter,
-        metadata=adapter.metadata,
+        parts=adapter.metadata.get("merged_from", []),
         description=describe(adapter.metadata),
         base=base_model(adapter.metadata),
         modules=len(adapter.factors),
         measures=metrics.get("measures", []),
         training=metrics.get("training", {}),
-        file=metrics.get("adapter", {}),
+        file={"bytes": None, "sha256": None} | metrics.get("adapter", {}),
         versions=metrics.get("versions", {}),
     )
 

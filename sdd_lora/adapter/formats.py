@@ -12,6 +12,7 @@ Written files fold the scale into `up`, so that a reader who overlooks alpha is 
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -45,16 +46,17 @@ _WRITTEN: dict[str, tuple[Callable[[str], str], str, str]] = {
     "attn-procs": (names.attn_procs_stem, ".down.weight", ".up.weight"),
 }
 
-#: Marks in keys of what is no plain low-rank delta → what it is.
+#: Endings of keys of what is no plain low-rank delta → what it is.
 _OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "lora_mid": "a Tucker-decomposed LoCon",
-    "lora_B.bias": "a LoRA with biases",
+    ".dora_scale": "DoRA",
+    ".lora_magnitude_vector": "DoRA",
+    **{f".hada_{part}": "LoHa" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f".lokr_{part}": "LoKr" for part in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")},
+    ".oft_blocks": "OFT",
+    ".lora_mid.weight": "a Tucker-decomposed LoCon",
+    ".lora_B.bias": "a LoRA with biases",
     ".diff": "a full difference",
+    ".diff_b": "a full difference",
 }
 #: Marks in keys that only another family's adapters have, the first that fits counting.
 _FAMILY_MARKS = {
@@ -82,7 +84,7 @@ def form_of(keys: Iterable[str]) -> str:
 
 def looks_like_adapter(keys: Iterable[str]) -> bool:
     """Whether any key is a LoRA's: what tells an adapter from a checkpoint."""
-    return any(split_key(key) or _mark_in(key, _OTHER_KINDS) for key in keys)
+    return any(split_key(key) or key.endswith(tuple(_OTHER_KINDS)) for key in keys)
 
 
 def decode(tensors: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Factors]:
@@ -224,7 +226,8 @@ def _factors(name: str, parts: dict[str, Any], alphas: _PeftAlphas) -> Factors:
         kernel = _kernel(name, down, up)
         rank = down.shape[0]
         alpha = _scalar(parts["alpha"]) if "alpha" in parts else alphas.alpha_of(name, rank)
-        return Factors(down.reshape(rank, -1), up.reshape(up.shape[0], -1), alpha, kernel)
+        wide_in, up_rank = math.prod(down.shape[1:]), math.prod(up.shape[1:])
+        return Factors(down.reshape(rank, wide_in), up.reshape(len(up), up_rank), alpha, kernel)
     except (BadInput, ValueError) as error:
         raise BadInput(f"{name}: {error}") from error
 
@@ -276,17 +279,14 @@ def _form_of_key(key: str) -> str:
     return "attn-procs" if split_key(key) else "unknown"
 
 
-def _mark_in(key: str, marks: Iterable[str]) -> str | None:
-    return next((mark for mark in marks if mark in key), None)
-
-
 def _why_unknown(unknown: list[str], count: int) -> str:
     for key in unknown:
-        if mark := _mark_in(key, _OTHER_KINDS):
-            return f"{key}: {_OTHER_KINDS[mark]}; expected a plain LoRA (up and down factors)"
+        for ending, kind in _OTHER_KINDS.items():
+            if key.endswith(ending):
+                return f"{key}: {kind}; expected a plain LoRA (up and down factors)"
     for family, marks in _FAMILY_MARKS.items():
         for key in unknown:
-            if _mark_in(key, marks):
+            if any(mark in key for mark in marks):
                 return f"an adapter for {family}; expected one for SD 1.x (the key {key} tells)"
     shown = ", ".join(unknown[:3]) + (", …" if len(unknown) > 3 else "")
     return (

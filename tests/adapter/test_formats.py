@@ -1,0 +1,207 @@
+"""Every form is read and written with the same delta; golden files say what each form is."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from adapter_making import (
+    ATTENTION_KINDS,
+    KINDS,
+    TO_K,
+    distance,
+    random_adapter,
+    random_factors,
+    shapes,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from sdd_lora.adapter import formats
+from sdd_lora.adapter.adapter import Adapter, Factors
+from sdd_lora.errors import BadInput
+from sdd_lora.safetensors_file import read_header
+
+GOLDEN = Path(__file__).parent / "golden"
+#: Relative to the largest entry: two factors of a product, each rounded once.
+ROUNDING = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.6e-2}
+
+
+def golden_makers():
+    spec = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("form", ["kohya", "ldm", "peft", "peft-plain", "bare", "attn-procs"])
+def test_golden_file_is_read(form):
+    make = golden_makers()
+    path = GOLDEN / f"{form}.safetensors"
+    tensors, header = make.MAKERS[form]()
+    stored = load_file(path)
+    assert stored.keys() == tensors.keys(), "run golden/make.py"
+    assert all(np.array_equal(stored[key], tensors[key]) for key in tensors)
+    assert read_header(path).metadata == header
+
+    adapter = Adapter.load(path)
+    assert adapter.factors.keys() == {make.TO_K, make.TO_OUT}
+    for name, factors in adapter.factors.items():
+        np.testing.assert_array_equal(factors.delta(), make.delta(name))
+    assert formats.form_of(stored) == form.removesuffix("-plain")
+
+
+@pytest.mark.parametrize("form", ["kohya", "ldm", "peft", "attn-procs"])
+def test_written_keys_are_the_golden_ones(form):
+    adapter = Adapter.load(GOLDEN / "bare.safetensors")
+    assert adapter.to_state_dict(form).keys() == load_file(GOLDEN / f"{form}.safetensors").keys()
+
+
+@st.composite
+def adapters(draw, kinds=KINDS):
+    """Any modules, each with its own rank and alpha."""
+    chosen = draw(st.lists(st.sampled_from(kinds), min_size=1, unique=True))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    factors = {
+        name: random_factors(
+            shapes()[name], draw(st.integers(1, 6)),
+            draw(st.floats(0.125, 16) | st.floats(-2, -0.125)), rng,
+        )
+        for name in chosen
+    }  # fmt: skip
+    return Adapter(factors, {"name": "drawn"})
+
+
+no_fixture_resets = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("form", ["kohya", "peft", "ldm"])
+@no_fixture_resets
+@given(adapter=adapters())
+def test_a_file_holds_the_same_delta(form, dtype, adapter, tmp_path):
+    loaded = Adapter.load(adapter.save(tmp_path / "a.safetensors", form, dtype))
+    assert distance(adapter, loaded) < ROUNDING[dtype]
+    assert loaded.identity == adapter.identity
+    for name, factors in adapter.factors.items():
+        assert loaded.factors[name].weight_shape == factors.weight_shape
+
+
+@no_fixture_resets
+@given(adapter=adapters(ATTENTION_KINDS))
+def test_attn_procs_holds_the_same_delta(adapter, tmp_path):
+    loaded = Adapter.load(adapter.save(tmp_path / "a.safetensors", "attn-procs", "fp32"))
+    assert distance(adapter, loaded) < ROUNDING["fp32"]
+
+
+@no_fixture_resets
+@given(adapter=adapters(), forms=st.permutations(["kohya", "peft", "ldm"]))
+def test_converting_again_changes_no_byte(adapter, forms, tmp_path):
+    """After the first file the scale is folded, so that any chain of conversions is exact."""
+    first = adapter.save(tmp_path / "first.safetensors", "kohya", "fp32")
+    path = first
+    for n, form in enumerate(forms):
+        path = Adapter.load(path).save(tmp_path / f"{n}.safetensors", form, "fp32")
+    last = Adapter.load(path).save(tmp_path / "last.safetensors", "kohya", "fp32")
+    assert distance(Adapter.load(first), Adapter.load(last)) == 0
+    assert first.read_bytes() == last.read_bytes()
+
+
+def test_the_file_that_everybody_loads(tmp_path):
+    """One rank and alpha = rank for all modules, 2-D tensors, and nothing that upsets a loader."""
+    mixed = random_adapter(modules=(TO_K,), rank=3, alpha=1.5).factors
+    mixed |= random_adapter(modules=KINDS[1:3], rank=5, alpha=7.0).factors
+    path = Adapter(mixed).save(tmp_path / "a.safetensors")
+    tensors = load_file(path)
+    assert {key.rpartition("lora_")[2] for key in tensors if "alpha" not in key} == {
+        "down.weight", "up.weight",
+    }  # fmt: skip
+    for key, tensor in tensors.items():
+        assert key.startswith("lora_unet_down_blocks_0_")
+        if key.endswith(".alpha"):
+            assert tensor == 5
+        else:
+            assert 5 in tensor.shape
+            assert tensor.ndim == 2
+            assert tensor.dtype == np.float16
+    assert "lora_adapter_metadata" not in read_header(path).metadata
+
+
+def test_tiny_factors_survive_fp16(tmp_path):
+    """up of 1e-7 would be subnormal in fp16; balancing the pair keeps the delta."""
+    adapter = random_adapter(size=1e-7)
+    naive = {k: v.astype(np.float16) for k, v in adapter.to_state_dict("kohya").items()}
+    assert distance(adapter, Adapter.from_state_dict(naive)) > 10 * ROUNDING["fp16"]
+    loaded = Adapter.load(adapter.save(tmp_path / "a.safetensors", "kohya", "fp16"))
+    assert distance(adapter, loaded) < ROUNDING["fp16"]
+
+
+def test_a_delta_too_large_for_fp16_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"don't fit fp16"):
+        random_adapter(size=1e12).save(tmp_path / "a.safetensors", "kohya", "fp16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_attn_procs_names_what_it_cannot_hold(tmp_path):
+    with pytest.raises(BadInput, match=r"attention modules alone; 1 others .*proj_in"):
+        random_adapter(modules=(TO_K, KINDS[5])).save(tmp_path / "a.safetensors", "attn-procs")
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_tensors_and_alphas_are_read():
+    down, up = torch.ones(2, 128, dtype=torch.bfloat16), torch.ones(32, 2, requires_grad=True)
+    adapter = Adapter.from_state_dict(
+        {f"{TO_K}.lora_A.weight": down, f"{TO_K}.lora_B.weight": up,
+         f"{TO_K}.alpha": torch.tensor(1.0)}
+    )  # fmt: skip
+    assert torch.equal(adapter.delta(TO_K), torch.full((32, 128), 1.0))
+    assert adapter.parameters == 2 * (128 + 32)
+
+
+def test_two_dimensional_factors_of_a_convolution_are_written_back_as_one():
+    down, up = np.ones((2, 32), np.float32), np.ones((32, 2), np.float32)
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    adapter = Adapter.from_state_dict(
+        {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    )
+    written = adapter.to_state_dict("peft")
+    assert [t.shape for t in written.values()] == [(2, 32, 1, 1), (32, 2, 1, 1)]
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    config = '{"lora_alpha": 3, "use_rslora": true}'
+    tensors = random_adapter(modules=(TO_K,), rank=4).to_state_dict("peft")
+    factors = formats.decode(tensors, {"lora_adapter_metadata": config})
+    assert factors[TO_K].scale == pytest.approx(3 / 2)
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path):
+    adapter = random_adapter(concepts=["bomb"], zeta=1, alpha=2.0)
+    reordered = Adapter(
+        dict(reversed(adapter.factors.items())), dict(reversed(adapter.metadata.items()))
+    )
+    first = adapter.save(tmp_path / "a.safetensors").read_bytes()
+    assert reordered.save(tmp_path / "b.safetensors").read_bytes() == first
+
+
+def test_text_encoder_names_of_transformers_5_are_read():
+    tensors = {
+        "text_encoder.encoder.layers.1.mlp.fc1.lora_A.weight": np.ones((1, 128), np.float32),
+        "text_encoder.encoder.layers.1.mlp.fc1.lora_B.weight": np.ones((512, 1), np.float32),
+    }
+    adapter = Adapter.from_state_dict(tensors)
+    assert list(adapter.factors) == ["text_encoder.text_model.encoder.layers.1.mlp.fc1"]
+
+
+def test_balancing_changes_nothing_but_the_split():
+    factors = random_factors((32, 128), 4, 4.0, np.random.default_rng(0), size=1e-5)
+    balanced = factors.balanced()
+    np.testing.assert_array_equal(balanced.delta(), factors.delta())
+    ratio = np.abs(balanced.up).max(axis=0) / np.abs(balanced.down).max(axis=1)
+    assert ((ratio > 0.4) & (ratio < 2.5)).all()
+    zero = Factors(np.zeros((1, 3), np.float32), np.ones((2, 1), np.float32), 1.0)
+    assert not zero.balanced().delta().any()
