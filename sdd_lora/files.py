@@ -1,7 +1,9 @@
 """Outputs appear whole or not at all: a temporary file in the same folder, fsync, rename."""
 
+import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,29 +23,100 @@ def refuse_existing(path: Path, force: bool) -> None:
 def atomic_output(path: Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends well, and nothing otherwise.
 
-    Raises BadInput where the folder is missing or can't be written, SddLoraError on a full disk.
+    It can be read and written anywhere. On Linux it has no name until it is whole, so that nothing
+    is left behind even by a kill. Raises BadInput where the folder is missing or can't be written,
+    SddLoraError on a full disk.
     """
     path = Path(path)
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; expected the name of a file to write")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = _open_temporary(path)
     except OSError as error:
         raise BadInput(f"{path}: can't write there: {error.strerror}") from error
-    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+            if temporary is None:
+                _link(file.fileno(), path)
+        if temporary is not None:
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise SddLoraError(f"{path}: not written: {error.strerror or error}") from error
     finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill that becomes `path` when the block ends well, and nothing otherwise.
+
+    What a killed call left behind is cleared by the next one for the same `path`. Raises BadInput
+    where `path` is a file, its parent can't be written, or another process is writing it.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise BadInput(f"{path}: is a file; expected the name of a folder to write")
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old.tmp")
+    try:
+        temporary.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{path}: can't write there: {error.strerror}") from error
+    with locked(temporary):
+        try:
+            _put_back(old, path)
+            _clear(temporary)
+            yield temporary
+            sync_tree(temporary)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise SddLoraError(f"{path}: not written: {error.strerror or error}") from error
+        finally:
+            _put_back(old, path)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file or folder against other calls of this tool, where the platform has locks.
+
+    Raises BadInput where another process holds it.
+    """
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise BadInput(f"{path}: another process is changing it; wait for it to end") from error
+    finally:
+        os.close(descriptor)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raises SddLoraError where the disk of `folder` has less room than is needed."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise BadInput(f"{folder}: can't write there: {error.strerror}") from error
+    if free < needed_bytes:
+        raise SddLoraError(
+            f"{folder}: too little disk: {needed_bytes / 1e6:,.0f} MB are needed, "
+            f"{free / 1e6:,.0f} MB are free; nothing was written"
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,6 +136,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make everything in a folder durable; Windows syncs no file that is open for reading."""
+    if os.name == "nt":
+        return
+    for file in folder.rglob("*"):
+        if file.is_dir():
+            sync_folder(file)
+        elif not file.is_symlink():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+    sync_folder(folder)
+
+
 def sha256_of(path: Path) -> str:
     """The file's SHA-256, hexadecimal."""
     digest = hashlib.sha256()
@@ -70,6 +156,49 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _open_temporary(path: Path) -> tuple[int, Path | None]:
+    """A new file in the folder of `path`, and its name where it needs one."""
+    if hasattr(os, "O_TMPFILE"):
+        try:
+            return os.open(path.parent, os.O_TMPFILE | os.O_RDWR, 0o666), None
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    return handle, Path(name)
+
+
+def _link(descriptor: int, path: Path) -> None:
+    """Give the nameless file its name; an existing one is replaced in one step."""
+    folder = os.open(path.parent, os.O_RDONLY)  # asking for a folder makes Python follow the link
+    source = f"/proc/self/fd/{descriptor}"
+    try:
+        try:
+            os.link(source, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except FileExistsError:
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.unlink(missing_ok=True)
+            os.link(source, temporary.name, src_dir_fd=folder, dst_dir_fd=folder)
+            os.replace(temporary, path)
+    finally:
+        os.close(folder)
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """Undo half a replacement, or clear up after a whole one: a call may end between two renames."""
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _umask() -> int:

@@ -1,0 +1,140 @@
+"""W' = round(W + Σ wᵢ·ΔWᵢ): summed in fp64 from the untouched base, rounded once."""
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+from sdd_lora.adapter.factors import Factors
+from sdd_lora.checkpoint.stream import as_array
+from sdd_lora.errors import BadInput
+from sdd_lora.safetensors_file import TensorInfo
+
+#: Rows are edited in blocks of about this many weights, so that memory doesn't grow with a matrix.
+BLOCK_WEIGHTS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the sum becomes the stored dtype: to nearest even, or up or down at random.
+
+    Stochastic rounding keeps an edit smaller than the dtype's step alive on average. It draws from
+    (seed, the tensor's name), so that the same call gives the same bytes.
+    """
+
+    how: Literal["nearest", "stochastic"] = "nearest"
+    seed: int = 0
+
+    def __call__(self, exact: np.ndarray, dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            near = exact.astype(dtype)
+        if self.how == "nearest":
+            return near
+        end = ml_dtypes.finfo(dtype).max  # not infinity: F8_E4M3 has none
+        other = np.nextafter(near, np.where(near.astype(np.float64) < exact, end, -end))
+        step = np.abs(other.astype(np.float64) - near.astype(np.float64))
+        share = np.abs(exact - near.astype(np.float64))
+        with np.errstate(invalid="ignore"):  # where `near` has overflowed
+            return np.where(rng.random(exact.shape) * step < share, other, near)
+
+    def generator(self, name: str) -> np.random.Generator:
+        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Σ wᵢ·ΔWᵢ of one module as factors side by side, fp64: up (out, R), down (R, in)."""
+
+    up: np.ndarray
+    down: np.ndarray
+    weight_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Factors, float]]) -> "Delta":
+        """Of factors of one module with their weights."""
+        ups = [part.up.astype(np.float64) * (part.scale * weight) for part, weight in parts]
+        downs = [part.down.astype(np.float64) for part, _ in parts]
+        return cls(np.concatenate(ups, axis=1), np.concatenate(downs), parts[0][0].weight_shape)
+
+    def rows(self, block: slice) -> np.ndarray:
+        return self.up[block] @ self.down
+
+    def blocks(self) -> Iterator[slice]:
+        out, wide = self.up.shape[0], self.down.shape[1]
+        height = max(1, BLOCK_WEIGHTS // wide)
+        for start in range(0, out, height):
+            yield slice(start, min(start + height, out))
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it is for a weight of this shape; 1×1 convolutions are matrices and back."""
+        return _without_ones(shape) == _without_ones(self.weight_shape)
+
+
+@dataclass
+class Tally:
+    """What rounding left of an edit, over one tensor or many.
+
+    `intended` is ‖Δ‖; `realised` the share of Δ that W' − W has along Δ (1 is all of it); `error`
+    is ‖W' − (W + Δ)‖ / ‖Δ‖.
+    """
+
+    square: float = 0.0
+    product: float = 0.0
+    error_square: float = 0.0
+
+    def __iadd__(self, other: "Tally") -> "Tally":
+        self.square += other.square
+        self.product += other.product
+        self.error_square += other.error_square
+        return self
+
+    @property
+    def intended(self) -> float:
+        return math.sqrt(self.square)
+
+    @property
+    def realised(self) -> float:
+        return self.product / self.square if self.square else 1.0
+
+    @property
+    def error(self) -> float:
+        return math.sqrt(self.error_square / self.square) if self.square else 0.0
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A tensor after the edit: its bytes, and what rounding left of it."""
+
+    data: bytes
+    tally: Tally = field(default_factory=Tally)
+
+
+def edit(name: str, data: bytes, info: TensorInfo, delta: Delta, rounding: Rounding) -> Edited:
+    """Add `delta` to a tensor given by its bytes. Raises BadInput where the result overflows."""
+    weight = as_array(data, info).reshape(delta.up.shape[0], -1)
+    result = np.empty_like(weight)
+    tally = Tally()
+    rng = rounding.generator(name)
+    for block in delta.blocks():
+        before, change = weight[block].astype(np.float64), delta.rows(block)
+        exact = before + change
+        result[block] = rounding(exact, weight.dtype, rng)
+        after = result[block].astype(np.float64)
+        if not np.isfinite(after).all() and np.isfinite(exact).all():
+            raise BadInput(
+                f"{name}: the edited weights, up to {np.abs(exact).max():.3g}, don't fit "
+                f"{info.dtype}; use a smaller weight or a wider copy of the model"
+            )
+        tally += Tally(
+            float(np.vdot(change, change)), float(np.vdot(after - before, change)),
+            float(np.vdot(after - exact, after - exact)),
+        )  # fmt: skip
+    return Edited(result.tobytes(), tally)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if shape[2:] == (1, 1) else shape
