@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -136,6 +136,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def link_tree(source: Path, target: Path, leave_out: Collection[Path]) -> None:
+    """Fill `target` with the files of `source`: as hard links where that can be, else as copies.
+
+    Symbolic links (a hub cache's) are followed to what they name.
+    """
+    for folder, _, names in os.walk(source, followlinks=True):
+        into = target / Path(folder).relative_to(source)
+        into.mkdir(exist_ok=True)
+        for name in names:
+            file = Path(folder) / name
+            if file in leave_out:
+                continue
+            try:
+                os.link(file.resolve(), into / name)
+            except OSError:
+                shutil.copyfile(file, into / name)
+
+
 def sync_tree(folder: Path) -> None:
     """Make everything in a folder durable; Windows syncs no file that is open for reading."""
     if os.name == "nt":
@@ -187,7 +205,7 @@ def _link(descriptor: int, path: Path) -> None:
 
 
 def _put_back(old: Path, path: Path) -> None:
-    """Undo half a replacement, or clear up after a whole one: a call may end between two renames."""
+    """Undo half a replacement, or clear up after a whole one; a kill may fall between renames."""
     if old.exists() and not path.exists():
         os.replace(old, path)
     shutil.rmtree(old, ignore_errors=True)

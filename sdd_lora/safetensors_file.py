@@ -84,8 +84,14 @@ def header_of(file: BinaryIO, where: str) -> Header:
     """`read_header` for an open file, from its beginning; `where` names it in errors."""
     size = file.seek(0, 2)
     file.seek(0)
-    length = _header_length(file.read(8), size, where)
-    entries = _parse(file.read(length), where)
+    prefix = file.read(8)
+    return header_from_bytes(prefix + file.read(_header_length(prefix, size, where)), size, where)
+
+
+def header_from_bytes(head: bytes, size: int, where: str) -> Header:
+    """`header_of` from the header's own bytes, length prefix included, of a file of `size` bytes."""
+    length = _header_length(head[:8], size, where)
+    entries = _parse(head[8 : 8 + length], where)
     metadata = entries.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise BadInput(f"{where}: {METADATA_KEY} of the header must map names to text")

@@ -51,14 +51,13 @@ class Delta:
 
     up: np.ndarray
     down: np.ndarray
-    weight_shape: tuple[int, ...]
 
     @classmethod
     def of(cls, parts: Sequence[tuple[Factors, float]]) -> "Delta":
         """Of factors of one module with their weights."""
         ups = [part.up.astype(np.float64) * (part.scale * weight) for part, weight in parts]
         downs = [part.down.astype(np.float64) for part, _ in parts]
-        return cls(np.concatenate(ups, axis=1), np.concatenate(downs), parts[0][0].weight_shape)
+        return cls(np.concatenate(ups, axis=1), np.concatenate(downs))
 
     def rows(self, block: slice) -> np.ndarray:
         return self.up[block] @ self.down
@@ -68,10 +67,6 @@ class Delta:
         height = max(1, BLOCK_WEIGHTS // wide)
         for start in range(0, out, height):
             yield slice(start, min(start + height, out))
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it is for a weight of this shape; 1×1 convolutions are matrices and back."""
-        return _without_ones(shape) == _without_ones(self.weight_shape)
 
 
 @dataclass
@@ -134,6 +129,11 @@ def edit(name: str, data: bytes, info: TensorInfo, delta: Delta, rounding: Round
             float(np.vdot(after - exact, after - exact)),
         )  # fmt: skip
     return Edited(result.tobytes(), tally)
+
+
+def fits(delta_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:
+    """Whether a delta is for a weight of this shape; 1×1 convolutions are matrices and back."""
+    return _without_ones(delta_shape) == _without_ones(weight_shape)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -157,13 +157,26 @@ def require_sd1_unet(checkpoint: Checkpoint) -> None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the headers of a MODEL on disk. Raises BadInput where it is missing or damaged."""
+    """Read the headers of a MODEL on disk.
+
+    Raises BadInput where it is missing, damaged, or half-way through a change in place.
+    """
     path = Path(path)
+    if (journal := journal_of(path)).exists():
+        raise BadInput(
+            f"{path}: a change in place is under way, or was interrupted; where none is running, "
+            f"roll it back: sdd-lora unbake {path} {journal} --in-place"
+        )
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
         raise BadInput(f"{path}: no such file or folder")
     return _open_file(path)
+
+
+def journal_of(path: Path) -> Path:
+    """Where the journal of a change in place lies, beside a file or inside a folder."""
+    return path / ".sdd-lora-journal" if path.is_dir() else path.with_name(f"{path.name}.journal")
 
 
 def read_any_header(path: Path) -> Header:

@@ -45,6 +45,14 @@ def read_bytes(file: BinaryIO, header: Header, key: str) -> bytes:
     return info.gather(data).tobytes() if isinstance(info, StridedInfo) else data
 
 
+def read_pieces(file: BinaryIO, header: Header, key: str) -> Iterator[bytes]:
+    """A tensor's bytes as they stand in the file, a buffer at a time."""
+    info = header.tensors[key]
+    for start in range(info.start, info.end, BUFFER_BYTES):
+        file.seek(header.data_start + start)
+        yield file.read(min(BUFFER_BYTES, info.end - start))
+
+
 def as_array(data: bytes, info: TensorInfo) -> np.ndarray:
     """A tensor from its bytes, in its stored dtype and shape."""
     return np.frombuffer(data, DTYPES[info.dtype]).reshape(info.shape)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.checkpoint.arithmetic import BLOCK_WEIGHTS, Delta, Rounding, edit
+from sdd_lora.checkpoint.arithmetic import BLOCK_WEIGHTS, Delta, Rounding, edit, fits
 from sdd_lora.errors import BadInput
 from sdd_lora.safetensors_file import DTYPES, TensorInfo
 
@@ -68,9 +68,9 @@ def test_convolutions_are_flattened():
     weight = rng.standard_normal((5, 4, 3, 3))
     before, after, _ = run(weight, "F32", [(part, 1.0)])
     np.testing.assert_allclose(after - before, part.delta().reshape(5, 4, 3, 3), atol=1e-5)
-    assert Delta.of([(part, 1.0)]).fits((5, 4, 3, 3))
-    assert not Delta.of([(part, 1.0)]).fits((5, 36))
-    assert Delta.of([(factors(rng), 1.0)]).fits((24, 16, 1, 1))
+    assert fits(part.weight_shape, (5, 4, 3, 3))
+    assert not fits(part.weight_shape, (5, 36))
+    assert fits((24, 16), (24, 16, 1, 1))
 
 
 def test_bf16_swallows_a_small_edit_and_stochastic_rounding_keeps_it_on_average():

@@ -1,0 +1,550 @@
+"""Adapters into a checkpoint: a copy with the touched tensors edited, or the file itself."""
+
+import hashlib
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from sdd_lora import names
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.factors import Factors
+from sdd_lora.checkpoint import pickles, presence, provenance
+from sdd_lora.checkpoint.arithmetic import Delta, Rounding, Tally, edit, fits
+from sdd_lora.checkpoint.layout import (
+    EMA,
+    Checkpoint,
+    Copy,
+    journal_of,
+    open_checkpoint,
+    require_sd1_unet,
+)
+from sdd_lora.checkpoint.provenance import BakedAdapter, Baking
+from sdd_lora.checkpoint.room import insert_room
+from sdd_lora.checkpoint.stream import (
+    PAGE_BYTES,
+    Segment,
+    copy_range,
+    encode_header,
+    merged,
+    pad_header,
+    read_bytes,
+    write_at,
+)
+from sdd_lora.checkpoint.undo import recover, size_of_undo, write_undo
+from sdd_lora.errors import BadInput
+from sdd_lora.files import (
+    atomic_folder,
+    atomic_output,
+    link_tree,
+    locked,
+    refuse_existing,
+    require_space,
+    sync_folder,
+)
+from sdd_lora.progress import warn
+from sdd_lora.safetensors_file import DTYPES, Header, TensorInfo, open_input
+
+Weighted = Sequence[tuple[Adapter, float]]
+EmaChoice = Literal["patch", "drop"]
+
+#: Below this share of an edit surviving the rounding, or above that error, a warning is due.
+_REALISED_ENOUGH, _ERROR_TOO_MUCH = 0.9, 0.5
+_STORED_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a bake did to one tensor; see `arithmetic.Tally` for the numbers."""
+
+    module: str
+    file: Path
+    key: str
+    dtype: str
+    intended: float
+    realised: float
+    error: float
+
+
+@dataclass
+class BakeReport:
+    """What was baked, where, and what rounding left of it.
+
+    `copies` names the sets of weights that were found and edited (EMA copies, variants), `left_out`
+    what of a legacy file or a folder isn't in the output, `refused` the globals of a pickle.
+    """
+
+    model: Path
+    output: Path
+    undo: Path | None
+    adapters: tuple[BakedAdapter, ...]
+    copies: tuple[str, ...]
+    dropped: int
+    changes: list[Change] = field(default_factory=list)
+    left_out: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    warnings: list[str] = field(default_factory=list)
+    total: Tally = field(default_factory=Tally)
+
+
+@dataclass(frozen=True)
+class _Edits:
+    """What is to be done to one file: the tensors to edit, in the file's order, and to drop."""
+
+    path: Path
+    header: Header
+    parts: dict[str, tuple[str, list[tuple[Factors, float]]]]  # key → module, ΔWᵢ and wᵢ
+    dropped: frozenset[str]
+
+
+def bake(
+    model: str | Path, adapters: Weighted, out: str | Path | None = None, *,
+    in_place: bool = False, undo: str | Path | None = None, ema: EmaChoice = "patch",
+    rounding: Rounding | None = None, base: str | Path | None = None, force: bool = False,
+) -> BakeReport:  # fmt: skip
+    """Write Σ wᵢ·ΔWᵢ into a checkpoint on disk: to `out`, or in place with an undo file.
+
+    W' = round(W + Σ wᵢ·ΔWᵢ), summed in fp64 and rounded once, in every copy of the weights. All
+    other bytes, the tensors' order and the metadata stay; what was baked is added to the metadata.
+    With `base`, an adapter whose delta already lies in the model is found without its metadata.
+
+    Raises BadInput where the model is no Stable Diffusion 1.x, an adapter doesn't fit or is in it
+    already, or an output stands in the way; SddLoraError where the disk is full or fails. The model
+    is then as it was.
+    """
+    model = Path(model)
+    rounding = rounding or Rounding()
+    if in_place == (out is not None):
+        raise BadInput("expected either an output (-o) or --in-place")
+    _require_adapters(adapters)
+    if in_place:
+        recover(model)
+    checkpoint = open_checkpoint(model)
+    require_sd1_unet(checkpoint)
+    if base is not None:
+        presence.refuse_present(checkpoint, open_checkpoint(Path(base)), adapters)
+    job = _Job(checkpoint, adapters, ema, rounding, None if undo is None else Path(undo))
+    if in_place:
+        job.in_place(force)
+    else:
+        assert out is not None
+        job.to(Path(out), force)
+    job.judge()
+    return job.report
+
+
+def _require_adapters(adapters: Weighted) -> None:
+    if not adapters:
+        raise BadInput("nothing to bake: expected at least one adapter")
+    seen: set[str] = set()
+    for adapter, weight in adapters:
+        if not math.isfinite(weight) or weight == 0:
+            raise BadInput(f"{adapter.name}: expected a finite weight other than 0, found {weight}")
+        if not adapter.factors:
+            raise BadInput(f"{adapter.name}: nothing to bake: it holds no module")
+        if adapter.identity in seen:
+            raise BadInput(
+                f"{adapter.name}: given twice; give it once, with the sum of the weights"
+            )
+        seen.add(adapter.identity)
+
+
+class _Job:
+    """One call of `bake`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice, rounding: Rounding,
+        undo: Path | None,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.rounding, self.undo, self.ema = checkpoint, rounding, undo, ema
+        self.edits = _plan(checkpoint, adapters, ema)
+        self.baked = tuple(BakedAdapter.of(adapter, weight) for adapter, weight in adapters)
+        self.chains = {
+            edits.path: provenance.chain_of(edits.path, edits.header) for edits in self.edits
+        }  # fmt: skip
+        copies = tuple(
+            f"{copy.component}: {copy.label}" for copy in checkpoint.copies
+            if not (copy.label == EMA and ema == "drop")
+        )  # fmt: skip
+        self.report = BakeReport(
+            checkpoint.path, checkpoint.path, undo, self.baked, copies,
+            sum(len(edits.dropped) for edits in self.edits),
+        )  # fmt: skip
+        self._refuse_twice()
+
+    def _refuse_twice(self) -> None:
+        for path, chain in self.chains.items():
+            for known in (adapter for baking in chain for adapter in baking.adapters):
+                for new in self.baked:
+                    if new.identities & known.identities:
+                        raise BadInput(
+                            f"{path}: {new.name} is in it already, as {known.name} at weight "
+                            f"{known.weight:g}; unbake it first, or bake into the original"
+                        )
+        if any(self.chains.values()):
+            self.report.warnings.append(
+                f"{self.checkpoint.path} holds baked adapters already, so its weights are rounded "
+                "a second time; for one rounding, bake all of them into the original"
+            )
+
+    def judge(self) -> None:
+        """Warn where the dtype kept too little of the edit."""
+        for dtype in sorted({change.dtype for change in self.report.changes}):
+            changes = [change for change in self.report.changes if change.dtype == dtype]
+            poor = [
+                change for change in changes
+                if change.realised < _REALISED_ENOUGH or change.error > _ERROR_TOO_MUCH
+            ]  # fmt: skip
+            if poor:
+                worst = min(change.realised for change in poor)
+                self.report.warnings.append(
+                    f"{dtype} is too coarse for this edit: {len(poor)} of {len(changes)} tensors "
+                    f"keep too little of it (the least: {worst:.0%}); bake with --rounding "
+                    "stochastic, or into an fp16 or fp32 copy of the model"
+                )
+        for message in self.report.warnings:
+            warn(message)
+
+    # To a new file or folder
+
+    def to(self, out: Path, force: bool) -> None:
+        source = self.checkpoint.path
+        self._require_new(out, force)
+        if self.undo is not None:
+            refuse_existing(self.undo, force)
+            self._require_undo_possible()
+        self._require_space(out)
+        self.report.output = out
+        if source.is_dir():
+            with atomic_folder(out) as folder:
+                self._write_undo()
+                self._fill(folder)
+        else:
+            with atomic_output(out) as file:
+                self._write_undo()
+                self._write(self.edits[0], file)
+
+    def _write_undo(self) -> None:
+        if self.undo is not None:
+            with atomic_output(self.undo) as kept:
+                write_undo(kept, self._undo_content())
+
+    def _fill(self, folder: Path) -> None:
+        """The model's folder anew: untouched files linked, edited ones written."""
+        root = self.checkpoint.path
+        rewritten = [edits.path for edits in self.edits]
+        sidecars = map(provenance.sidecar_of, rewritten)
+        link_tree(root, folder, [*rewritten, *sidecars, *self.checkpoint.unread])
+        self.report.left_out += tuple(
+            path.relative_to(root).as_posix() for path in self.checkpoint.unread
+        )
+        for edits in self.edits:
+            target = folder / edits.path.relative_to(root)
+            if pickles.is_pickle(edits.path):
+                target = _as_safetensors(target)
+            with open(target, "w+b") as file:
+                self._write(edits, file)
+
+    def _require_new(self, out: Path, force: bool) -> None:
+        source = self.checkpoint.path
+        if out.exists() and out.samefile(source):
+            raise BadInput(f"{out}: is the input itself; choose another output or --in-place")
+        refuse_existing(out, force)
+        if source.is_file() and out.suffix != ".safetensors":
+            raise BadInput(f"{out}: expected an output named *.safetensors")
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise BadInput(f"{out}: lies inside the input; choose another output")
+
+    def _require_undo_possible(self) -> None:
+        legacy = [edits.path for edits in self.edits if pickles.is_pickle(edits.path)]
+        if legacy:
+            raise BadInput(f"{legacy[0]}: a legacy file has no undo: the original stays; keep it")
+        if self.ema == "drop":
+            raise BadInput(
+                "--ema drop has no undo: the undo file would hold all EMA copies; keep the original"
+            )
+
+    def _require_space(self, out: Path) -> None:
+        needed = sum(
+            edits.header.data_start + PAGE_BYTES + sum(
+                _stored_bytes(info) for key, info in edits.header.tensors.items()
+                if key not in edits.dropped
+            )
+            for edits in self.edits
+        )  # fmt: skip
+        undo = size_of_undo(self._undo_content()) if self.undo is not None else 0
+        together = self.undo is not None and _same_disk(self.undo, out)
+        require_space(out.absolute().parent, needed + undo * together)
+        if self.undo is not None and not together:
+            require_space(self.undo.absolute().parent, undo)
+
+    def _undo_content(self) -> list[tuple[str, Path, Header, list[str]]]:
+        root = self.checkpoint.path
+        return [
+            (
+                edits.path.relative_to(root).as_posix() if root.is_dir() else root.name,
+                edits.path, edits.header, list(edits.parts),
+            )
+            for edits in self.edits
+        ]  # fmt: skip
+
+    def _write(self, edits: _Edits, target: BinaryIO) -> None:
+        """The file anew: all bytes copied, then the edited tensors, then the header."""
+        header = edits.header
+        tensors = _laid_out(header, edits.dropped)
+        baking = Baking(self.baked, _name(self.rounding), self.ema, whole=self.undo is not None)
+        chain = (*self.chains[edits.path], baking)
+        head = encode_header(
+            tensors, provenance.metadata_with(header, chain), like=header.data_start
+        )  # fmt: skip
+        output = Header(tensors, {}, len(head))
+        if isinstance(header, pickles.PickleHeader):
+            self.report.left_out += header.left_out
+            self.report.refused += header.refused
+        with open_input(edits.path) as source, _rest_digest(edits, baking.whole) as rest:
+            for segment in _segments(header, output):
+                copy_range(source, target, segment)
+            for key in _strided(header) & set(tensors):
+                write_at(target, len(head) + tensors[key].start, read_bytes(source, header, key))
+            before, after = self._edit(edits, source, target, output)
+            done = replace(baking, before=before, after=after, rest=rest.result())
+        metadata = provenance.metadata_with(header, (*chain[:-1], done))
+        write_at(target, 0, encode_header(tensors, metadata, like=header.data_start))
+
+    def _edit(
+        self, edits: _Edits, source: BinaryIO, target: BinaryIO, output: Header
+    ) -> tuple[str, str]:
+        """Edit the touched tensors; returns `Baking.before` and `Baking.after`."""
+        source.seek(0)
+        before = hashlib.sha256(source.read(edits.header.data_start))
+        after = hashlib.sha256()
+        for key, (module, parts) in edits.parts.items():
+            info = edits.header.tensors[key]
+            data = read_bytes(source, edits.header, key)
+            edited = edit(key, data, info, Delta.of(parts), self.rounding)
+            write_at(target, output.data_start + output.tensors[key].start, edited.data)
+            before.update(data)
+            after.update(edited.data)
+            self.report.total += edited.tally
+            self.report.changes.append(
+                Change(module, edits.path, key, info.dtype, edited.tally.intended,
+                       edited.tally.realised, edited.tally.error)
+            )  # fmt: skip
+        return before.hexdigest(), after.hexdigest()
+
+    # In place
+
+    def in_place(self, force: bool) -> None:
+        root = self.checkpoint.path
+        undo = self.undo or _free_undo(root)
+        refuse_existing(undo, force)
+        self._require_undo_possible()
+        self._require_sole_files()
+        journal = journal_of(root)
+        content = self._undo_content()
+        require_space(journal.absolute().parent, size_of_undo(content))
+        with ExitStack() as stack:
+            for edits in self.edits:
+                stack.enter_context(locked(edits.path))
+            with atomic_output(journal) as kept:
+                write_undo(kept, content)
+            for edits in self.edits:
+                self._patch(edits)
+            _move(journal, undo)
+        self.report.undo = undo
+
+    def _require_sole_files(self) -> None:
+        """Another name of a file (a hub cache's, a linked folder's) must not change with it."""
+        if unread := self.checkpoint.unread:
+            raise BadInput(
+                f"{unread[0]}: a pickled copy of the weights, which can't be changed in place; "
+                "remove it, or bake to a new folder (-o)"
+            )
+        for edits in self.edits:
+            if edits.path.is_symlink() or edits.path.stat().st_nlink > 1:
+                raise BadInput(
+                    f"{edits.path}: is linked from elsewhere too, and would change there as well; "
+                    "bake to a new output (-o), or copy it first"
+                )
+
+    def _patch(self, edits: _Edits) -> None:
+        """Edit a file's tensors where they are, then its header or its sidecar."""
+        header = edits.header
+        others = [key for key in header.tensors if key not in edits.parts]
+        with open(edits.path, "r+b") as file:
+            before, after = self._edit(edits, file, file, header)
+            _sync(file)
+            rest = provenance.digest_of_samples(file, header, others)
+            baking = Baking(
+                self.baked, _name(self.rounding), self.ema, before=before, after=after, rest=rest
+            )
+            chain = (*self.chains[edits.path], baking)
+            metadata = provenance.metadata_with(header, chain)
+            head = encode_header(header.tensors, metadata, like=header.data_start)
+            text = head[8:].rstrip(b" ")
+            if 8 + len(text) <= header.data_start:
+                head = pad_header(text, header.data_start)
+            elif not insert_room(file, len(head) - header.data_start):
+                provenance.write_sidecar(edits.path, chain, next(iter(edits.parts)))
+                return
+            write_at(file, 0, head)
+            _sync(file)
+        provenance.sidecar_of(edits.path).unlink(missing_ok=True)
+
+
+def _plan(checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice) -> list[_Edits]:
+    """Where every module lands, in every copy. Raises BadInput where one doesn't."""
+    collected: dict[str, list[tuple[Factors, float]]] = {}
+    for adapter, weight in adapters:
+        for module, factors in adapter.factors.items():
+            collected.setdefault(module, []).append((factors, weight))
+    parts: dict[Path, dict[str, tuple[str, list[tuple[Factors, float]]]]] = {}
+    problems = []
+    for module, found in collected.items():
+        component = "text_encoder" if names.is_text(module) else "unet"
+        copies = [
+            copy for copy in checkpoint.copies
+            if copy.component == component and not (copy.label == EMA and ema == "drop")
+        ]  # fmt: skip
+        if not copies:
+            problems.append(f"{module}: the model holds no {component.replace('_', ' ')}")
+        for copy in copies:
+            if problem := _misfit(checkpoint, copy, module, found):
+                problems.append(problem)
+            else:
+                place = copy.places[module]
+                parts.setdefault(place.file, {})[place.key] = (module, found)
+    if problems:
+        raise BadInput(
+            f"{checkpoint.path}: {len(problems)} of the adapters' {len(collected)} modules don't "
+            f"land in it, the first: {problems[0]}"
+        )
+    return [
+        _edits_of(path, header, parts.get(path, {}), ema)
+        for path, header in checkpoint.headers.items() if path in parts
+    ]  # fmt: skip
+
+
+def _misfit(
+    checkpoint: Checkpoint, copy: Copy, module: str, found: list[tuple[Factors, float]]
+) -> str | None:
+    """Why a module's deltas can't be added to a copy's weight; None where they can."""
+    if module not in copy.places:
+        return f"{module}: {copy.label} of the {copy.component} have no such weight"
+    info = checkpoint.info(copy.places[module])
+    if info.dtype not in _STORED_FLOATS:
+        return f"{module}: stored as {info.dtype}, which no delta can be added to"
+    for factors, _ in found:
+        if not fits(factors.weight_shape, info.shape):
+            return f"{module}: the weight is {info.shape}, the delta {factors.weight_shape}"
+    return None
+
+
+def _edits_of(
+    path: Path, header: Header, parts: dict[str, tuple[str, list[tuple[Factors, float]]]],
+    ema: EmaChoice,
+) -> _Edits:  # fmt: skip
+    in_order = sorted(parts, key=lambda key: header.tensors[key].start)
+    dropped = [key for key in header.tensors if ema == "drop" and key.startswith("model_ema.")]
+    return _Edits(path, header, {key: parts[key] for key in in_order}, frozenset(dropped))
+
+
+def _laid_out(header: Header, dropped: frozenset[str]) -> dict[str, TensorInfo]:
+    """The output's tensors. Where none is dropped they stay where they are.
+
+    A legacy file's are laid out anew, the widest dtypes first, so that every tensor is aligned.
+    """
+    legacy = isinstance(header, pickles.PickleHeader)
+    if not dropped and not legacy:
+        return header.tensors
+    kept = [key for key in header.tensors if key not in dropped]
+    kept.sort(key=lambda key: _order(header.tensors[key], legacy))
+    placed, offset = {}, 0
+    for key in kept:
+        info = header.tensors[key]
+        end = offset + _stored_bytes(info)
+        placed[key] = TensorInfo(info.dtype, info.shape, offset, end)
+        offset = end
+    return {key: placed[key] for key in header.tensors if key in placed}
+
+
+def _order(info: TensorInfo, legacy: bool) -> int:
+    return -DTYPES[info.dtype].itemsize if legacy else info.start
+
+
+def _segments(header: Header, output: Header) -> Iterator[Segment]:
+    """What is copied from where to where, in the output's order, neighbours together."""
+    in_order = sorted(output.tensors.items(), key=lambda item: item[1].start)
+    strided = _strided(header)
+    return merged(
+        Segment(
+            header.data_start + header.tensors[key].start, output.data_start + info.start,
+            info.nbytes,
+        )
+        for key, info in in_order if key not in strided
+    )  # fmt: skip
+
+
+def _strided(header: Header) -> set[str]:
+    """Tensors of a legacy file that aren't stored row by row."""
+    return {key for key, info in header.tensors.items() if isinstance(info, pickles.StridedInfo)}
+
+
+def _stored_bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * DTYPES[info.dtype].itemsize
+
+
+@contextmanager
+def _rest_digest(edits: _Edits, wanted: bool) -> Iterator["Future[str]"]:
+    """The fingerprint of every untouched byte, taken beside the copying, for an undo file."""
+    header = edits.header
+    others = [key for key in header.tensors if key not in edits.parts]
+    with ThreadPoolExecutor(1) as pool, open_input(edits.path) as file:
+        if wanted:
+            yield pool.submit(provenance.digest_of_tensors, file, header, others)
+        else:
+            yield pool.submit(lambda: provenance.UNKNOWN_DIGEST)
+
+
+def _as_safetensors(path: Path) -> Path:
+    """What diffusers and transformers call the safetensors of a pickled file."""
+    if "-of-" in path.name:
+        raise BadInput(f"{path.name}: shards of pickles; save the model as safetensors first")
+    stem = "model" if path.name.startswith("pytorch_model") else path.name.partition(".")[0]
+    return path.with_name(stem + path.name[path.name.index(".") :][: -len(".bin")] + ".safetensors")
+
+
+def _free_undo(model: Path) -> Path:
+    """The first free name for an undo file beside a model. User interfaces list no such file."""
+    numbered = (model.with_name(f"{model.name}.undo{n}") for n in itertools.count(1))
+    return next(path for path in numbered if not path.exists())
+
+
+def _move(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+    except OSError:  # another disk
+        with open(source, "rb") as kept, atomic_output(target) as moved:
+            shutil.copyfileobj(kept, moved, 1 << 20)
+        source.unlink()
+    sync_folder(target.parent)
+    sync_folder(source.parent)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    return one.absolute().parent.stat().st_dev == other.absolute().parent.stat().st_dev
+
+
+def _name(rounding: Rounding) -> str:
+    return rounding.how if rounding.how == "nearest" else f"{rounding.how}, seed {rounding.seed}"

@@ -1,0 +1,171 @@
+"""What has been baked into a file: written in its header, or beside it where that has no room.
+
+A file's chain has one entry for each call of `bake`. The sidecar, `<file>.baked.json`, holds the
+whole chain where it exists; it is tied to the file's bytes, so that it speaks for no other file.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sdd_lora import __version__
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.checkpoint.stream import read_pieces
+from sdd_lora.errors import BadInput
+from sdd_lora.files import write_text
+from sdd_lora.progress import warn
+from sdd_lora.safetensors_file import Header, header_of, open_input
+
+METADATA_KEY = "sdd_lora.baked"
+UNKNOWN_DIGEST = "0" * 64
+SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class BakedAdapter:
+    """An adapter as a chain names it; `lineage` holds the identities of what it was made from."""
+
+    name: str
+    identity: str
+    weight: float
+    lineage: tuple[str, ...] = ()
+    concepts: tuple[str, ...] = ()
+    recipe_sha256: str | None = None
+
+    @classmethod
+    def of(cls, adapter: Adapter, weight: float) -> "BakedAdapter":
+        recipe = adapter.metadata.get("recipe")
+        return cls(
+            adapter.name, adapter.identity, weight, lineage_of(adapter),
+            tuple(map(str, adapter.metadata.get("concepts") or ())),
+            hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+            if recipe else None,
+        )  # fmt: skip
+
+    @property
+    def identities(self) -> set[str]:
+        return {self.identity, *self.lineage}
+
+
+@dataclass(frozen=True)
+class Baking:
+    """One call of `bake` on one file.
+
+    `before` is the fingerprint of the base: header and touched tensors; `after` that of the touched
+    tensors now; `rest` that of all others: of the beginning of each, or with `whole` of every byte.
+    """
+
+    adapters: tuple[BakedAdapter, ...]
+    rounding: str
+    ema: str
+    tool: str = f"sdd_lora {__version__}"
+    before: str = UNKNOWN_DIGEST
+    after: str = UNKNOWN_DIGEST
+    rest: str = UNKNOWN_DIGEST
+    whole: bool = False
+
+
+def lineage_of(adapter: Adapter) -> tuple[str, ...]:
+    """Identities of the adapters that this one was stacked or resized from."""
+    sources = list(adapter.metadata.get("merged_from") or ())
+    if resized := adapter.metadata.get("resized_from"):
+        sources.append(resized)
+    found = (part.get("identity") for part in sources if isinstance(part, dict))
+    return tuple(identity for identity in found if isinstance(identity, str))
+
+
+def encode(chain: Iterable[Baking]) -> str:
+    return json.dumps([asdict(baking) for baking in chain], sort_keys=True, ensure_ascii=False)
+
+
+def decode(text: str, where: str) -> tuple[Baking, ...]:
+    """The chain from its JSON. Raises BadInput where it is none."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(tuple[Baking, ...]).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]["msg"]
+        raise BadInput(f"{where}: its {METADATA_KEY} can't be read: {first}") from error
+
+
+def chain_of(path: Path, header: Header) -> tuple[Baking, ...]:
+    """What was baked into a file: from its sidecar where there is a valid one, else its header."""
+    sidecar = sidecar_of(path)
+    if sidecar.is_file():
+        content = _read_sidecar(sidecar)
+        if _is_tied(path, header, content):
+            return decode(json.dumps(content["chain"]), str(sidecar))
+        warn(f"{sidecar}: is about another file than {path.name} now is; not used")
+    text = header.metadata.get(METADATA_KEY)
+    return decode(text, str(path)) if text else ()
+
+
+def metadata_with(header: Header, chain: Iterable[Baking]) -> dict[str, str]:
+    """The file's metadata, verbatim, with the chain in it.
+
+    transformers refuses a header that has metadata but no format in it.
+    """
+    return (header.metadata or {"format": "pt"}) | {METADATA_KEY: encode(chain)}
+
+
+def is_metadata_of(found: dict[str, str], original: dict[str, str]) -> bool:
+    """Whether `found` is `original` but for the chain."""
+    rest = {key: value for key, value in found.items() if key != METADATA_KEY}
+    before = {key: value for key, value in original.items() if key != METADATA_KEY}
+    return rest == before or (not original and rest == {"format": "pt"})
+
+
+def sidecar_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.baked.json")
+
+
+def write_sidecar(path: Path, chain: Iterable[Baking], key: str) -> None:
+    """Write the chain beside a file, tied to it by one of the tensors that were edited."""
+    with open_input(path) as file:
+        tie = _sample(file, header_of(file, str(path)), key)
+    content = {"chain": json.loads(encode(chain)), "tied_to": {"tensor": key, "sha256": tie}}
+    write_text(sidecar_of(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def digest_of(pieces: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_of_samples(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
+    """A fingerprint of tensors by the beginning of each: a fine-tune or a cast changes them all."""
+    return digest_of(f"{key} {_sample(file, header, key)}\n".encode() for key in keys)
+
+
+def digest_of_tensors(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
+    """A fingerprint of every byte of the tensors, in the given order."""
+    return digest_of(piece for key in keys for piece in read_pieces(file, header, key))
+
+
+def _sample(file: BinaryIO, header: Header, key: str) -> str:
+    info = header.tensors[key]
+    file.seek(header.data_start + info.start)
+    return hashlib.sha256(file.read(min(info.nbytes, SAMPLE_BYTES))).hexdigest()
+
+
+def _read_sidecar(sidecar: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
+        content["chain"], content["tied_to"]["tensor"], content["tied_to"]["sha256"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{sidecar}: can't be read: {error}; remove it if it isn't yours") from error
+    return content
+
+
+def _is_tied(path: Path, header: Header, content: dict[str, Any]) -> bool:
+    key = content["tied_to"]["tensor"]
+    if key not in header.tensors:
+        return False
+    with open_input(path) as file:
+        return _sample(file, header, key) == content["tied_to"]["sha256"]
