@@ -18,7 +18,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.safetensors_file import open_input
 
 #: An adapter counts as baked already where at least this share of it lies in the model.
-_IN_IT = 0.5
+IN_IT = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def refuse_present(
     require_sd1_unet(base)
     for adapter, weight in adapters:
         strength, _ = project(model, base, adapter)
-        if strength / weight >= _IN_IT:
+        if strength / weight >= IN_IT:
             raise BadInput(
                 f"{model.path}: {adapter.name} is in it already: against {base.path} its weights "
                 f"hold it at {strength:.2f}; bake into the original"

@@ -199,7 +199,7 @@ def test_baking_twice_is_refused_by_identity_stack_and_weights(tmp_path):
     bake(source, [(a, 0.5)], out=tmp_path / "a.safetensors")
     a.save(tmp_path / "x.safetensors", format="peft", dtype="fp16")
     for again in (a, Adapter.load(tmp_path / "x.safetensors"), stack([(a, 1.0), (b, 1.0)])):
-        with pytest.raises(BadInput, match="already, as a at weight 0.5"):
+        with pytest.raises(BadInput, match=r"already, as a at weight 0\.5"):
             bake(tmp_path / "a.safetensors", [(again, 1.0)], out=tmp_path / "aa.safetensors")
     with pytest.raises(BadInput, match="twice"):
         bake(source, [(a, 0.5), (a, 0.5)], out=tmp_path / "aa.safetensors")

@@ -1,0 +1,48 @@
+"""A MODEL as people name it → the file or folder on this disk."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from sdd_lora.errors import BadInput
+
+#: The models that travel with the package.
+DEMO_FOLDER = Path(str(files("sdd_lora.demo").joinpath("model")))
+COMMUNITY_FILE = Path(str(files("sdd_lora.demo").joinpath("community.safetensors")))
+
+_MODEL_SUFFIXES = (".safetensors", ".ckpt")
+
+
+def locate(model: str | Path) -> Path:
+    """The path of `demo`, `demo-community`, a folder, a file, or a hub id, which is downloaded.
+
+    Raises BadInput where there is no such file, or no hub can be reached.
+    """
+    name = str(model)
+    if name == "demo":
+        return DEMO_FOLDER
+    if name == "demo-community":
+        return COMMUNITY_FILE
+    path = Path(model)
+    if path.exists():
+        return path
+    if path.suffix in _MODEL_SUFFIXES or name.count("/") != 1 or path.is_absolute():
+        raise BadInput(f"{name}: no such file or folder, and no hub id (owner/name) either")
+    return _download(name)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # a repository's own folder only: single-file copies of the model lie beside it
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=["model_index.json", "*/*"],
+                ignore_patterns=["*.msgpack", "*.onnx", "*.onnx_data"],
+            )
+        )  # fmt: skip
+    except Exception as error:
+        first = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"{repository}: no such file or folder, and not to be had from the hub: {first}"
+        ) from error

@@ -1,0 +1,397 @@
+"""The way back is exact, and only taken from where the way there led."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoint_models as models
+import numpy as np
+import pytest
+
+from sdd_lora import names
+from sdd_lora.checkpoint import bake as baking
+from sdd_lora.checkpoint import presence, provenance, room
+from sdd_lora.checkpoint.bake import bake
+from sdd_lora.checkpoint.layout import journal_of, open_checkpoint
+from sdd_lora.checkpoint.undo import Undo, unbake
+from sdd_lora.errors import BadInput, SddLoraError
+from sdd_lora.safetensors_file import read_header, read_tensors
+
+A, B = models.adapter(name="a"), models.adapter(seed=1, leaves=("to_q",), name="b")
+
+
+@pytest.fixture
+def source(tmp_path):
+    tensors = models.cast(models.ldm_tensors(ema=True), "fp16")
+    return models.write(tmp_path / "m.safetensors", tensors, {"format": "pt"})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return models.write_folder(tmp_path / "folder", shard="2MB")
+
+
+def padded(path: Path, room_bytes: int) -> Path:
+    """The same file with spaces at the end of its header."""
+    import struct
+
+    start = read_header(path).data_start
+    content = path.read_bytes()
+    path.write_bytes(
+        struct.pack("<Q", start - 8 + room_bytes) + content[8:start] + b" " * room_bytes
+        + content[start:]
+    )  # fmt: skip
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return {p.name: p.read_bytes() for p in files}
+
+
+def test_a_copy_is_unbaked_to_a_new_file_and_in_place(source, tmp_path):
+    out, undo = tmp_path / "o.safetensors", tmp_path / "m.undo"
+    bake(source, [(A, 1.0), (B, 0.5)], out=out, undo=undo)
+    assert out.read_bytes() != source.read_bytes()
+    unbake(out, undo, tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == source.read_bytes()
+    unbake(out, undo, in_place=True)
+    assert out.read_bytes() == source.read_bytes()
+    assert not journal_of(out).exists()
+
+
+def test_the_undo_file_holds_no_more_than_the_edited_tensors(source, tmp_path):
+    bake(source, [(A, 1.0)], out=tmp_path / "o.safetensors", undo=tmp_path / "m.undo")
+    touched = 2 * 2 * sum(int(np.prod(f.weight_shape)) for f in A.factors.values())
+    overhead = (tmp_path / "m.undo").stat().st_size - touched
+    assert 0 < overhead < 3 * read_header(source).data_start
+
+
+@pytest.mark.parametrize("where", ["room in the header", "room inserted", "a sidecar"])
+def test_in_place(source, tmp_path, monkeypatch, where):
+    if where == "room in the header":
+        padded(source, 4000)
+    if where == "a sidecar":
+        monkeypatch.setattr(baking, "insert_room", lambda file, size: False)
+    elif where == "room inserted" and not inserts(tmp_path):
+        pytest.skip("this file system can't insert room")
+    original, size = source.read_bytes(), source.stat().st_size
+    expected = tmp_path / "o.safetensors"
+    bake(source, [(A, 1.0)], out=expected)
+    report = bake(source, [(A, 1.0)], in_place=True)
+    assert {k: v.tobytes() for k, v in read_tensors(source)[0].items()} == {
+        k: v.tobytes() for k, v in read_tensors(expected)[0].items()
+    }
+    grown = source.stat().st_size - size
+    assert grown == (4096 if where == "room inserted" else 0)
+    assert provenance.sidecar_of(source).exists() == (where == "a sidecar")
+    (entry,) = presence.chain_of_model(source)
+    assert entry.adapters[0].name == "a" and not journal_of(source).exists()
+    with pytest.raises(BadInput, match="already"):
+        bake(source, [(A, 1.0)], in_place=True)
+    unbake(source, report.undo, in_place=True)
+    assert source.read_bytes() == original
+    assert not provenance.sidecar_of(source).exists()
+    bake(source, [(A, 1.0)], in_place=True)
+
+
+def inserts(folder: Path) -> bool:
+    probe = folder / "probe"
+    probe.write_bytes(bytes(8192))
+    with open(probe, "r+b") as file:
+        return room.insert_room(file, 4096)
+
+
+@pytest.mark.parametrize("inserting", [True, False])
+def test_two_bakes_in_place_come_off_in_reverse_order(source, monkeypatch, inserting):
+    if not inserting:
+        monkeypatch.setattr(baking, "insert_room", lambda file, size: False)
+    original = source.read_bytes()
+    first = bake(source, [(A, 1.0)], in_place=True)
+    between = source.read_bytes()
+    second = bake(source, [(B, 1.0)], in_place=True)
+    assert first.undo != second.undo
+    assert [b.adapters[0].name for b in presence.chain_of_model(source)] == ["a", "b"]
+    with pytest.raises(BadInput, match="isn't"):
+        unbake(source, first.undo, in_place=True)
+    unbake(source, second.undo, in_place=True)
+    assert source.read_bytes() == between
+    assert [b.adapters[0].name for b in presence.chain_of_model(source)] == ["a"]
+    unbake(source, first.undo, in_place=True)
+    assert source.read_bytes() == original
+
+
+def test_unbaking_where_inserted_room_can_not_be_taken_away(source, monkeypatch, tmp_path):
+    """As on another file system that the model was moved to."""
+    if not inserts(tmp_path):
+        pytest.skip("this file system can't insert room")
+    original = source.read_bytes()
+    report = bake(source, [(A, 1.0)], in_place=True)
+    monkeypatch.setattr("sdd_lora.checkpoint.undo.remove_room", lambda file, size: False)
+    unbake(source, report.undo, in_place=True)
+    assert source.read_bytes() == original
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_sharded_folder(folder, tmp_path, in_place):
+    original = contents(folder)
+    undo = tmp_path / "u"
+    out = None if in_place else tmp_path / "o"
+    bake(folder, [(A, 1.0)], out=out, in_place=in_place, undo=undo)
+    baked = folder if in_place else out
+    assert contents(baked) != original
+    assert len(Undo(undo).files) > 1
+    unbake(baked, undo, tmp_path / "back")
+    assert contents(tmp_path / "back") == original
+    unbake(baked, undo, in_place=True)
+    assert contents(baked) == original
+
+
+def test_a_sidecar_of_another_file_is_not_believed(source, monkeypatch, tmp_path):
+    shutil.copy(source, tmp_path / "fresh")
+    monkeypatch.setattr(baking, "insert_room", lambda file, size: False)
+    bake(source, [(A, 1.0)], in_place=True)
+    shutil.copy(tmp_path / "fresh", source)  # downloaded again
+    assert presence.chain_of_model(source) == ()
+
+
+# Refusals
+
+
+def flip(path: Path, position: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(position)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("key", ["touched", "other", "other, beyond its beginning"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_that_has_changed_since_is_refused(source, tmp_path, key, in_place):
+    undo, out = tmp_path / "u", tmp_path / "o.safetensors"
+    bake(source, [(A, 1.0)], out=None if in_place else out, in_place=in_place, undo=undo)
+    baked = source if in_place else out
+    name = names.checkpoint_key(models.K0)
+    if key != "touched":
+        name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    header = read_header(baked)
+    beyond = 5000 if "beyond" in key else 0
+    flip(baked, header.data_start + header.tensors[name].start + beyond)
+    if in_place and beyond:
+        return  # an in-place bake reads no more than the beginnings of other tensors
+    before = baked.read_bytes()
+    with pytest.raises(BadInput, match="changed since"):
+        unbake(baked, undo, in_place=True)
+    assert baked.read_bytes() == before
+
+
+def test_what_is_no_undo_of_it_is_refused(source, tmp_path):
+    out, undo = tmp_path / "o.safetensors", tmp_path / "u"
+    bake(source, [(A, 1.0)], out=out, undo=undo)
+    other = models.cast(models.ldm_tensors(ema=True), "fp16")
+    other["first_stage_model.quant_conv.bias"] = other["first_stage_model.quant_conv.bias"] + 1
+    models.write(tmp_path / "other.safetensors", other, {"format": "pt"})
+    bake(tmp_path / "other.safetensors", [(A, 1.0)], out=tmp_path / "oo.safetensors")
+    for model, file, named in [
+        (source, undo, "isn't of its last bake"),  # never baked
+        (tmp_path / "oo.safetensors", undo, "changed since"),
+        (out, source, "expected an undo file"),
+        (out, tmp_path / "nothing", "can't be read"),
+        (tmp_path / "nothing", undo, "no such file"),
+    ]:
+        with pytest.raises(BadInput, match=named):
+            unbake(model, file, in_place=True)
+    with pytest.raises(BadInput, match="input itself"):
+        unbake(out, undo, out, force=True)
+    with pytest.raises(BadInput, match="--force"):
+        unbake(out, undo, source)
+    with pytest.raises(BadInput, match="either"):
+        unbake(out, undo)
+
+
+@pytest.mark.parametrize("text", ["[", '{"files": 3}', '{"files": [{"name": "../x"}]}',
+    '{"files": [{"name": "../x", "size": 1, "sidecar": null, "tensors": []}]}',
+    '{"files": [{"name": "m", "size": 1, "sidecar": null, "tensors": ["x"]}]}'])  # fmt: skip
+def test_hostile_undo_files(tmp_path, source, text):
+    bad = models.write(tmp_path / "u", {"0/header": np.zeros(8, np.uint8)}, {"sdd_lora.undo": text})
+    with pytest.raises(BadInput, match="undo file"):
+        unbake(source, bad, in_place=True)
+
+
+def test_linked_files_are_not_changed_in_place(source, tmp_path):
+    os.link(source, tmp_path / "second name")
+    with pytest.raises(BadInput, match="linked"):
+        bake(source, [(A, 1.0)], in_place=True)
+
+
+# Interruptions
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def writes_until(monkeypatch, count: int, error: BaseException) -> None:
+    """Fail at the nth write of the bake or unbake."""
+    left = [count]
+    real = baking.write_at
+
+    def write_at(target, position, data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        real(target, position, data)
+
+    monkeypatch.setattr(baking, "write_at", write_at)
+    monkeypatch.setattr("sdd_lora.checkpoint.undo.write_at", write_at)
+
+
+@pytest.mark.parametrize("count", [0, 1, 33, 63, 64, 65])
+def test_an_interrupted_bake_in_place_is_rolled_back(source, monkeypatch, count):
+    original = source.read_bytes()
+    with monkeypatch.context() as patch:
+        writes_until(patch, count, Interrupted())
+        try:
+            bake(source, [(A, 1.0)], in_place=True)
+        except Interrupted:
+            assert count < 65
+    if not journal_of(source).exists():
+        return
+    with pytest.raises(BadInput, match="roll it back"):
+        open_checkpoint(source)
+    assert unbake(source, journal_of(source), in_place=True).rolled_back
+    assert source.read_bytes() == original
+    assert bake(source, [(A, 1.0)], in_place=True).changes
+
+
+def test_the_next_bake_rolls_back_by_itself(folder, monkeypatch):
+    original = contents(folder)
+    with monkeypatch.context() as patch:
+        writes_until(patch, 20, Interrupted())
+        with pytest.raises(Interrupted):
+            bake(folder, [(A, 1.0)], in_place=True)
+    report = bake(folder, [(A, 1.0)], in_place=True)
+    unbake(folder, report.undo, in_place=True)
+    assert contents(folder) == original
+
+
+def test_an_interrupted_unbake_ends_in_the_original(source, monkeypatch):
+    original = source.read_bytes()
+    report = bake(source, [(A, 1.0)], in_place=True)
+    with monkeypatch.context() as patch:
+        writes_until(patch, 30, Interrupted())
+        with pytest.raises(Interrupted):
+            unbake(source, report.undo, in_place=True)
+    assert journal_of(source).exists()
+    unbake(source, journal_of(source), in_place=True)
+    assert source.read_bytes() == original
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("count", [0, 40])
+def test_a_full_or_failing_disk_leaves_no_trace_of_a_copy(
+    source, tmp_path, monkeypatch, code, count
+):
+    writes_until(monkeypatch, count, OSError(code, os.strerror(code)))
+    before = contents(tmp_path)
+    with pytest.raises(SddLoraError, match=os.strerror(code)):
+        bake(source, [(A, 1.0)], out=tmp_path / "o.safetensors")
+    assert contents(tmp_path) == before
+
+
+def test_a_change_in_place_by_another_process_is_respected(source):
+    from sdd_lora.files import locked
+
+    before = source.read_bytes()
+    with locked(source), pytest.raises(BadInput, match="another process"):
+        bake(source, [(A, 1.0)], in_place=True)
+    assert source.read_bytes() == before and not journal_of(source).exists()
+
+
+KILLED = """
+import sys, time, random
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.checkpoint import bake as baking
+from sdd_lora.checkpoint.bake import bake
+adapter = Adapter.load(sys.argv[2])
+print("ready", flush=True)
+bake(sys.argv[1], [(adapter, 1.0)], **eval(sys.argv[3]))
+"""
+
+
+def killed(arguments: list[str], delay: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *arguments], stdout=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+ROUNDS = int(os.environ.get("SDD_LORA_KILLS", "6"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_kill_at_random_moments_in_place(tmp_path, source, folder, kind):
+    model = source if kind == "file" else folder
+    A.save(tmp_path / "a.safetensors", dtype="fp32")
+    shutil.copy(source, tmp_path / "other.safetensors")
+    original = contents(model)
+    bake(model, [(A, 1.0)], out=tmp_path / "o.safetensors")
+    baked = tensors_in(tmp_path / "o.safetensors")
+    rng = random.Random(kind)
+    for _ in range(ROUNDS):
+        arguments = [str(model), str(tmp_path / "a.safetensors"), "{'in_place': True}"]
+        killed(arguments, rng.uniform(0, 0.25))
+        journal = journal_of(model)
+        if journal.exists():
+            unbake(model, journal, in_place=True)
+            assert contents(model) == original
+        elif presence.chain_of_model(model):
+            assert tensors_in(model) == baked
+            undo = next(tmp_path.glob(f"{model.name}.undo*"))
+            unbake(model, undo, in_place=True)
+            undo.unlink()
+        assert contents(model) == original
+        assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name or "journal" in p.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="kill -9")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_kill_at_random_moments_while_a_copy_is_written(tmp_path, source, folder, kind):
+    model = source if kind == "file" else folder
+    out = tmp_path / ("o.safetensors" if kind == "file" else "o")
+    A.save(tmp_path / "a.safetensors", dtype="fp32")
+    original = contents(model)
+    bake(model, [(A, 1.0)], out=tmp_path / "whole.safetensors")
+    whole = contents(tmp_path / "whole.safetensors")
+    rng = random.Random(kind)
+    for n in range(ROUNDS):
+        arguments = f"{{'out': {str(out)!r}, 'force': {n % 2 == 1}}}"
+        killed([str(model), str(tmp_path / "a.safetensors"), arguments], rng.uniform(0, 0.25))
+        assert contents(model) == original
+        if out.exists():
+            assert list(contents(out).values()) == list(whole.values())
+            if n % 2 == 0:
+                shutil.rmtree(out) if out.is_dir() else out.unlink()
+    left = [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+    assert len(left) <= (0 if kind == "file" else 2)
+    bake(model, [(A, 1.0)], out=out, force=True)
+    assert not [p for p in tmp_path.rglob("*") if p.name.endswith(".tmp")]
+
+
+def tensors_in(path: Path) -> dict[tuple[str, str], bytes]:
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    return {
+        (file.name if path.is_dir() else "", key): tensor.tobytes()
+        for file in files for key, tensor in read_tensors(file)[0].items()
+    }  # fmt: skip
