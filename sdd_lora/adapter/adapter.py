@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from sdd_lora.adapter import card, formats
+from sdd_lora.adapter import card, formats, hub
 from sdd_lora.adapter.card import METADATA_KEY
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.errors import BadInput
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DTYPES", "METADATA_KEY", "Adapter", "Factors"]
 
-ADAPTER_FILE = "adapter.safetensors"
 #: What a run's folder, and a folder that diffusers saved, call the adapter.
-_FILES_OF_FOLDER = (ADAPTER_FILE, "pytorch_lora_weights.safetensors")
+_FILES_OF_FOLDER = (hub.ADAPTER_FILE, "pytorch_lora_weights.safetensors")
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 DTYPES: dict[str, np.dtype] = {
@@ -49,14 +48,14 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
-        """Read a file of any form, or the adapter of a run's folder.
+        """Read a file of any form, the adapter of a run's folder, or one from the hub.
 
         Raises BadInput, in one line, where there is none, or it is broken, or of another family.
         """
-        path = adapter_file(Path(path))
+        path = adapter_file(path)
         tensors, header = _read(path)
         try:
-            adapter = cls(formats.decode(tensors, header), _metadata_of(header))
+            adapter = cls(formats.decode(tensors, header), card.metadata_of(header))
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
         adapter.metadata.setdefault("name", path.stem)
@@ -149,16 +148,28 @@ class Adapter:
         }
 
 
-def adapter_file(path: Path) -> Path:
-    """The file of an adapter given as a file or a run's folder. Raises BadInput."""
-    if not path.exists():
-        raise BadInput(f"{path}: no such file; expected an adapter file or a run's folder")
-    if not path.is_dir():
+def adapter_file(source: str | Path) -> Path:
+    """The file of an adapter given as a file, a run's folder, or a hub id, which is downloaded.
+
+    Raises BadInput where there is none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        for name in _FILES_OF_FOLDER:
+            if (path / name).is_file():
+                return path / name
+        expected = " or ".join(_FILES_OF_FOLDER)
+        raise BadInput(f"{path}: no adapter in this folder; expected {expected}")
+    if path.exists():
         return path
-    for name in _FILES_OF_FOLDER:
-        if (path / name).is_file():
-            return path / name
-    raise BadInput(f"{path}: no adapter in this folder; expected {' or '.join(_FILES_OF_FOLDER)}")
+    if path.suffix in (".safetensors", *_PICKLES) or not hub.is_hub_id(str(source)):
+        raise BadInput(f"{path}: no such file; expected an adapter, a run's folder or a hub id")
+    return hub.download_adapter(str(source))
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder is a run's, or one that diffusers saved an adapter in."""
+    return any((path / name).is_file() for name in _FILES_OF_FOLDER)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -183,13 +194,6 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
         raise BadInput(f"{path}: expected a dictionary of tensors")
     return content
-
-
-def _metadata_of(header: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        return card.metadata_of(header)
-    except ValueError as error:
-        raise BadInput(f"the header's {METADATA_KEY}: {error}; expected JSON") from error
 
 
 def _fitting(key: str, tensor: np.ndarray, dtype: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdd_lora.errors import BadInput
 from sdd_lora.files import write_text
 from sdd_lora.safetensors_file import data_sha256
 
@@ -70,15 +71,10 @@ def header(adapter: "Adapter", tensors: Mapping[str, np.ndarray]) -> dict[str, s
 def metadata_of(header: Mapping[str, str]) -> dict[str, Any]:
     """What a file's header says: our own entry, or what a foreign header tells of the same kind.
 
-    Entries of other tools are kept under `header`. Raises ValueError where our entry is no JSON
+    Entries of other tools are kept under `header`. Raises BadInput where our entry is no JSON
     object.
     """
-    if METADATA_KEY in header:
-        metadata = json.loads(header[METADATA_KEY])
-        if not isinstance(metadata, dict):
-            raise ValueError("no JSON object")
-    else:
-        metadata = _foreign(header)
+    metadata = _own(header[METADATA_KEY]) if METADATA_KEY in header else _foreign(header)
     other = {key: value for key, value in header.items() if key not in _GENERATED}
     return metadata | {"header": other} if other else metadata
 
@@ -139,6 +135,16 @@ def render_card(adapter: "Adapter", metrics: Mapping[str, Any]) -> str:
         file={"bytes": None, "sha256": None} | metrics.get("adapter", {}),
         versions=metrics.get("versions", {}),
     )
+
+
+def _own(text: str) -> dict[str, Any]:
+    try:
+        metadata = json.loads(text)
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise BadInput(f"the header's {METADATA_KEY} is damaged; expected a JSON object")
+    return metadata
 
 
 def _foreign(header: Mapping[str, str]) -> dict[str, Any]:

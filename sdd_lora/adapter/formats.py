@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 def form_of(keys: Iterable[str]) -> str:
     """The form of a file by its keys; the most frequent one where they are mixed."""
-    counted = Counter(_form_of_key(key) for key in keys if not key.endswith(".alpha"))
+    counted = Counter(form_of_key(key) for key in keys if not key.endswith(".alpha"))
     return counted.most_common(1)[0][0] if counted else "empty"
 
 
@@ -87,30 +87,47 @@ def looks_like_adapter(keys: Iterable[str]) -> bool:
     return any(split_key(key) or key.endswith(tuple(_OTHER_KINDS)) for key in keys)
 
 
-def decode(tensors: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Factors]:
-    """Factors per canonical module name, from a file of any form.
+def group(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
+    """Canonical module name → part ("down", "up", "alpha") → key, from keys and shapes alone.
 
-    `tensors` are numpy or torch arrays of any float dtype. Raises BadInput where a key is unknown
-    (naming the family it belongs to, if that can be told), a factor is missing, or a value is bad.
+    Raises BadInput where a key is unknown (naming the family it belongs to, if that can be told),
+    a module is there twice, or a factor is missing.
     """
-    parts: dict[str, dict[str, Any]] = {}
+    modules: dict[str, dict[str, str]] = {}
     unknown = []
-    for key, tensor in tensors.items():
+    for key in shapes:
         split = split_key(key)
         name = names.parse_stem(split[0]) if split else None
         if split is None or name is None:
             unknown.append(key)
-        elif split[1] in parts.setdefault(name, {}):
+        elif split[1] in modules.setdefault(name, {}):
             raise BadInput(f"{name} is there twice, under two spellings; the second is {key}")
         else:
-            parts[name][split[1]] = tensor
+            modules[name][split[1]] = key
     if unknown:
-        raise BadInput(_why_unknown(unknown, len(tensors)))
-    if not parts:
+        raise BadInput(_why_unknown(unknown, len(shapes)))
+    if not modules:
         raise BadInput("no tensors: there is no adapter in it")
-    _refuse_other_widths(parts)
-    alphas = _PeftAlphas(header)
-    return {name: _factors(name, part, alphas) for name, part in parts.items()}
+    for name, parts in modules.items():
+        for part in ("down", "up"):
+            if part not in parts:
+                raise BadInput(f"{name}: the factor {part!r} is missing")
+    _refuse_other_widths({name: shapes[parts["down"]] for name, parts in modules.items()})
+    return modules
+
+
+def decode(tensors: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Factors]:
+    """Factors per canonical module name, from a file of any form.
+
+    `tensors` are numpy or torch arrays of any float dtype. Raises BadInput as `group` does, and
+    where a value is bad.
+    """
+    modules = group({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    alphas = PeftAlphas(header)
+    return {
+        name: _factors(name, {part: tensors[key] for part, key in parts.items()}, alphas)
+        for name, parts in modules.items()
+    }
 
 
 def encode(factors: Mapping[str, Factors], form: str) -> dict[str, np.ndarray]:
@@ -156,6 +173,41 @@ def peft_metadata(factors: Mapping[str, Factors]) -> str:
     return json.dumps(config, sort_keys=True)
 
 
+class Geometry(NamedTuple):
+    """What the shapes of a module's factors say."""
+
+    rank: int
+    kernel: tuple[int, int] | None
+    weight_shape: tuple[int, ...]
+
+
+def geometry_of(name: str, down: tuple[int, ...], up: tuple[int, ...]) -> Geometry:
+    """Rank, kernel and the changed weight's shape; 1×1 where a convolution's factors are 2-D.
+
+    Raises BadInput where the shapes are no pair of factors.
+    """
+    if len(down) not in (2, 4) or len(up) not in (2, 4) or any(n != 1 for n in up[2:]):
+        raise BadInput(f"down {down} and up {up}; expected 2-D, or 4-D with a 1×1 up")
+    rank, out = down[0], up[0]
+    if rank == 0 or up[1] != rank:
+        raise BadInput(f"down {down} and up {up} don't fit; expected one rank, of 1 or more")
+    if len(down) == 4:
+        kernel = (down[2], down[3])
+    elif name.endswith((".proj_in", ".proj_out", ".conv_shortcut")):
+        kernel = (1, 1)
+    else:
+        return Geometry(rank, None, (out, down[1]))
+    return Geometry(rank, kernel, (out, down[1], *kernel))
+
+
+def scalar(value: Any) -> float:
+    """alpha's value. Raises BadInput where it isn't one number."""
+    array = to_float32(value)
+    if array.size != 1:
+        raise BadInput(f"alpha has the shape {array.shape}; expected one number")
+    return float(array.reshape(()))
+
+
 def to_float32(value: Any) -> np.ndarray:
     """A numpy or torch array of any float dtype as numpy fp32; raises BadInput for other kinds."""
     if hasattr(value, "detach"):
@@ -168,7 +220,7 @@ def to_float32(value: Any) -> np.ndarray:
     return np.asarray(value, np.float32)
 
 
-class _PeftAlphas:
+class PeftAlphas:
     """What `lora_adapter_metadata` says about scales."""
 
     def __init__(self, header: Mapping[str, str]) -> None:
@@ -184,8 +236,12 @@ class _PeftAlphas:
             raise BadInput(f"{PEFT_METADATA_KEY} of the header is no JSON object")
         self.config = config
 
-    def alpha_of(self, name: str, rank: int) -> float:
-        """alpha, such that alpha / rank is the scale; the rank where nothing is said."""
+    def alpha_of(self, name: str, rank: int, stored: Any = None) -> float:
+        """alpha, such that alpha / rank is the scale: as `stored` beside the factors, else as the
+        header says, else the rank.
+        """
+        if stored is not None:
+            return scalar(stored)
         if self.config is None:
             return float(rank)
         if self._field(name, "use_dora"):
@@ -217,32 +273,16 @@ def _matches(pattern: str, name: str) -> bool:
     return name == plain or name.endswith("." + plain)
 
 
-def _factors(name: str, parts: dict[str, Any], alphas: _PeftAlphas) -> Factors:
-    missing = [part for part in ("down", "up") if part not in parts]
-    if missing:
-        raise BadInput(f"{name}: the factor {missing[0]!r} is missing")
+def _factors(name: str, parts: dict[str, Any], alphas: PeftAlphas) -> Factors:
     try:
         down, up = to_float32(parts["down"]), to_float32(parts["up"])
-        kernel = _kernel(name, down, up)
-        rank = down.shape[0]
-        alpha = _scalar(parts["alpha"]) if "alpha" in parts else alphas.alpha_of(name, rank)
-        wide_in, up_rank = math.prod(down.shape[1:]), math.prod(up.shape[1:])
-        return Factors(down.reshape(rank, wide_in), up.reshape(len(up), up_rank), alpha, kernel)
-    except (BadInput, ValueError) as error:
+        geometry = geometry_of(name, down.shape, up.shape)
+        alpha = alphas.alpha_of(name, geometry.rank, parts.get("alpha"))
+        out, rank = up.shape[:2]
+        down = down.reshape(rank, math.prod(geometry.weight_shape[1:]))
+        return Factors(down, up.reshape(out, rank), alpha, geometry.kernel)
+    except BadInput as error:
         raise BadInput(f"{name}: {error}") from error
-
-
-def _kernel(name: str, down: np.ndarray, up: np.ndarray) -> tuple[int, int] | None:
-    """A convolution's kernel; 1×1 also where the factors of a convolution are 2-D."""
-    if (
-        down.ndim not in (2, 4)
-        or up.ndim not in (2, 4)
-        or (up.ndim == 4 and up.shape[2:] != (1, 1))
-    ):
-        raise BadInput(f"down {down.shape} and up {up.shape}; expected 2-D, or 4-D with a 1×1 up")
-    if down.ndim == 4:
-        return (down.shape[2], down.shape[3])
-    return (1, 1) if name.endswith((".proj_in", ".proj_out", ".conv_shortcut")) else None
 
 
 def _shaped(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
@@ -254,13 +294,6 @@ def _shaped(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
     return factors.down.reshape(rank, channels, *kernel), factors.up.reshape(out, rank, 1, 1)
 
 
-def _scalar(value: Any) -> float:
-    array = to_float32(value) if getattr(value, "dtype", None) is not None else np.asarray(value)
-    if array.size != 1:
-        raise BadInput(f"alpha has the shape {array.shape}; expected one number")
-    return float(array.reshape(()))
-
-
 def _components(factors: Mapping[str, Factors]) -> dict[str, dict[str, Factors]]:
     """ "unet." and "text_encoder." → their modules, named as peft finds them in the model."""
     found: dict[str, dict[str, Factors]] = {}
@@ -270,7 +303,8 @@ def _components(factors: Mapping[str, Factors]) -> dict[str, dict[str, Factors]]
     return found
 
 
-def _form_of_key(key: str) -> str:
+def form_of_key(key: str) -> str:
+    """The form that a key is of."""
     if key.startswith("lora_"):
         ldm = any(mark in key for mark in ("_input_blocks_", "_middle_block_", "_output_blocks_"))
         return "ldm" if ldm else "kohya"
@@ -295,16 +329,14 @@ def _why_unknown(unknown: list[str], count: int) -> str:
     )
 
 
-def _refuse_other_widths(parts: Mapping[str, Mapping[str, Any]]) -> None:
+def _refuse_other_widths(downs: Mapping[str, tuple[int, ...]]) -> None:
     """The cross-attention's input width tells SD 1 from SD 2 and SDXL."""
-    for name, part in parts.items():
-        if not name.endswith((".attn2.to_k", ".attn2.to_v")) or "down" not in part:
-            continue
-        family = names.FAMILY_OF_CONTEXT.get(part["down"].shape[-1])
-        if family in ("SD 2", "SDXL"):
+    for name, shape in downs.items():
+        family = names.FAMILY_OF_CONTEXT.get(shape[-1]) if shape else None
+        if name.endswith((".attn2.to_k", ".attn2.to_v")) and family in ("SD 2", "SDXL"):
             raise BadInput(
                 f"an adapter for {family}; expected one for SD 1.x "
-                f"({name} takes {part['down'].shape[-1]} inputs)"
+                f"({name} takes {shape[-1]} inputs)"
             )
 
 

@@ -1,0 +1,150 @@
+"""Adapters to and from the hub, through its own client. Only safetensors are ever fetched."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdd_lora.errors import BadInput, SddLoraError
+from sdd_lora.files import atomic_folder, refuse_existing, sha256_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+ADAPTER_FILE = "adapter.safetensors"
+METRICS_FILE = "metrics.json"
+#: What a run's folder publishes; all of it but the adapter itself may be missing.
+PUBLISHED = (
+    ADAPTER_FILE, "adapter.peft.safetensors", "adapter.json", "README.md", "recipe.yaml",
+    METRICS_FILE, "before-after.png",
+)  # fmt: skip
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_OTHER_TENSORS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def push(folder: Path, repository: str, private: bool = False) -> str:
+    """Publish a run's folder; returns the commit's address.
+
+    Raises BadInput where the folder holds no adapter, or another one than its metrics speak of, and
+    SddLoraError where the hub doesn't take it.
+    """
+    _require_id(repository)
+    if not (folder / ADAPTER_FILE).is_file():
+        raise BadInput(f"{folder}: no {ADAPTER_FILE} in it; expected a run's folder")
+    _check_measured(folder)
+    api = _client()
+    with _hub_errors(repository):
+        api.create_repo(repository, exist_ok=True, private=private)
+        commit = api.upload_folder(
+            folder_path=folder, repo_id=repository, allow_patterns=list(PUBLISHED),
+            commit_message="Upload a safety adapter made with sdd_lora",
+        )  # fmt: skip
+    return commit.commit_url
+
+
+def pull(repository: str, folder: Path, revision: str | None = None, force: bool = False) -> Path:
+    """Fetch a published run into a folder, whole or not at all; returns the folder.
+
+    Each file is checked against the hub's record of it, the adapter against `metrics.json` too.
+    Raises BadInput where the repository holds no adapter, or tensors in anything but safetensors;
+    SddLoraError where the hub can't be reached or a file isn't what the hub says.
+    """
+    _require_id(repository)
+    refuse_existing(folder, force)
+    commit, files = _listing(repository, revision)
+    with atomic_folder(folder) as target:
+        for name in (name for name in PUBLISHED if name in files):
+            (target / name).write_bytes(_download(repository, commit, files[name]).read_bytes())
+        _check_measured(target)
+    return folder
+
+
+def download_adapter(repository: str, revision: str | None = None) -> Path:
+    """A repository's adapter file, in the hub client's own cache. Raises as `pull` does."""
+    _require_id(repository)
+    commit, files = _listing(repository, revision)
+    return _download(repository, commit, files[ADAPTER_FILE])
+
+
+def _listing(repository: str, revision: str | None) -> tuple[str | None, dict[str, Any]]:
+    """The commit and the files of a repository, by name."""
+    with _hub_errors(repository):
+        info = _client().model_info(repository, revision=revision, files_metadata=True)
+    files = {entry.rfilename: entry for entry in info.siblings or []}
+    for name in files:
+        if Path(name).suffix.lower() in _OTHER_TENSORS:
+            raise BadInput(f"{repository}: holds {name}; only safetensors are pulled")
+    if ADAPTER_FILE not in files:
+        raise BadInput(f"{repository}: no {ADAPTER_FILE} in it; expected a published run")
+    return info.sha, files
+
+
+def _download(repository: str, commit: str | None, entry: Any) -> Path:
+    """One file, checked against the hub's record: SHA-256 of large files, git's hash of others."""
+    with _hub_errors(repository):
+        path = Path(_client().hf_hub_download(repository, entry.rfilename, revision=commit))
+    content = path.read_bytes()
+    if entry.lfs is not None:
+        found, expected = hashlib.sha256(content).hexdigest(), entry.lfs.sha256
+    else:
+        blob = b"blob %d\0" % len(content) + content
+        found, expected = hashlib.sha1(blob).hexdigest(), entry.blob_id
+    if found != expected:
+        raise SddLoraError(
+            f"{repository}: {entry.rfilename} is not what the hub says: hash {found}, expected "
+            f"{expected}; remove {path} and pull again"
+        )
+    return path
+
+
+def _check_measured(folder: Path) -> None:
+    """The numbers in `metrics.json` must be of the adapter beside them."""
+    metrics = folder / METRICS_FILE
+    if not metrics.is_file():
+        return
+    try:
+        expected = json.loads(metrics.read_text("utf-8"))["adapter"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{metrics}: names no adapter.sha256; the file is damaged") from error
+    found = sha256_of(folder / ADAPTER_FILE)
+    if found != expected:
+        raise BadInput(
+            f"{metrics}: speaks of another adapter (sha256 {expected}) than {ADAPTER_FILE} is "
+            f"({found}); measure this one, or remove the file"
+        )
+
+
+def _require_id(repository: str) -> None:
+    if not is_hub_id(repository):
+        raise BadInput(f"{repository}: expected a hub id, owner/name")
+
+
+def _client() -> "HfApi":
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """One line for whatever the client raises: its own errors, or its HTTP library's."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise BadInput(
+            f"{repository}: no such repository or revision on the hub, or not open to you; "
+            "log in with `hf auth login` if it is private"
+        ) from error
+    except Exception as error:
+        first = " ".join(str(error).split())[:200]
+        raise SddLoraError(f"{repository}: the hub can't be used: {first}") from error

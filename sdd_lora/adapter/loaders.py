@@ -1,0 +1,86 @@
+"""Who will load an adapter's file, by each loader's own rules: A1111 1.10, ComfyUI 2025-08,
+InvokeAI, diffusers 0.35 to 0.42 and peft.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sdd_lora.adapter import formats
+from sdd_lora.adapter.describe import Description
+
+_DRESS = "convert it with --to kohya"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a program loads a file with its full effect, and why not, or what it reads."""
+
+    loader: str
+    loads: bool
+    why: str
+
+
+def verdicts(description: Description) -> list[Verdict]:
+    """One verdict a loader."""
+    judges = {
+        "A1111": _a1111, "ComfyUI": _comfyui, "InvokeAI": _invokeai, "diffusers": _diffusers,
+        "peft": _peft,
+    }  # fmt: skip
+    found = []
+    for loader, objections in judges.items():
+        reason = next(objections(description), None)
+        found.append(Verdict(loader, reason is None, reason or f"reads {description.form}"))
+    return found
+
+
+def _forms(description: Description) -> set[str]:
+    keys = (key for key in description.header.tensors if not key.endswith(".alpha"))
+    return {formats.form_of_key(key) for key in keys}
+
+
+def _a1111(description: Description) -> Iterator[str]:
+    if not _forms(description) <= {"kohya", "ldm"}:
+        yield f"ignores the keys of the form {description.form} in silence; {_DRESS}"
+
+
+def _comfyui(description: Description) -> Iterator[str]:
+    if not _forms(description) <= {"kohya", "ldm", "attn-procs"}:
+        yield f"doesn't know the UNet's keys in the form {description.form}; {_DRESS}"
+
+
+def _invokeai(description: Description) -> Iterator[str]:
+    if _forms(description) != {"kohya"}:
+        yield f"doesn't load the form {description.form}; {_DRESS}"
+    elif not any(name.endswith(("attn2.to_k", "attn2.to_v")) for name in description.ranks):
+        yield "tells the model family by attn2.to_k or to_v, and there is neither"
+
+
+def _diffusers(description: Description) -> Iterator[str]:
+    forms, keys = _forms(description), description.header.tensors
+    has_alphas = any(key.endswith(".alpha") for key in keys)
+    if len(forms) > 1:
+        yield f"loads one form at a time, found {' and '.join(sorted(forms))}; {_DRESS}"
+    elif "ldm" in forms:
+        yield f"refuses LDM block names; {_DRESS}"
+    elif "bare" in forms:
+        yield "its pipeline loads nothing without the prefix unet., and only warns; convert it"
+    elif has_alphas and formats.PEFT_METADATA_KEY in description.header.metadata:
+        yield f"refuses .alpha together with {formats.PEFT_METADATA_KEY}; {_DRESS}"
+    elif "kohya" not in forms and has_alphas:
+        yield f"refuses .alpha in the form {description.form}; {_DRESS}"
+    elif "kohya" in forms and not _alphas_agree(description):
+        yield f"loads it, but at wrong scales: alphas differ between modules; {_DRESS}"
+
+
+def _peft(description: Description) -> Iterator[str]:
+    if not _forms(description) <= {"peft", "bare"}:
+        yield f"doesn't know the form {description.form}; convert it with --to peft"
+
+
+def _alphas_agree(description: Description) -> bool:
+    """diffusers applies the most frequent alpha to every module, and 1 · rank where none is."""
+    alphas = {
+        round(scale * description.ranks[name], 6) for name, scale in description.scales.items()
+    }
+    has_alphas = any(key.endswith(".alpha") for key in description.header.tensors)
+    return not has_alphas or len(alphas) == 1

@@ -1,0 +1,166 @@
+"""What fine-tuning changed: a tuned model against its base, as an adapter and what it can't hold.
+
+The two may differ in layout and dtype, and the tuned one may be partial (some weights alone, as
+ESD publishes them). Tensors are read one at a time. The autoencoder is not compared: no adapter
+reaches it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sdd_lora import names
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.compose import require_one_size
+from sdd_lora.adapter.extract import low_rank
+from sdd_lora.checkpoint.layout import Checkpoint, Place, open_checkpoint
+from sdd_lora.checkpoint.stream import as_array, read_bytes
+from sdd_lora.errors import BadInput
+from sdd_lora.progress import progress
+from sdd_lora.safetensors_file import open_input
+
+_LDM_HEADS = {"input_blocks", "middle_block", "output_blocks", "out", "time_embed"}
+_DIFFUSERS_HEADS = {
+    "conv_in", "conv_out", "conv_norm_out", "time_embedding", "down_blocks", "mid_block",
+    "up_blocks",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """An adapter and what it leaves out.
+
+    `kept` is the share of each module's squared change that its factors hold, `norms` the norm of
+    that change; `outside` the norms of changes to parameters that no adapter holds (biases, norms,
+    embeddings).
+    """
+
+    adapter: Adapter
+    kept: dict[str, float]
+    norms: dict[str, float]
+    outside: dict[str, float]
+
+    @property
+    def inside_share(self) -> float:
+        """The share of the whole squared change that lies in modules an adapter may hold."""
+        inside = sum(norm**2 for norm in self.norms.values())
+        return inside / (inside + sum(norm**2 for norm in self.outside.values()))
+
+    @property
+    def kept_share(self) -> float:
+        """The share of the whole squared change that the adapter holds."""
+        squares = {name: norm**2 for name, norm in self.norms.items()}
+        inside = sum(squares.values())
+        held = sum(self.kept[name] * square for name, square in squares.items())
+        return held / inside * self.inside_share if inside else 0.0
+
+
+def extract(
+    tuned: Path, base: Path, rank: int | None = None, energy: float | None = None
+) -> Extraction:
+    """The best adapter for tuned − base, of a rank or of the energy to keep in each module.
+
+    Raises BadInput where the two are no pair (a weight that the base lacks, or of another shape),
+    or nothing differs that an adapter may hold.
+    """
+    require_one_size(rank, energy)
+    factors, kept, norms, outside = {}, {}, {}, {}
+    for parameter, change in changes(tuned, base):
+        module = parameter.removesuffix(".weight")
+        norm = math.sqrt(float(np.square(change, dtype=np.float64).sum()))
+        if module == parameter or module not in names.known_modules():
+            outside[parameter] = norm
+            continue
+        factors[module], kept[module] = low_rank(change, rank, energy)
+        norms[module] = norm
+    if not factors:
+        raise BadInput(
+            f"{tuned}: no weight that an adapter may hold differs from {base}; "
+            f"{len(outside)} other parameters do"
+        )
+    metadata = {"name": tuned.stem, "extracted_from": {"tuned": tuned.name, "base": base.name}}
+    return Extraction(Adapter(factors, metadata), kept, norms, outside)
+
+
+def changes(tuned: Path, base: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Canonical parameter name and tuned − base, fp32, of every parameter that was changed.
+
+    A weight that differs by no more than the narrower dtype's rounding was not. Raises BadInput as
+    `extract` does.
+    """
+    ours, theirs = open_checkpoint(tuned), open_checkpoint(base)
+    after, before = parameters(ours), parameters(theirs)
+    if not after:
+        raise BadInput(f"{tuned}: no weights of a Stable Diffusion 1.x UNet or text encoder in it")
+    absent = [name for name in after if name not in before]
+    if absent:
+        raise BadInput(
+            f"{base}: has no {absent[0]}, which {tuned} has ({len(absent)} are missing in all); "
+            "give the model that it was tuned from"
+        )
+    with progress("comparing", len(after)) as advance:
+        for name, place in after.items():
+            change = _change(name, _read(ours, place), _read(theirs, before[name]))
+            if change is not None:
+                yield name, change
+            advance()
+
+
+def parameters(checkpoint: Checkpoint) -> dict[str, Place]:
+    """Canonical names of the UNet's and text encoder's parameters → place, of the first copy."""
+    first: dict[str, set[Path]] = {}
+    for copy in checkpoint.copies:
+        files = {place.file for place in copy.places.values()}
+        first.setdefault(copy.component, files)
+    in_text_folder = first.get("text_encoder", set()) - first.get("unet", set())
+    wanted = set().union(*first.values()) if first else set(checkpoint.headers)
+    found = {}
+    for file in (file for file in checkpoint.headers if file in wanted):
+        for key, info in checkpoint.headers[file].tensors.items():
+            name = canonical_parameter(key, file in in_text_folder)
+            if name is not None and info.dtype[0] in "FB" and info.dtype != "BOOL":
+                found[name] = Place(file, key)
+    return found
+
+
+def canonical_parameter(key: str, of_text_encoder: bool = False) -> str | None:
+    """A parameter's name as diffusers has it; the text encoder's prefixed as adapters' modules are.
+
+    None for what belongs to neither the UNet nor the text encoder.
+    """
+    for prefix in (names.LDM_TEXT_PREFIX, names.TEXT_PREFIX):
+        if key.startswith(prefix):
+            key, of_text_encoder = key.removeprefix(prefix), True
+    if of_text_encoder:
+        return names.TEXT_LAYERS_PREFIX + key.removeprefix("text_model.")
+    for prefix in (names.LDM_UNET_PREFIX, "diffusion_model.", names.UNET_PREFIX):
+        key = key.removeprefix(prefix)
+    head = key.partition(".")[0]
+    if head in _DIFFUSERS_HEADS:
+        return key
+    try:
+        return names.from_ldm(key) if head in _LDM_HEADS else None
+    except KeyError:
+        return None
+
+
+def _read(checkpoint: Checkpoint, place: Place) -> np.ndarray:
+    with open_input(place.file) as file:
+        data = read_bytes(file, checkpoint.headers[place.file], place.key)
+    return as_array(data, checkpoint.info(place))
+
+
+def _change(name: str, after: np.ndarray, before: np.ndarray) -> np.ndarray | None:
+    if after.size != before.size or after.shape[:2] != before.shape[:2]:
+        raise BadInput(
+            f"{name}: has the shape {after.shape} in the tuned model, {before.shape} in the base; "
+            "they are different models"
+        )
+    before = before.reshape(after.shape)
+    narrow = min(after.dtype, before.dtype, key=lambda dtype: dtype.itemsize)
+    if np.array_equal(after.astype(narrow), before.astype(narrow)):
+        return None
+    return after.astype(np.float32) - before.astype(np.float32)

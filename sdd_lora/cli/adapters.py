@@ -1,0 +1,75 @@
+"""What the adapter verbs share: options, and what they say about a file they wrote."""
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sdd_lora.adapter.adapter import Adapter
+
+
+class Form(str, Enum):
+    kohya = "kohya"
+    peft = "peft"
+    ldm = "ldm"
+    attn_procs = "attn-procs"
+
+
+class Dtype(str, Enum):
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+OutputFile = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there.")]
+AdapterFile = Annotated[
+    str, typer.Argument(help="An adapter file, a run's folder, or a hub id.", metavar="FILE")
+]
+StoredDtype = Annotated[
+    Dtype | None, typer.Option("--dtype", help="How to store it [default: as in FILE].")
+]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="The highest rank of a module.")]
+Energy = Annotated[
+    float | None, typer.Option("--energy", help="The share of each module's squared norm to keep.")
+]
+
+
+def stored_dtype(source: str) -> str:
+    """The dtype that a file's factors are stored in; fp32 where it is none that we write."""
+    from sdd_lora.adapter.adapter import DTYPES, adapter_file
+    from sdd_lora.checkpoint.layout import read_any_header
+    from sdd_lora.safetensors_file import DTYPES as STORED
+
+    tensors = read_any_header(adapter_file(source)).tensors
+    found = {STORED[info.dtype] for key, info in tensors.items() if not key.endswith(".alpha")}
+    return next((name for name, dtype in DTYPES.items() if found == {dtype}), "fp32")
+
+
+def write(adapter: "Adapter", path: Path, form: str, dtype: str) -> dict[str, Any]:
+    """Save an adapter; what was written, for --json."""
+    from sdd_lora.adapter.describe import describe
+
+    written = describe(adapter.save(path, format=form, dtype=dtype))
+    return {
+        "output": str(path),
+        "form": form,
+        "dtype": dtype,
+        "rank": adapter.rank,
+        "module_count": len(adapter.factors),
+        "parameters": written.parameters,
+        "bytes": path.stat().st_size,
+        "sha256": written.sha256,
+        "autov2": written.autov2,
+        "autov3": written.autov3,
+    }
+
+
+def line(written: dict[str, Any]) -> str:
+    """What was written, for people."""
+    return (
+        f"{written['output']}: {written['form']}, {written['dtype']}, "
+        f"{written['module_count']} modules, rank {written['rank']}, {written['bytes']:,} bytes"
+    )

@@ -1,0 +1,133 @@
+"""`sdd-lora verify`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdd_lora.cli.common import Result, verb
+from sdd_lora.errors import BadInput
+
+
+@verb("verify")
+def verify(
+    file: Annotated[
+        Path,
+        typer.Argument(help="An adapter (file or run's folder) or a checkpoint.", metavar="FILE"),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="FILE is an adapter: does it fit this model, is it in it?"),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", help="FILE is a checkpoint: is this adapter in it?"),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="The untouched model, to tell from the weights."),
+    ] = None,
+) -> Result:
+    """Check an adapter (sound? who loads it? does it fit?) or a checkpoint (which are in it?).
+
+    Exit code 1 where an adapter doesn't fit the model, or isn't in the checkpoint.
+
+    Examples:
+
+        sdd-lora verify weapons.safetensors --model model.safetensors
+
+        sdd-lora verify safe.safetensors
+
+        sdd-lora verify safe.safetensors --adapter weapons.safetensors --base model.safetensors
+    """
+    from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
+    from sdd_lora.adapter.formats import looks_like_adapter
+    from sdd_lora.checkpoint.layout import read_any_header
+
+    if file.is_dir():
+        is_adapter = is_adapter_folder(file)
+    else:
+        is_adapter = looks_like_adapter(read_any_header(file).tensors)
+    if not is_adapter:
+        if model is not None:
+            raise BadInput("--model goes with an adapter; a checkpoint takes --adapter")
+        return _checkpoint(file, adapter, base)
+    if adapter is not None:
+        raise BadInput("--adapter goes with a checkpoint; an adapter takes --model")
+    if base is not None and model is None:
+        raise BadInput("--base goes with --model: the untouched model beside it")
+    return _adapter(adapter_file(file), model, base)
+
+
+def _adapter(path: Path, model: str | None, base: str | None) -> Result:
+    from sdd_lora.adapter.adapter import Adapter
+    from sdd_lora.adapter.describe import describe
+    from sdd_lora.adapter.loaders import verdicts
+    from sdd_lora.checkpoint.fitting import misfits
+    from sdd_lora.checkpoint.source import locate
+
+    adapter = Adapter.load(path)
+    found = describe(path)
+    loaders = verdicts(found)
+    data: dict[str, Any] = {
+        "file": str(path),
+        "kind": "adapter",
+        "sound": True,
+        "family": found.family,
+        "rank": adapter.rank,
+        "norm": adapter.norm(),
+        "loaders": {v.loader: {"loads": v.loads, "why": v.why} for v in loaders},
+    }
+    lines = [
+        f"{path}: sound: {len(adapter.factors)} modules of {found.family}, rank {adapter.rank}, "
+        f"norm {adapter.norm():.4g}",
+        *(f"  {v.loader}: {'yes' if v.loads else 'no'}: {v.why}" for v in loaders),
+    ]
+    if model is None:
+        return Result(data, "\n".join(lines))
+    where = locate(model)
+    problems = misfits(where, adapter)
+    data |= {"model": model, "fits": not problems, "misfits": problems}
+    lines.append(f"  {model}: {'it fits' if not problems else 'it does NOT fit'}")
+    lines += [f"    {problem}" for problem in problems]
+    if not problems:
+        data["presence"], text = _presence(where, adapter, base)
+        lines.append(f"  {model}: {text}")
+    return Result(data, "\n".join(lines), exit_code=1 if problems else 0)
+
+
+def _checkpoint(path: Path, adapter: Path | None, base: str | None) -> Result:
+    from sdd_lora.adapter.adapter import Adapter
+    from sdd_lora.checkpoint.presence import chain_of_model
+
+    chain = chain_of_model(path)
+    data: dict[str, Any] = {
+        "file": str(path), "kind": "checkpoint", "baked": [asdict(baking) for baking in chain],
+    }  # fmt: skip
+    lines = [f"{path}: {'nothing is recorded as baked in' if not chain else 'baked in:'}"]
+    for baking in chain:
+        lines += [f"  {a.name} at weight {a.weight:g} ({baking.tool})" for a in baking.adapters]
+    if adapter is None:
+        if base is not None:
+            raise BadInput("--base of a checkpoint goes with --adapter: what to look for")
+        return Result(data, "\n".join(lines))
+    data["presence"], text = _presence(path, Adapter.load(adapter), base)
+    lines.append(f"  {adapter}: {text}")
+    return Result(data, "\n".join(lines), exit_code=0 if data["presence"]["present"] else 1)
+
+
+def _presence(model: Path, adapter: Any, base: str | None) -> tuple[dict[str, Any], str]:
+    """Whether an adapter is in a model: by its record, and with a base by its weights."""
+    from sdd_lora.checkpoint.presence import IN_IT, find
+    from sdd_lora.checkpoint.source import locate
+
+    found = find(model, adapter, None if base is None else locate(base))
+    present = found.recorded is not None
+    text = "not recorded as baked in"
+    if found.recorded is not None:
+        text = f"recorded as baked in at weight {found.recorded.weight:g}"
+    if found.strength is not None:
+        present = abs(found.strength) >= IN_IT
+        text += f"; by its weights it is in it at {found.strength:.2f}"
+    return asdict(found) | {"present": present}, text
