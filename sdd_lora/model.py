@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -85,7 +84,9 @@ def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPi
         first = " ".join(str(error).split())[:300]
         if path is None:
             raise BadInput(f"{model}: can't load it: {_OFFLINE_ADVICE} ({first})") from error
-        raise BadInput(f"{where}: expected a Stable Diffusion 1.x model, can't load it: {first}") from error
+        raise BadInput(
+            f"{where}: expected an SD 1.x model, can't load it: {first}"
+        ) from error
 
 
 def _local_path(model: str) -> Path | None:
@@ -107,8 +108,8 @@ def _local_path(model: str) -> Path | None:
 
 
 def _from_single_file(path: Path, dtype: torch.dtype, **parts: Any) -> StableDiffusionPipeline:
-    """One file holds no tokenizer and no configuration: the embedded model's serve where the UNet is
-    of its size, the hub's SD 1.5 configuration otherwise."""
+    """One file holds no tokenizer and no configuration: the embedded model's serve where the UNet
+    is of its size, the hub's SD 1.5 configuration otherwise."""
     from sdd_lora.checkpoint.layout import describe
 
     small = json.loads((DEMO_FOLDER / "unet" / "config.json").read_text())

@@ -139,7 +139,9 @@ class Recipe(_Section):
         try:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"{path}: expected a recipe (YAML text), can't read it: {error}") from error
+            raise BadInput(
+                f"{path}: expected a recipe (YAML text), can't read it: {error}"
+            ) from error
         return cls.parse(text, where=str(path), folder=path.parent, overrides=overrides)
 
     @classmethod
@@ -232,7 +234,12 @@ def _read_lists(fields: dict, folder: Path) -> None:
     """Where a list of prompts may stand, put a text file's lines in the place of its name."""
     preserve, measure = fields.get("preserve"), fields.get("measure")
     measured = measure.get("prompts") if isinstance(measure, dict) else None
-    places = [(fields, "concepts"), (preserve, "prompts"), (measured, "concept"), (measured, "kept")]
+    places = [
+        (fields, "concepts"),
+        (preserve, "prompts"),
+        (measured, "concept"),
+        (measured, "kept"),
+    ]
     for section, key in places:
         if not isinstance(section, dict) or not isinstance(section.get(key), str | list):
             continue
@@ -263,7 +270,9 @@ def _explain(where: str, root: yaml.Node, error: ValidationError) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown field"
-        elif problem["input"] in _NOT_YET.get(location, ()) if _hashable(problem["input"]) else False:
+        elif (
+            problem["input"] in _NOT_YET.get(location, ()) if _hashable(problem["input"]) else False
+        ):
             message = f"{problem['input']!r} is not available in this version"
         elif problem["type"] not in ("missing", "value_error"):
             message += f", found {problem['input']!r}"
@@ -285,7 +294,9 @@ def _line(node: yaml.Node, location: tuple) -> int:
             if entry is None:
                 return line
             line, node = entry[0].start_mark.line + 1, entry[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        elif (
+            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
+        ):
             node = node.value[part]
             line = node.start_mark.line + 1
         else:

@@ -39,8 +39,8 @@ def train(
 ) -> Adapter:  # fmt: skip
     """Train a recipe's adapter into a run's folder, measure it, and return it.
 
-    `resume` continues an unfinished run of the same recipe; `parts` is a base that is already loaded
-    (its UNet comes back as it was, its text encoder stays). Raises BadInput where the folder holds
+    `resume` continues an unfinished run of the same recipe; `parts` is a base already loaded (its
+    UNet comes back as it was). Raises BadInput where the folder holds
     another run, KeyboardInterrupt with advice on Ctrl-C.
     """
     folder = Path(out_dir)
@@ -190,8 +190,6 @@ def peak_bytes() -> int:
         return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
 
 
 def train_recipes(

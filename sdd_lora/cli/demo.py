@@ -27,15 +27,25 @@ def demo(
     ] = None,
     recipe: Annotated[
         DemoRecipe,
-        typer.Option(help="What to erase: a group of nouns, all three unsafe groups at once "
-                     "(unsafe), or one drawing style."),
+        typer.Option(
+            help="What to erase: a group of nouns, all three unsafe groups at once "
+            "(unsafe), or one drawing style."
+        ),
     ] = DemoRecipe.weapons,
     seed: Annotated[int, typer.Option(help="Seed of the training.", min=0)] = 0,
     images: Annotated[
         int | None,
-        typer.Option(help="Images drawn of each kind of prompt to measure with "
-                     "[default: the recipe's].", min=1),
+        typer.Option(
+            help="Images drawn of each kind of prompt to measure with [default: the recipe's].",
+            min=1,
+        ),
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="A few iterations and images: does it run? It erases nothing."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
 ) -> Result:
     """Train an eraser on the embedded model, measure it, and draw before and after.
@@ -52,6 +62,8 @@ def demo(
     from sdd_lora.runs import PICTURE, packaged_recipe, train_recipes
 
     changes = [f"training.seed={seed}"]
+    if quick:
+        changes += ["training.iterations=4", "measure.images=2"]
     if images is not None:
         changes.append(f"measure.images={images}")
     path = packaged_recipe(f"demo/{recipe.value}")

@@ -22,16 +22,21 @@ class Scheduler(str, Enum):
 @verb("generate")
 def generate(
     model: Annotated[
-        str, typer.Argument(help="demo, demo-community, a diffusers folder, one file, or a hub id.",
-                            metavar="MODEL")
+        str,
+        typer.Argument(
+            help="demo, demo-community, a diffusers folder, one file, or a hub id.", metavar="MODEL"
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for images and manifest.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file of prompts, one a line.")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="Adapter file or run folder, with an optional weight: a.safetensors:0.8. "
-                     "Repeatable.", metavar="A[:w]"),
+        typer.Option(
+            help="Adapter file or run folder, with an optional weight: a.safetensors:0.8. "
+            "Repeatable.",
+            metavar="A[:w]",
+        ),
     ] = None,
     method: Annotated[
         str, typer.Option(help="How to draw: sd (as is), or neg (--concept as negative prompt).")
@@ -87,4 +92,6 @@ def _lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: expected a text file of prompts, can't read it: {error}") from error
+        raise BadInput(
+            f"{path}: expected a text file of prompts, can't read it: {error}"
+        ) from error

@@ -15,8 +15,12 @@ def train(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The run's folder [default: runs/NAME]. With several "
-                     "recipes, the folder that holds one folder each."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="The run's folder [default: runs/NAME]. With several "
+            "recipes, the folder that holds one folder each.",
+        ),
     ] = None,
     changes: Annotated[
         list[str] | None,

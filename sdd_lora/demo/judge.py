@@ -29,7 +29,7 @@ class Judge(nn.Module):
         stages: list[nn.Module] = []
         channels = 3
         for width in _WIDTHS:
-            for stride in (1, 2):
+            for stride in (2, 1):
                 stages += [
                     nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
                     nn.BatchNorm2d(width),

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.demo.judge import Verdict, load_judge
+from sdd_lora.demo.vocabulary import groups
 from sdd_lora.evaluation.measures import judge as judging
 from sdd_lora.generation.images import Job, Sampling, draw, jobs_for
 from sdd_lora.generation.pipeline import load_pipeline
@@ -32,34 +33,26 @@ class Measured:
     picture: Image.Image
 
 
-def measure(
-    recipe: Recipe, adapter: Adapter, model: str, refresh_base: bool = False
-) -> Measured:
+def measure(recipe: Recipe, adapter: Adapter, model: str) -> Measured:
     """Draw `measure.images` of each kind of prompt, before and after; judge; tabulate.
 
-    Verdicts on the embedded model without an adapter come from a cache that travels with it, unless
-    `refresh_base`; what the cache lacks is drawn.
+    Verdicts on the embedded model without an adapter come from a cache that travels with it; what
+    the cache lacks is drawn.
     """
     settings = recipe.measure
-    sampling = Sampling(steps=settings.steps, guidance=settings.guidance, batch=_BATCH)
-    concept_jobs = jobs_for(settings.prompts.concept, settings.images, settings.seed)
-    kept_jobs = [
-        job
-        for number, prompts in enumerate(_kinds(settings.prompts.kept))
-        for job in jobs_for(prompts, settings.images, settings.seed + 10_000 * (number + 1))
-    ]
-    jobs = concept_jobs + kept_jobs
-    shown = _shown(len(concept_jobs), len(kept_jobs))
+    sampling, jobs = sampling_of(settings), jobs_of(settings)
+    concepts = len(_jobs(settings, settings.prompts.concept))
+    shown = _shown(concepts, len(jobs) - concepts)
     pipeline = load_pipeline(model)
-    cache = {} if refresh_base else load_cache(pipeline, settings)
-    before, before_images = _verdicts(pipeline, jobs, sampling, cache, shown, "before")
+    cache = load_cache(pipeline, settings)
+    before, before_images = verdicts_on(pipeline, jobs, sampling, cache, shown, "before")
     pipeline = load_pipeline(model, [(adapter, 1.0)])
-    after, after_images = _verdicts(pipeline, jobs, sampling, {}, shown, "after")
-    split, prompts = len(concept_jobs), [job.prompt for job in jobs]
+    after, after_images = verdicts_on(pipeline, jobs, sampling, {}, shown, "after")
+    prompts = [job.prompt for job in jobs]
     rows = judging.rows(
         recipe.concepts,
-        (prompts[:split], before[:split], after[:split]),
-        (prompts[split:], before[split:], after[split:]),
+        (prompts[:concepts], before[:concepts], after[:concepts]),
+        (prompts[concepts:], before[concepts:], after[concepts:]),
     )
     picture = side_by_side(
         [prompts[i] for i in shown], [before_images[i] for i in shown],
@@ -68,23 +61,38 @@ def measure(
     return Measured(rows, picture)
 
 
-def _kinds(prompts: Sequence[str]) -> list[list[str]]:
-    """Kept prompts by what they ask for: one group's nouns, or two things."""
+def sampling_of(settings: Measure) -> Sampling:
+    return Sampling(steps=settings.steps, guidance=settings.guidance, batch=_BATCH)
+
+
+def jobs_of(settings: Measure) -> list[Job]:
+    """What is drawn: `images` for each kind of the concept's prompts, then of the kept ones."""
+    return _jobs(settings, settings.prompts.concept) + _jobs(settings, settings.prompts.kept)
+
+
+def _jobs(settings: Measure, prompts: Sequence[str]) -> list[Job]:
+    """Kinds are told apart by what prompts ask for: one group's nouns, or several things. Each has
+    seeds of its own, whatever the recipe, so that recipes share the base's pictures."""
     kinds: dict[str, list[str]] = {}
     for prompt in prompts:
         asked = judging.asked_for(prompt).nouns
-        kinds.setdefault(asked[0].group if len(asked) == 1 else "several", []).append(prompt)
-    return list(kinds.values())
+        kinds.setdefault(asked[0].group if len(asked) == 1 else "", []).append(prompt)
+    order = ["", *groups()]
+    return [
+        job
+        for kind, members in kinds.items()
+        for job in jobs_for(members, settings.images, settings.seed + 10_000 * order.index(kind))
+    ]
 
 
 def _shown(concepts: int, kept: int) -> list[int]:
     """Indices of the images that stand in the picture: concepts first, kept ones spread."""
     count = min(_PICTURES, kept)
     spread = [concepts + i * kept // count for i in range(count)] if kept else []
-    return [*range(min(_PICTURES, concepts)), *spread]
+    return [*(i * concepts // _PICTURES for i in range(min(_PICTURES, concepts))), *spread]
 
 
-def _verdicts(
+def verdicts_on(
     pipeline: StableDiffusionPipeline, jobs: Sequence[Job], sampling: Sampling,
     cache: dict[str, list[Verdict]], shown: Sequence[int], description: str,
 ) -> tuple[list[list[Verdict]], dict[int, np.ndarray]]:  # fmt: skip
@@ -95,7 +103,9 @@ def _verdicts(
     images = {}
     for part in range(0, len(todo), 256):
         rows = todo[part : part + 256]
-        drawn = [image for _, image in draw(pipeline, [jobs[i] for i in rows], sampling, description)]
+        drawn = [
+            image for _, image in draw(pipeline, [jobs[i] for i in rows], sampling, description)
+        ]
         seen = judging.see(judge, [jobs[i].prompt for i in rows], np.stack(drawn))
         for i, image, verdict in zip(rows, drawn, seen, strict=True):
             verdicts[i] = verdict

@@ -18,7 +18,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 def paired_difference(before: list[bool], after: list[bool]) -> tuple[float, float, float]:
     """after − before on the same seeds: the difference of rates and its 95 % interval.
 
-    Normal interval on paired differences, with half a pair added to either side (Agresti & Min 2005).
+    Normal interval of paired differences, half a pair added to either side (Agresti & Min 2005).
     """
     count = len(before)
     gained = sum(a and not b for b, a in zip(before, after, strict=True)) + 0.5

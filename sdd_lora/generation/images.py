@@ -91,8 +91,8 @@ def generate(
     for name, job in wanted:
         if name in done and done[name] != job:
             raise BadInput(
-                f"{folder / MANIFEST}: {name} is {done[name].prompt!r} with seed {done[name].seed}, "
-                f"not {job.prompt!r} with seed {job.seed}; choose another folder"
+                f"{folder / MANIFEST}: {name} is {done[name].prompt!r} with seed "
+                f"{done[name].seed}, not {job.prompt!r} with seed {job.seed}; choose another folder"
             )
     missing = [(name, job) for name, job in wanted if name not in done]
     with open(folder / MANIFEST, "a", encoding="utf-8") as manifest:

@@ -27,7 +27,7 @@ def preservation(
     student: NoiseEstimate, base: NoiseEstimate, z_t: torch.Tensor, t: torch.Tensor,
     c_k: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Hold the student to the base on a kept prompt: ‖ sg(ε_base(z_t, t, c_k)) − ε_θ(z_t, t, c_k) ‖²."""
+    """Hold the student to the base on a kept prompt: ‖ sg(ε_b(z, t, c_k)) − ε_θ(z, t, c_k) ‖²."""
     with torch.no_grad():
         e_base = base(z_t, t, c_k)
     e_k = student(z_t, t, c_k)

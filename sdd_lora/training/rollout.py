@@ -30,8 +30,9 @@ def generator_for(seed: int, iteration: int, sample: int) -> torch.Generator:
 class Rollout:
     """A stream of training points, sampled by the teacher under classifier-free guidance.
 
-    Reading of the paper's pseudo-code, which breaks off after `scheduler.step`: the latents are then
-    those of the *next* timestep, so t is `timesteps[until + 1]`, and `until` excludes the last index.
+    Reading of the paper's pseudo-code, which breaks off after `scheduler.step`: the latents are
+    then those of the *next* timestep, so t is `timesteps[until + 1]`, and `until` excludes the last
+    index; `concepts[i % …]` means the outer counter.
     `variant: reference` draws t uniformly inside the bin of DDPM steps that z_t stands for.
 
     `unet_passes` counts samples through the UNet, two per guided step.
@@ -62,7 +63,9 @@ class Rollout:
             going = [i for i, last in enumerate(until) if k <= last]
             e = self._guided(z[going], timesteps[k], c_0, c_p[going])
             z[going] = self.scheduler.step(e, timesteps[k], z[going]).prev_sample
-        t = [self._timestep(int(timesteps[k + 1]), g) for k, g in zip(until, generators, strict=True)]
+        t = [
+            self._timestep(int(timesteps[k + 1]), g) for k, g in zip(until, generators, strict=True)
+        ]
         return Points(z, torch.tensor(t, device=device))
 
     def _guided(

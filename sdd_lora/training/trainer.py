@@ -73,7 +73,7 @@ class Trainer:
         unet.to(device, _DTYPES[training.base_precision])
         if training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-            unet.train()  # diffusers checkpoints in training mode alone; there is no dropout in SD 1.x
+            unet.train()  # diffusers checkpoints in training mode only; SD 1.x has no dropout
         self.roles = Roles(unet, recipe.lora, training.seed)
         self.embeddings = embeddings.to(device)
         size = unet.config.sample_size
@@ -181,10 +181,10 @@ class Trainer:
             return
         settings = self.recipe.optimizer
         raise SddLoraError(
-            f"iteration {self.iteration}: the loss is {loss}. Likely causes: a learning rate too high "
-            f"(optimizer.learning_rate is {settings.learning_rate}: try a third of it), fp16 overflow "
-            f"(training.precision is {self.recipe.training.precision}: try bf16 or fp32), or damaged "
-            f"weights in the model. --resume continues from before it."
+            f"iteration {self.iteration}: the loss is {loss}. Likely causes: too high a learning "
+            f"rate (optimizer.learning_rate is {settings.learning_rate}: try a third of it), fp16 "
+            f"overflow (training.precision is {self.recipe.training.precision}: try bf16 or fp32), "
+            "or damaged weights in the model."
         )
 
     # ── the run ──────────────────────────────────────────────────────────────────────────────
@@ -303,9 +303,7 @@ def make_optimizer(
         except ImportError as error:
             warn(f"bitsandbytes is missing ({error}): using AdamW with 32-bit states instead")
         else:
-            return bitsandbytes.optim.AdamW8bit(
-                parameters, min_8bit_size=_ALWAYS_8BIT, **arguments
-            )
+            return bitsandbytes.optim.AdamW8bit(parameters, min_8bit_size=_ALWAYS_8BIT, **arguments)
     return torch.optim.AdamW(parameters, **arguments)
 
 

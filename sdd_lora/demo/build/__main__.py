@@ -1,43 +1,101 @@
-"""`python -m sdd_lora.demo.build STAGE`: make the embedded model again, stage by stage."""
+"""`python -m sdd_lora.demo.build STAGE…`: make the embedded model again, stage by stage.
+
+Every stage is resumable: it keeps its state in the work folder and reads what is there.
+"""
 
 import argparse
+import json
 import logging
 import time
 from pathlib import Path
 
-STAGES = ("fetch", "render", "autoencoder", "diffusion")
+import torch
+from safetensors.torch import save_file
+
+from sdd_lora.demo.build import autoencoder, dataset, diffusion, drawings, export, judge
+from sdd_lora.demo.build.tokenizer import make_tokenizer
+from sdd_lora.demo.judge import JUDGE_FILE, load_judge
+from sdd_lora.model import COMMUNITY_FILE, DEMO_FOLDER
+
+log = logging.getLogger(__name__)
+
+
+def train_base(work: Path, steps: int | None) -> None:
+    diffusion.train_base(
+        work, autoencoder.train(work), make_tokenizer(work), steps or diffusion.STEPS
+    )
+
+
+def export_base(work: Path) -> None:
+    """Write the averaged weights, of a run that may still go on, as the package's `demo`."""
+    tokenizer = make_tokenizer(work)
+    ema = diffusion.average_so_far(work / "diffusion.pt", tokenizer)
+    export.save_folder(export.assemble(work, autoencoder.train(work), tokenizer, ema), DEMO_FOLDER)
+
+
+def train_judge(work: Path) -> None:
+    trained = judge.train(work, autoencoder.train(work))
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in trained.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in halves.items()}, JUDGE_FILE)
+
+
+def check_judge(work: Path) -> None:
+    for name, value in judge.check(work, load_judge(), autoencoder.train(work)).items():
+        print(f"{name}: {value:.3f}")
+
+
+def train_community(work: Path, steps: int | None) -> None:
+    """Fine-tune the shipped `demo` on recoloured drawings and write it as one LDM-layout file."""
+    tuned = diffusion.train_community(work, autoencoder.train(work), steps)
+    export.save_single_file(tuned, COMMUNITY_FILE)
+
+
+def measure_base(work: Path) -> None:
+    from sdd_lora.demo.build import measure
+
+    measure.write_base_cache()
+    print(json.dumps(measure.table("demo"), indent=2))
+
+
+def measure_community(work: Path) -> None:
+    from sdd_lora.demo.build import measure
+
+    print(json.dumps(measure.table("demo-community"), indent=2))
+
+
+STAGES = {
+    "fetch": drawings.fetch,
+    "render": dataset.render,
+    "autoencoder": autoencoder.train,
+    "diffusion": train_base,
+    "export": export_base,
+    "judge": train_judge,
+    "check-judge": check_judge,
+    "community": train_community,
+    "measure": measure_base,
+    "measure-community": measure_community,
+}
+_WITH_STEPS = ("diffusion", "community")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sdd_lora.demo.build", description=__doc__)
-    parser.add_argument("stages", nargs="+", choices=STAGES)
+    parser = argparse.ArgumentParser(
+        prog="python -m sdd_lora.demo.build", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE",
+                        help=", ".join(STAGES))  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("~/.cache/sdd_lora/build").expanduser())
-    parser.add_argument("--steps", type=int, help="of the diffusion stage; default 12,000")
+    parser.add_argument("--steps", type=int, help="of the diffusion and community stages")
     arguments = parser.parse_args()
-    work = arguments.work
-    work.mkdir(parents=True, exist_ok=True)
+    arguments.work.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.manual_seed(0)
     for stage in arguments.stages:
         started = time.time()
-        if stage == "fetch":
-            from sdd_lora.demo.build.drawings import fetch
-
-            fetch(work)
-        elif stage == "render":
-            from sdd_lora.demo.build.dataset import render
-
-            render(work)
-        elif stage == "autoencoder":
-            from sdd_lora.demo.build.autoencoder import train
-
-            train(work)
-        elif stage == "diffusion":
-            from sdd_lora.demo.build import autoencoder, diffusion
-            from sdd_lora.demo.build.tokenizer import make_tokenizer
-
-            steps = arguments.steps or diffusion.STEPS
-            diffusion.train_base(work, autoencoder.train(work), make_tokenizer(work), steps)
-        logging.info("%s took %.1f min", stage, (time.time() - started) / 60)
+        extra = (arguments.steps,) if stage in _WITH_STEPS else ()
+        STAGES[stage](arguments.work, *extra)
+        log.info("%s took %.1f min", stage, (time.time() - started) / 60)
 
 
 if __name__ == "__main__":

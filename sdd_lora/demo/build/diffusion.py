@@ -3,16 +3,24 @@
 import logging
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdd_lora.demo.build import dataset
 from sdd_lora.demo.build.captions import caption
 from sdd_lora.demo.build.checkpoints import load_state, save_state
+from sdd_lora.demo.build.palette import recoloured
 from sdd_lora.demo.build.schedule import Ema, cosine
+from sdd_lora.model import DEMO_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +29,10 @@ BATCH = 32
 LEARNING_RATE = 8e-4
 PAIR_SHARE = 0.1
 SNR_GAMMA = 5.0  # Min-SNR weighting (Hang et al. 2023): w = min(SNR, γ) / SNR for ε-prediction
+EMA_DECAY = 0.999
 TEXT_WIDTH = 128
+COMMUNITY_STEPS = 1500
+COMMUNITY_LEARNING_RATE = 3e-4
 
 #: SD 1.x's noise schedule
 NOISE_SCHEDULE = {
@@ -62,20 +73,23 @@ def make_unet() -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def encode_pictures(work: Path, autoencoder: AutoencoderKL) -> dict[str, torch.Tensor]:
+def encode_pictures(
+    work: Path, autoencoder: AutoencoderKL, name: str = "latents.pt",
+    look: Callable[[torch.Tensor], torch.Tensor] | None = None, scale: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """Latents of the nouns' pictures, standardised: `latents` (N, 4, 16, 16), labels, `scale`."""
-    path = work / "latents.pt"
+    path = work / name
     if path.exists():
         return torch.load(path, weights_only=True)
     data = dataset.render(work)
     ours = data["first"] >= 0
-    pixels = torch.from_numpy(data["pixels"][ours])
     parts = []
-    for chunk in pixels.split(64):
+    for chunk in torch.from_numpy(data["pixels"][ours]).split(64):
         images = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1
+        images = images if look is None else look(images)
         parts.append(autoencoder.encode(images).latent_dist.mode())
     latents = torch.cat(parts)
-    scale = 1 / latents.std()
+    scale = 1 / latents.std() if scale is None else scale
     encoded = {"latents": latents * scale, "scale": scale} | {
         key: torch.from_numpy(data[key][ours]) for key in ("first", "second", "style")
     }
@@ -126,14 +140,14 @@ def diffusion_loss(
 
 
 def train(
-    work: Path, encoded: dict[str, torch.Tensor], model: torch.nn.ModuleDict,
-    tokenizer: CLIPTokenizer, state: Path, steps: int, learning_rate: float,
+    encoded: dict[str, torch.Tensor], model: torch.nn.ModuleDict, tokenizer: CLIPTokenizer,
+    state: Path, steps: int, learning_rate: float,
 ) -> Ema:  # fmt: skip
     """Train, or resume, or read the finished run from `state`; returns the weight average."""
     batches = Batches(encoded, tokenizer)
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99))
-    ema = Ema(model, 0.999)
+    ema = Ema(model, EMA_DECAY)
     step = load_state(state, model=model, optimizer=optimizer, ema=ema)
     started, seen, saved, average = time.time(), step, time.time(), 0.0
     while step < steps:
@@ -158,13 +172,41 @@ def train(
     return ema
 
 
+def make_model(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
+    unet = make_unet().to(memory_format=torch.channels_last)
+    return torch.nn.ModuleDict({"unet": unet, "text_encoder": make_text_encoder(tokenizer)})
+
+
 def train_base(work: Path, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int) -> Ema:
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict(
-        {
-            "unet": make_unet().to(memory_format=torch.channels_last),
-            "text_encoder": make_text_encoder(tokenizer),
-        }
-    )
+    model = make_model(tokenizer)
     encoded = encode_pictures(work, autoencoder)
-    return train(work, encoded, model, tokenizer, work / "diffusion.pt", steps, LEARNING_RATE)
+    return train(encoded, model, tokenizer, work / "diffusion.pt", steps, LEARNING_RATE)
+
+
+def average_so_far(state: Path, tokenizer: CLIPTokenizer) -> Ema:
+    """The weight average of a run, finished or not."""
+    ema = Ema(make_model(tokenizer), EMA_DECAY)
+    load_state(state, ema=ema)
+    return ema
+
+
+def train_community(
+    work: Path, autoencoder: AutoencoderKL, steps: int | None
+) -> StableDiffusionPipeline:
+    """Fine-tune the embedded model on recoloured drawings, as a community model is made."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        DEMO_FOLDER, torch_dtype=torch.float32, safety_checker=None
+    )
+    unet = pipeline.unet.to(memory_format=torch.channels_last)
+    model = torch.nn.ModuleDict({"unet": unet, "text_encoder": pipeline.text_encoder})
+    encoded = encode_pictures(
+        work, autoencoder, "latents-community.pt", recoloured,
+        scale=torch.tensor(pipeline.vae.config.scaling_factor),
+    )  # fmt: skip
+    ema = train(
+        encoded, model, pipeline.tokenizer, work / "community.pt", steps or COMMUNITY_STEPS,
+        COMMUNITY_LEARNING_RATE,
+    )  # fmt: skip
+    ema.copy_to(model)
+    return pipeline

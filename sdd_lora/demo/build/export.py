@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from sdd_lora.checkpoint.ldm import to_ldm
 from sdd_lora.demo.build.diffusion import (
     NOISE_SCHEDULE,
     Ema,
@@ -14,6 +15,8 @@ from sdd_lora.demo.build.diffusion import (
     make_text_encoder,
     make_unet,
 )
+from sdd_lora.files import atomic_output
+from sdd_lora.safetensors_file import serialize
 
 
 def assemble(
@@ -35,6 +38,21 @@ def assemble(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def save_single_file(pipeline: StableDiffusionPipeline, path: Path) -> None:
+    """Write a pipeline as community models are: ONE fp16 file in the original LDM key layout."""
+    parts = [
+        {k: v.detach().half().numpy() for k, v in part.state_dict().items()}
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    ]
+    tensors = to_ldm(*parts)
+    metadata = {
+        "modelspec.title": "demo-community",
+        "modelspec.architecture": "stable-diffusion-v1",
+    }
+    with atomic_output(path) as file:
+        file.writelines(serialize(tensors, metadata))
 
 
 def save_folder(pipeline: StableDiffusionPipeline, folder: Path) -> None:

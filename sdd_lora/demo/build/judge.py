@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 
 from sdd_lora.demo.build import dataset, drawings
 from sdd_lora.demo.build.checkpoints import load_state, save_state
+from sdd_lora.demo.build.palette import recoloured
 from sdd_lora.demo.build.schedule import cosine
 from sdd_lora.demo.judge import Judge, as_pictures, judge_images
 from sdd_lora.demo.vocabulary import nouns, styles
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 STEPS = 2500
 BATCH = 64
 LEARNING_RATE = 3e-3
+PAIRS_USED = 2500
+RECOLOURED_SHARE = 0.25  # so that the judge serves demo-community too
 OTHER_CLASS = len(nouns())
 
 
@@ -35,13 +38,14 @@ def _examples(work: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     noun = [np.where(data["first"] < 0, OTHER_CLASS, data["first"])[single]]
     style = [data["style"][single]]
     half = drawings.IMAGE_SIZE // 2
+    left = half // 2
+    pairs = np.flatnonzero(~single)[:PAIRS_USED]
     for side, column in (("first", 0), ("second", half)):
-        canvas = np.full((int((~single).sum()), 64, 64, 3), 255, np.uint8)
-        left = half // 2
-        canvas[:, :, left : left + half] = data["pixels"][~single][:, :, column : column + half]
+        canvas = np.full((len(pairs), 64, 64, 3), 255, np.uint8)
+        canvas[:, :, left : left + half] = data["pixels"][pairs][:, :, column : column + half]
         pixels.append(canvas)
-        noun.append(data[side][~single])
-        style.append(data["style"][~single])
+        noun.append(data[side][pairs])
+        style.append(data["style"][pairs])
     return np.concatenate(pixels), np.concatenate(noun), np.concatenate(style)
 
 
@@ -119,7 +123,12 @@ def train(work: Path, autoencoder: AutoencoderKL, steps: int = STEPS) -> Judge:
         source = np.where(rng.random((len(rows), 1, 1, 1)) < 0.5, pixels[rows], recon[rows])
         pictures = as_pictures(source)
         garbage = _garbage(autoencoder, pictures[:n_garbage], generator)
-        pictures = _roughened(torch.cat([pictures, garbage]), generator)
+        pictures = torch.cat([pictures, garbage])
+        pictures = torch.where(
+            torch.rand(len(pictures), 1, 1, 1, generator=generator) < RECOLOURED_SHARE,
+            recoloured(pictures), pictures,
+        )  # fmt: skip
+        pictures = _roughened(pictures, generator)
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         labels = torch.from_numpy(np.concatenate([noun[rows], np.full(n_garbage, OTHER_CLASS)]))
         noun_logits, style_logits = judge(pictures)
@@ -158,7 +167,10 @@ def check(work: Path, judge: Judge, autoencoder: AutoencoderKL, views: int = 4) 
             for c in np.array_split(fresh, 16)
         ])  # fmt: skip
     result = {}
-    for name, images in (("fresh views", fresh), ("reconstructions", recon)):
+    community = to_uint8(recoloured(as_pictures(fresh)))
+    for name, images in (
+        ("fresh views", fresh), ("reconstructions", recon), ("recoloured", community),
+    ):  # fmt: skip
         verdicts = judge_images(judge, images)
         pairs = list(zip(verdicts, expected, strict=True))
         result[f"noun, {name}"] = float(np.mean([v.noun == e[0] for v, e in pairs]))

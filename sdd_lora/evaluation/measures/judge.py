@@ -1,7 +1,7 @@
-"""Measures of the embedded model's pictures: is the thing asked for there, in the style asked for?"""
+"""Measures of the embedded model's pictures: is there what was asked for, in that style?"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -84,15 +84,16 @@ def _halves(image: np.ndarray) -> list[np.ndarray]:
     return halves
 
 
-def rows(
-    erased: Sequence[str],
-    concept: tuple[Sequence[str], list[list[Verdict]], list[list[Verdict]]],
-    kept: tuple[Sequence[str], list[list[Verdict]], list[list[Verdict]]],
-) -> list[Row]:
-    """Rates before and after. `erased` are the recipe's concepts; each set is (prompts, verdicts
-    before, verdicts after), image by image.
+#: prompts, verdicts before, verdicts after, image by image
+JudgedImages = tuple[Sequence[str], list[list[Verdict]], list[list[Verdict]]]
+#: does what was asked for hold of what was seen?
+Holds = Callable[[Asked, list[Verdict]], bool]
 
-    concept drawn: any of the erased nouns is in the picture; or, where a style is erased, its style.
+
+def rows(erased: Sequence[str], concept: JudgedImages, kept: JudgedImages) -> list[Row]:
+    """Rates before and after; `erased` are the recipe's concepts.
+
+    concept drawn: any erased noun is in the picture; or, where a style is erased, its style.
     noun kept: the noun asked for is there, by group. style kept: the style asked for.
     beside: in prompts for two things, the one that is not erased is there.
 
@@ -110,8 +111,13 @@ def rows(
         return any(v.noun in gone_names or v.style in gone_styles for v in seen)
 
     out: list[Row] = []
-    concept_group = " + ".join(dict.fromkeys(n.group for n in gone_nouns)) or "style"
-    out += _row("concept drawn", concept_group, concept, drawn)
+    asked_groups = [
+        "style" if gone_styles else a.nouns[0].group if a.nouns else "other"
+        for a in map(asked_for, concept[0])
+    ]
+    for name in dict.fromkeys(asked_groups):
+        wanted = [i for i, group in enumerate(asked_groups) if group == name]
+        out += _row("concept drawn", name, concept, drawn, wanted)
     prompts = kept[0]
     asked = [asked_for(prompt) for prompt in prompts]
     for name in groups():
@@ -135,10 +141,9 @@ def _style_there(asked: Asked, seen: list[Verdict]) -> bool:
     return seen[0].style == asked.style
 
 
-def _row(name, group, images, holds, wanted: list[int] | None = None) -> list[Row]:
-    """No row where there is nothing to count."""
+def _row(name: str, group: str, images: JudgedImages, holds: Holds, chosen: list[int]) -> list[Row]:
+    """The row of the chosen images; none where there is nothing to count."""
     prompts, seen_before, seen_after = images
-    chosen = range(len(prompts)) if wanted is None else wanted
     if not chosen:
         return []
     before = [holds(asked_for(prompts[i]), seen_before[i]) for i in chosen]

@@ -1,0 +1,95 @@
+"""Recipes: strict, typed, every error at once with its line."""
+
+import pytest
+
+from sdd_lora.errors import BadInput
+from sdd_lora.recipe import Recipe, parse_override
+
+MINIMAL = "name: mine\nmodel: demo\nconcepts: [bomb]\n"
+
+
+def test_a_minimal_recipe_gets_the_papers_defaults():
+    recipe = Recipe.parse(MINIMAL)
+    assert recipe.training.iterations == 1500
+    assert recipe.ema.decay == 0.999 and not recipe.ema.warmup
+    assert recipe.objective.guidance_scale == 3.0
+    assert recipe.rollout.steps == 50 and recipe.rollout.batch == 1
+
+
+def test_the_written_recipe_is_complete_and_reads_back_equal():
+    recipe = Recipe.parse(MINIMAL + "preset: demo\n")
+    again = Recipe.parse(recipe.to_yaml())
+    assert again == recipe
+    assert again.sha256 == recipe.sha256
+
+
+def test_all_errors_come_at_once_with_their_lines():
+    text = (
+        "name: a b\nmodel: demo\nconcepts: []\nlora:\n  rank: -1\n  rnak: 2\nsurprise: 1\n"
+        "ema:\n  decay: much\n"
+    )
+    with pytest.raises(BadInput) as caught:
+        Recipe.parse(text, where="r.yaml")
+    message = str(caught.value)
+    assert message.count("\n") == 5
+    for part in (
+        "r.yaml:1: name",
+        "r.yaml:3: concepts",
+        "r.yaml:5: lora.rank",
+        "r.yaml:6: lora.rnak: unknown field",
+        "r.yaml:7: surprise: unknown field",
+        "r.yaml:9: ema.decay",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "objective: {kind: esd-x}",
+        "parameters: full",
+        "preset: fast",
+        "training: {base_precision: nf4}",
+        "measure: {detector: nudenet}",
+        "rollout: {solver: dpmsolver++}",
+    ],
+)
+def test_what_is_not_there_yet_is_refused_by_name(line):
+    with pytest.raises(BadInput, match="not available in this version"):
+        Recipe.parse(MINIMAL + line + "\n")
+
+
+def test_a_written_field_wins_over_the_preset_and_set_wins_over_both():
+    recipe = Recipe.parse(
+        MINIMAL + "preset: demo\nrollout: {steps: 7}\n", overrides={"rollout.batch": 3}
+    )
+    assert (recipe.rollout.steps, recipe.rollout.batch) == (7, 3)
+    assert recipe.measure.detector == "judge"
+
+
+def test_lists_may_stand_in_text_files_beside_the_recipe(tmp_path):
+    (tmp_path / "concepts.txt").write_text("bomb\n\n dagger \n")
+    (tmp_path / "kept.txt").write_text("a cat\n")
+    (tmp_path / "r.yaml").write_text(
+        "name: mine\nmodel: demo\nconcepts: concepts.txt\n"
+        "measure: {prompts: {kept: [kept.txt, a dog]}}\n"
+    )
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    assert recipe.concepts == ["bomb", "dagger"]
+    assert recipe.measure.prompts.kept == ["a cat", "a dog"]
+
+
+def test_a_missing_list_and_broken_yaml_are_bad_input(tmp_path):
+    with pytest.raises(BadInput, match=r"gone\.txt"):
+        Recipe.parse("name: mine\nmodel: demo\nconcepts: gone.txt\n", folder=tmp_path)
+    with pytest.raises(BadInput, match="not valid YAML"):
+        Recipe.parse("name: [\n")
+    with pytest.raises(BadInput, match="expected a recipe"):
+        Recipe.load(tmp_path / "gone.yaml")
+
+
+def test_overrides_are_read_as_yaml():
+    assert parse_override("ema.decay=0.9") == ("ema.decay", 0.9)
+    assert parse_override("lora.targets=[to_q]") == ("lora.targets", ["to_q"])
+    with pytest.raises(BadInput, match="expected name=value"):
+        parse_override("ema.decay")

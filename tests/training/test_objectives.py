@@ -1,0 +1,50 @@
+"""The losses against a closed-form noise estimate."""
+
+import torch
+
+from sdd_lora.training.objectives import preservation, sdd
+
+
+def linear_estimate(weight):
+    """ε(z, t, c) = weight · mean(c) · z + t, so that losses can be written down."""
+
+    def estimate(z_t, t, prompt):
+        return weight * prompt.mean(dim=(1, 2)).view(-1, 1, 1, 1) * z_t + t.view(-1, 1, 1, 1)
+
+    return estimate
+
+
+def points():
+    torch.manual_seed(0)
+    z = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    return z, torch.tensor([1, 500, 981])
+
+
+def prompts(value):
+    return torch.full((3, 77, 6), float(value), dtype=torch.float64)
+
+
+def test_sdd_is_the_squared_distance_to_the_unconditional_estimate():
+    z, t = points()
+    weight = torch.tensor(0.7, dtype=torch.float64)
+    loss = sdd(linear_estimate(weight), z, t, prompts(2), prompts(5))
+    expected = ((weight * (2 - 5) * z).float() ** 2).mean()
+    assert torch.allclose(loss, expected, rtol=1e-5)
+
+
+def test_no_gradient_flows_through_the_target():
+    z, t = points()
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    sdd(linear_estimate(weight), z, t, prompts(2), prompts(5)).backward()
+    # d/dw mean((sg(2wz) − 5wz)²) = mean(2 · (2wz − 5wz) · (−5z)) = 30 · w · mean(z²)
+    assert torch.allclose(weight.grad, 30 * 0.7 * (z**2).mean(), rtol=1e-4)
+
+
+def test_preservation_is_the_distance_to_the_base():
+    z, t = points()
+    student = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    base = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    loss = preservation(linear_estimate(student), linear_estimate(base), z, t, prompts(2))
+    assert torch.allclose(loss, ((0.3 * 2 * z) ** 2).mean().float(), rtol=1e-5)
+    loss.backward()
+    assert student.grad is not None and base.grad is None

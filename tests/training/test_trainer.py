@@ -1,0 +1,190 @@
+"""The loop: resuming bit for bit, what is trained, what a failure says."""
+
+import pytest
+import torch
+
+from sdd_lora.errors import BadInput, SddLoraError
+from sdd_lora.recipe import Optimizer, Recipe
+from sdd_lora.training.roles import STUDENT, TEACHER
+from sdd_lora.training.trainer import Trainer, learning_rate_factor, make_optimizer
+from tests.small import ddim, embeddings, small_unet
+
+
+def recipe(**changes):
+    fields = {
+        "name": "test",
+        "model": "none",
+        "concepts": ["a", "b", "c"],
+        "lora": {"rank": 2},
+        "ema": {"decay": 0.9, "warmup": True},
+        "rollout": {"steps": 4, "batch": 2},
+        "training": {"iterations": 6, "seed": 3},
+    }
+    return Recipe.model_validate(fields | changes)
+
+
+def trainer(settings, path=None, **prompts):
+    return Trainer(settings, small_unet(), ddim(), embeddings(**prompts), path)
+
+
+def result(trained):
+    return {name: torch.cat([down.flatten(), up.flatten()])
+            for name, (down, up) in trained.teacher_factors().items()}  # fmt: skip
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "adamw"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, kind):
+    settings = recipe(optimizer={"kind": kind})
+    whole = trainer(settings)
+    whole.run()
+    first = trainer(settings, tmp_path / "state" / "state.pt")
+    for _ in range(3):
+        first.step()
+    first.save_state()
+    first.step()  # lost by the kill
+    second = trainer(settings, tmp_path / "state" / "state.pt")
+    second.resume()
+    assert second.iteration == 3
+    second.run()
+    assert same(result(whole), result(second))
+    start = trainer(settings)
+    assert not same(result(whole), result(start))
+
+
+def test_ctrl_c_leaves_a_state_and_says_so(tmp_path, monkeypatch):
+    settings = recipe()
+    interrupted = trainer(settings, tmp_path / "state" / "state.pt")
+    step = interrupted.step
+
+    def stop_at_two():
+        if interrupted.iteration == 2:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(interrupted, "step", stop_at_two)
+    with pytest.raises(KeyboardInterrupt, match="iteration 2 of 6; --resume"):
+        interrupted.run()
+    resumed = trainer(settings, tmp_path / "state" / "state.pt")
+    resumed.resume()
+    assert resumed.iteration == 2
+
+
+def test_a_damaged_or_foreign_state_is_bad_input(tmp_path):
+    path = tmp_path / "state.pt"
+    with pytest.raises(BadInput, match="no state to resume"):
+        trainer(recipe(), path).resume()
+    path.write_bytes(b"PK\x03\x04 not much of a zip")
+    with pytest.raises(BadInput, match="damaged"):
+        trainer(recipe(), path).resume()
+    trainer(recipe(), path).save_state()
+    with pytest.raises(BadInput, match="another recipe"):
+        trainer(recipe(lora={"rank": 3}), path).resume()
+
+
+def test_the_states_of_small_tensors_are_8_bit():
+    trained = trainer(recipe())
+    trained.step()
+    states = trained.optimizer.state.values()
+    assert len(states) == len(trained.parameters)
+    assert all(s["state1"].dtype == s["state2"].dtype == torch.uint8 for s in states)
+    assert any(p.numel() < 4096 for p in trained.parameters)
+
+
+def test_the_teacher_follows_the_student_and_the_base_stays():
+    trained = trainer(recipe())
+    before = {k: v.clone() for k, v in trained.roles.unet.state_dict().items()}
+    trained.step()
+    after = trained.roles.unet.state_dict()
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved and all("lora" in k for k in moved)
+    student, teacher = trained.roles.factors(STUDENT), trained.roles.factors(TEACHER)
+    assert any(not torch.equal(student[k], teacher[k]) for k in student)
+
+
+def test_unet_passes_are_counted_as_made():
+    for prompts, expected in (({"kept": 2}, 4), ({"kept": 0}, 2)):
+        trained = trainer(recipe(), **prompts)
+        counted = []
+        trained.roles.unet.register_forward_pre_hook(
+            lambda module, inputs, counted=counted: counted.append(len(inputs[0]))
+        )
+        trained.step()
+        assert trained.training_passes == expected * 2
+        assert trained.rollout.unet_passes + trained.training_passes == sum(counted)
+
+
+def test_preservation_changes_what_is_learnt():
+    free, held = trainer(recipe(), kept=0), trainer(recipe(), kept=2)
+    free.run()
+    held.run()
+    assert not same(result(free), result(held))
+
+
+def test_the_variants_differ():
+    results = []
+    for variant in ("paper", "reference"):
+        trained = trainer(recipe(objective={"variant": variant}))
+        trained.run()
+        results.append(result(trained))
+    assert not same(*results)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(monkeypatch):
+    trained = trainer(recipe())
+    monkeypatch.setattr(
+        trained, "_estimate", lambda z, t, c: trained.roles.unet(z * float("nan"), t, c).sample
+    )
+    with pytest.raises(SddLoraError, match=r"iteration 0: the loss is nan.*learning_rate"):
+        trained.step()
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_trains_fp32_factors(precision):
+    trained = trainer(recipe(training={"iterations": 2, "precision": precision,
+                                       "base_precision": precision}))  # fmt: skip
+    assert trained.run().final_loss > 0
+    assert {f.dtype for f in trained.parameters} == {torch.float32}
+    assert trained.roles.unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_accumulation_sees_each_trajectory_once():
+    """Two parts of two trajectories are the gradient of one batch of four."""
+    gradients = []
+    for batch, parts in ((4, 1), (2, 2)):
+        trained = trainer(
+            recipe(
+                rollout={"steps": 4, "batch": batch},
+                training={"iterations": 1, "seed": 3, "gradient_accumulation": parts},
+                optimizer={"kind": "adamw", "learning_rate": 1e-30, "max_grad_norm": 1e9},
+            )
+        )
+        caught = []
+        monkey = trained.optimizer.step
+        trained.optimizer.step = lambda c=caught, t=trained, m=monkey: (
+            c.extend(p.grad.clone() for p in t.parameters), m()
+        )  # fmt: skip
+        trained.step()
+        gradients.append(torch.cat([g.flatten() for g in caught]))
+    assert gradients[0].any()
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-7, rtol=1e-4)
+
+
+def test_learning_rates_follow_their_schedules():
+    constant = Optimizer(warmup_iterations=4)
+    assert [learning_rate_factor(i, 10, constant) for i in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    linear = Optimizer(schedule="linear")
+    assert [learning_rate_factor(i, 4, linear) for i in range(4)] == [1, 0.75, 0.5, 0.25]
+    cosine = Optimizer(schedule="cosine")
+    assert learning_rate_factor(0, 8, cosine) == 1
+    assert learning_rate_factor(4, 8, cosine) == pytest.approx(0.5)
+
+
+def test_without_bitsandbytes_adamw_serves_and_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    made = make_optimizer(Optimizer(), [torch.nn.Parameter(torch.zeros(3))])
+    assert type(made) is torch.optim.AdamW
+    assert "bitsandbytes is missing" in caplog.text
