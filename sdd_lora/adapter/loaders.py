@@ -56,8 +56,7 @@ def _invokeai(description: Description) -> Iterator[str]:
 
 
 def _diffusers(description: Description) -> Iterator[str]:
-    forms, keys = _forms(description), description.header.tensors
-    has_alphas = any(key.endswith(".alpha") for key in keys)
+    forms, has_alphas = _forms(description), _has_alphas(description)
     if len(forms) > 1:
         yield f"loads one form at a time, found {' and '.join(sorted(forms))}; {_DRESS}"
     elif "ldm" in forms:
@@ -75,6 +74,12 @@ def _diffusers(description: Description) -> Iterator[str]:
 def _peft(description: Description) -> Iterator[str]:
     if not _forms(description) <= {"peft", "bare"}:
         yield f"doesn't know the form {description.form}; convert it with --to peft"
+    elif _has_alphas(description):
+        yield "doesn't read .alpha; convert it with --to peft"
+
+
+def _has_alphas(description: Description) -> bool:
+    return any(key.endswith(".alpha") for key in description.header.tensors)
 
 
 def _alphas_agree(description: Description) -> bool:
@@ -82,5 +87,4 @@ def _alphas_agree(description: Description) -> bool:
     alphas = {
         round(scale * description.ranks[name], 6) for name, scale in description.scales.items()
     }
-    has_alphas = any(key.endswith(".alpha") for key in description.header.tensors)
-    return not has_alphas or len(alphas) == 1
+    return not _has_alphas(description) or len(alphas) == 1

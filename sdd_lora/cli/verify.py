@@ -123,11 +123,11 @@ def _presence(model: Path, adapter: Any, base: str | None) -> tuple[dict[str, An
     from sdd_lora.checkpoint.source import locate
 
     found = find(model, adapter, None if base is None else locate(base))
-    present = found.recorded is not None
-    text = "not recorded as baked in"
+    present, expected, text = False, 1.0, "not recorded as baked in"
     if found.recorded is not None:
-        text = f"recorded as baked in at weight {found.recorded.weight:g}"
+        present, expected = True, found.recorded.weight
+        text = f"recorded as baked in at weight {expected:g}"
     if found.strength is not None:
-        present = abs(found.strength) >= IN_IT
+        present = found.strength / expected >= IN_IT
         text += f"; by its weights it is in it at {found.strength:.2f}"
     return asdict(found) | {"present": present}, text

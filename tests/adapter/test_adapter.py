@@ -36,7 +36,7 @@ BAD = {
     "alpha alone": ({ALPHA: ones(1)}, "the factor 'down' is missing"),
     "NaN": (GOOD | {UP: np.full((32, 2), np.nan, np.float32)}, f"{TO_K}: .*not finite"),
     "infinity": (GOOD | {DOWN: np.full((2, 128), np.inf, np.float16)}, "not finite"),
-    "rank 0": ({DOWN: ones(0, 128), UP: ones(32, 0)}, "rank 0"),
+    "rank 0": ({DOWN: ones(0, 128), UP: ones(32, 0)}, "expected one rank, of 1 or more"),
     "ranks that differ": (GOOD | {UP: ones(32, 3)}, r"\(2, 128\) and up \(32, 3\) don't fit"),
     "three dimensions": (GOOD | {DOWN: ones(2, 128, 1)}, "expected 2-D, or 4-D"),
     "alpha 0": (GOOD | {ALPHA: np.zeros((), np.float32)}, "alpha is 0.0"),
@@ -71,8 +71,8 @@ def test_bad_adapter_is_refused_in_one_line(case, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"sdd_lora": "{"}, "sdd_lora: .*expected JSON"),
-        ({"sdd_lora": "[]"}, "sdd_lora: no JSON object"),
+        ({"sdd_lora": "{"}, "sdd_lora is damaged"),
+        ({"sdd_lora": "[]"}, "sdd_lora is damaged; expected a JSON object"),
         ({"lora_adapter_metadata": "nope"}, "is no JSON"),
         ({"lora_adapter_metadata": '{"unet.lora_alpha": "many"}'}, "expected a number"),
         ({"lora_adapter_metadata": '{"unet.lora_alpha": NaN}'}, "alpha is nan"),

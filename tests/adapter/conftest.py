@@ -1,0 +1,1 @@
+from hub_stand_in import hub  # noqa: F401

@@ -1,0 +1,115 @@
+"""push and pull through huggingface_hub's own client, against a stand-in for the hub."""
+
+import json
+import socket
+
+import pytest
+import yaml
+from adapter_making import distance, random_adapter
+
+from sdd_lora.adapter import card
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.hub import is_hub_id, pull, push
+from sdd_lora.errors import BadInput, SddLoraError
+from sdd_lora.files import sha256_of
+
+REPOSITORY = "me/weapons-eraser"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder, with state that must not be published."""
+    folder = tmp_path / "run"
+    (folder / "state").mkdir(parents=True)
+    (folder / "state" / "optimizer.pt").write_bytes(b"private")
+    adapter = random_adapter(concepts=["bomb"], base={"model": "owner/sd"}, license="mit")
+    path = adapter.save(folder / "adapter.safetensors")
+    card.write_sidecar(adapter, path)
+    metrics = {"adapter": {"sha256": sha256_of(path), "bytes": path.stat().st_size}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "README.md").write_text(card.render_card(adapter, metrics))
+    return folder
+
+
+def test_there_and_back(hub, run, tmp_path):
+    url = push(run, REPOSITORY)
+    assert url.startswith(hub.address)
+    published = hub.repositories[REPOSITORY]
+    assert set(published) == {"adapter.safetensors", "adapter.json", "metrics.json", "README.md"}
+    front = yaml.safe_load(published["README.md"].decode().split("---\n")[1])
+    assert front["base_model"] == "owner/sd"
+
+    folder = pull(REPOSITORY, tmp_path / "pulled")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == published
+    assert distance(Adapter.load(folder), Adapter.load(run)) == 0
+    assert distance(Adapter.load(REPOSITORY), Adapter.load(run)) == 0
+
+
+def test_a_file_that_is_not_what_the_hub_lists_is_refused(hub, run, tmp_path):
+    push(run, REPOSITORY)
+    hub.lying = True
+    with pytest.raises(SddLoraError, match=r"is not what the hub says: hash .*, expected"):
+        pull(REPOSITORY, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    with pytest.raises(SddLoraError, match="is not what the hub says"):
+        Adapter.load(REPOSITORY)
+
+
+def test_numbers_of_another_adapter_are_refused(hub, run, tmp_path):
+    push(run, REPOSITORY)
+    other = random_adapter(7).save(tmp_path / "other.safetensors")
+    hub.repositories[REPOSITORY]["adapter.safetensors"] = other.read_bytes()
+    with pytest.raises(BadInput, match="speaks of another adapter"):
+        pull(REPOSITORY, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
+    (run / "adapter.safetensors").write_bytes(other.read_bytes())
+    with pytest.raises(BadInput, match="speaks of another adapter"):
+        push(run, REPOSITORY)
+    (run / "metrics.json").write_text("{}")
+    with pytest.raises(BadInput, match="the file is damaged"):
+        push(run, REPOSITORY)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "deep/down/x.PT", "a.bin", "b.pkl"])
+def test_anything_but_safetensors_is_refused(hub, run, tmp_path, name):
+    push(run, REPOSITORY)
+    hub.repositories[REPOSITORY][name] = b"\x80\x04."
+    with pytest.raises(BadInput, match=r"only safetensors are pulled"):
+        pull(REPOSITORY, tmp_path / "pulled")
+    with pytest.raises(BadInput, match=r"only safetensors are pulled"):
+        Adapter.load(REPOSITORY)
+
+
+def test_what_is_not_there(hub, run, tmp_path):
+    with pytest.raises(BadInput, match="me/absent: no such repository"):
+        pull("me/absent", tmp_path / "pulled")
+    hub.repositories["me/empty"] = {"README.md": b""}
+    with pytest.raises(BadInput, match=r"no adapter\.safetensors in it"):
+        pull("me/empty", tmp_path / "pulled")
+    with pytest.raises(BadInput, match="exists already"):
+        pull("me/empty", run)
+    with pytest.raises(BadInput, match="expected a run's folder"):
+        push(tmp_path, REPOSITORY)
+    with pytest.raises(BadInput, match="expected a hub id"):
+        push(run, "no-owner")
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_no_hub(hub, run, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        with pytest.raises(
+            SddLoraError, match="me/weapons-eraser: the hub can't be used"
+        ) as caught:
+            pull(REPOSITORY, tmp_path / "pulled")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_hub_ids():
+    assert is_hub_id("owner/name-1.5")
+    for name in ("name", "a/b/c", "../x", "./x", "/x", "a/.b", "owner/na me"):
+        assert not is_hub_id(name)

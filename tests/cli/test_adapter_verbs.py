@@ -1,0 +1,232 @@
+"""The adapter verbs from the command line: exit codes, JSON, and nothing written on refusal."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import checkpoint_models as models
+import numpy as np
+import pytest
+from adapter_making import KINDS, TO_K, distance, random_adapter
+from hub_stand_in import hub  # noqa: F401
+from safetensors.numpy import save_file
+
+from sdd_lora import names
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.cli import app
+from sdd_lora.safetensors_file import read_header
+
+
+@pytest.fixture
+def call(capsys):
+    """Call the command line in this process; stdout and stderr of what it printed."""
+
+    def run(*arguments, code=0):
+        logging.getLogger("sdd_lora").handlers.clear()  # they hold an earlier test's stderr
+        with pytest.raises(SystemExit) as ended:
+            app(list(map(str, arguments)))
+        printed = capsys.readouterr()
+        assert ended.value.code == code, printed.err
+        return printed
+
+    yield run
+    logging.getLogger("sdd_lora").handlers.clear()
+
+
+@pytest.fixture
+def ask(call):
+    """The one JSON object that a verb prints."""
+    return lambda *arguments, code=0: json.loads(call(*arguments, "--json", code=code).out)
+
+
+@pytest.fixture
+def a(tmp_path):
+    return random_adapter(1, alpha=2.0, concepts=["bomb"]).save(tmp_path / "a.safetensors")
+
+
+@pytest.fixture
+def b(tmp_path):
+    return random_adapter(2, 6, KINDS).save(tmp_path / "b.safetensors", dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    tensors = models.cast(models.ldm_tensors(ema=True), "fp16")
+    return models.write(tmp_path_factory.mktemp("model") / "model.safetensors", tensors)
+
+
+def test_inspect_tells_adapters_from_checkpoints(ask, call, a, model):
+    adapter, checkpoint = ask("inspect", a, model)["files"]
+    assert adapter["kind"] == "adapter"
+    assert adapter["form"] == "kohya"
+    assert adapter["modules"] == {"attn2.to_k": 16, "attn2.to_v": 16}
+    assert adapter["metadata"]["concepts"] == ["bomb"]
+    assert adapter["autov2"] == adapter["sha256"][:10]
+    assert checkpoint["kind"] == "checkpoint"
+    assert checkpoint["layout"] == "ldm"
+    assert checkpoint["ema"] is True
+    assert checkpoint["missing"] == []
+    text = call("inspect", a, model).out
+    assert "concepts: bomb" in text
+    assert "copies: weights, EMA copy" in text
+
+
+def test_inspect_reads_tensors_on_request(ask, a, b, model):
+    adapter, checkpoint = ask("inspect", b, model, "--norms")["files"]
+    expected = Adapter.load(b).factors[TO_K].norm()
+    assert adapter["norms"][TO_K] == pytest.approx(expected)
+    assert len(checkpoint["norms"]) == 2 * 64
+    weight = models.states()["unet"][f"{TO_K}.weight"].astype(np.float16).astype(np.float64)
+    assert checkpoint["norms"][f"weights: {TO_K}"] == pytest.approx(np.linalg.norm(weight))
+    assert "norms" not in ask("inspect", a)["files"][0]
+
+
+def test_inspect_imports_no_torch(a, model):
+    for arguments in (["inspect", str(a), str(model)], ["verify", str(a), "--model", str(model)]):
+        program = (
+            "import sys; from sdd_lora.cli import app\n"
+            f"try: app({arguments!r})\n"
+            "except SystemExit as end: assert end.code == 0\n"
+            "assert 'torch' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_convert_keeps_the_delta_and_the_dtype(ask, call, b, tmp_path):
+    for form in ("peft", "ldm", "kohya"):
+        out = tmp_path / f"{form}.safetensors"
+        written = ask("convert", b, "-o", out, "--to", form)
+        assert (written["form"], written["dtype"]) == (form, "fp32")
+        assert distance(Adapter.load(b), Adapter.load(out)) < 1e-6
+    half = tmp_path / "half.safetensors"
+    assert ask("convert", b, "-o", half, "--dtype", "bf16")["dtype"] == "bf16"
+    assert {info.dtype for info in read_header(half).tensors.values()} == {"BF16", "F32"}
+    printed = call("convert", b, "-o", tmp_path / "no", "--to", "attn-procs", code=2)
+    assert "attn-procs holds attention modules alone" in printed.err
+    assert not (tmp_path / "no").exists()
+
+
+def test_an_output_that_exists_is_refused(call, a, tmp_path):
+    before = a.read_bytes()
+    for arguments in (["convert", a], ["resize", a, "--rank", 1], ["stack", a]):
+        assert "exists already" in call(*arguments, "-o", a, code=2).err
+    assert a.read_bytes() == before
+    call("resize", a, "--rank", 1, "-o", a, "--force")
+    assert Adapter.load(a).rank == 1
+
+
+def test_resize_says_what_it_costs(ask, call, a, tmp_path):
+    out = tmp_path / "r.safetensors"
+    written = ask("resize", a, "-o", out, "--rank", 2)
+    assert written["rank"] == Adapter.load(out).rank == 2
+    assert 0.5 < written["relative_error"] < 0.9
+    assert written["modules"].keys() == Adapter.load(a).factors.keys()
+    text = call("resize", a, "-o", tmp_path / "e.safetensors", "--energy", 0.5).out
+    assert "relative error in all" in text
+    for wrong in ([], ["--rank", 1, "--energy", 0.5], ["--energy", 2]):
+        assert call("resize", a, "-o", tmp_path / "no", *wrong, code=2).err
+    assert not (tmp_path / "no").exists()
+
+
+def test_rank_1_of_sd15_takes_about_100_kB(ask, tmp_path):  # noqa: N802
+    big = random_adapter(widths=names.SD15).save(tmp_path / "big.safetensors")
+    written = ask("resize", big, "-o", tmp_path / "small.safetensors", "--rank", 1)
+    assert 95_000 < written["bytes"] < 120_000
+
+
+def test_stack_sums_and_reports(ask, call, a, b, tmp_path):
+    out, picture = tmp_path / "s.safetensors", tmp_path / "s.png"
+    found = ask("stack", a, f"{b}:-0.5", "-o", out, "--dtype", "fp32", "--heat-map", picture)
+    delta = Adapter.load(a).factors[TO_K].delta() - 0.5 * Adapter.load(b).factors[TO_K].delta()
+    np.testing.assert_allclose(Adapter.load(out).factors[TO_K].delta(), delta, atol=1e-6)
+    assert found["rank"] == 10
+    report = found["interference"]
+    assert report["weights"] == [1.0, -0.5]
+    assert report["cosine"][0][0] == 1.0
+    assert len(report["modules"]) == 46
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert Adapter.load(out).metadata["merged_from"][1]["weight"] == -0.5
+
+    twice = call("stack", a, a, "-o", tmp_path / "t.safetensors", "--rank", 4)
+    assert "overdrive: 32 of 32 modules" in twice.err
+    assert "2.0 times" in twice.err
+    assert "cut to rank 4: relative error 0.0" in twice.out
+    assert "random-1 and random-1     +1.000" in twice.out
+
+
+def test_verify_says_who_loads_it_and_whether_it_fits(ask, call, a, b, model, tmp_path):
+    found = ask("verify", a, "--model", model)
+    assert found["sound"]
+    assert found["fits"]
+    assert not found["presence"]["present"]
+    assert [name for name, v in found["loaders"].items() if not v["loads"]] == ["peft"]
+    assert ask("verify", b, "--model", model)["fits"]
+
+    big = random_adapter(widths=names.SD15).save(tmp_path / "big.safetensors")
+    wrong = ask("verify", big, "--model", model, code=1)
+    assert len(wrong["misfits"]) == 32
+    assert wrong["misfits"][0].endswith("the weight is (32, 128), the delta (320, 768)")
+    assert "does NOT fit" in call("verify", big, "--model", model, code=1).out
+
+    save_file({f"{TO_K}.lora_A.weight": np.ones((1, 128), np.float32)}, tmp_path / "half")
+    assert "the factor 'up' is missing" in call("verify", tmp_path / "half", code=2).err
+
+
+def test_verify_finds_an_adapter_in_a_model(ask, call, a, b, model, tmp_path):
+    baked = tmp_path / "baked.safetensors"
+    call("bake", model, f"{a}:0.5", "-o", baked)
+    assert "random-1 at weight 0.5" in call("verify", baked).out
+    assert "nothing is recorded" in call("verify", model).out
+    assert ask("verify", a, "--model", baked, "--base", model)["presence"]["present"]
+    found = ask("verify", baked, "--adapter", a, "--base", model)["presence"]
+    assert found["strength"] == pytest.approx(0.5, abs=0.01)
+    assert found["recorded"]["weight"] == 0.5
+    assert not ask("verify", baked, "--adapter", b, code=1)["presence"]["present"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["{a}", "--adapter", "{a}"], ["{a}", "--base", "{m}"], ["{m}", "--model", "{m}"],
+                  ["{m}", "--base", "{m}"]]
+)  # fmt: skip
+def test_options_that_would_be_ignored_are_refused(call, a, model, arguments):
+    printed = call("verify", *(part.format(a=a, m=model) for part in arguments), code=2)
+    assert "goes with" in printed.err
+
+
+def test_extract(ask, call, a, model, tmp_path):
+    tuned, out = tmp_path / "tuned.safetensors", tmp_path / "x.safetensors"
+    call("bake", model, a, "-o", tuned)
+    found = ask("extract", tuned, "--base", model, "-o", out, "--rank", 4, "--dtype", "fp32")
+    assert found["inside_share"] == 1
+    assert found["kept_share"] > 0.999
+    assert found["outside"] == {}
+    assert distance(Adapter.load(a), Adapter.load(out)) < 0.02  # the model is fp16
+    text = call("extract", tuned, "--base", model, "-o", tmp_path / "y", "--energy", 0.9).out
+    assert "kept of the squared change: 9" in text
+    assert (
+        "no weight that an adapter may hold differs"
+        in call("extract", model, "--base", model, "-o", tmp_path / "no", "--rank", 1, code=2).err
+    )
+    assert not (tmp_path / "no").exists()
+
+
+def test_push_and_pull(hub, ask, a, tmp_path, call):  # noqa: F811
+    run = tmp_path / "run"
+    run.mkdir()
+    a.rename(run / "adapter.safetensors")
+    assert ask("push", run, "me/eraser")["commit"].startswith(hub.address)
+    found = ask("pull", "me/eraser", "-o", tmp_path / "got")
+    assert found["files"] == ["adapter.safetensors"]
+    assert "exists already" in call("pull", "me/eraser", "-o", tmp_path / "got", code=2).err
+    call("pull", "me/eraser", "-o", tmp_path / "got", "--force")
+    assert ask("inspect", tmp_path / "got")["files"][0]["kind"] == "adapter"
+
+
+@pytest.mark.parametrize(
+    "name", ["inspect", "verify", "convert", "resize", "stack", "extract", "push", "pull"]
+)
+def test_help_has_examples(call, name):
+    text = call(name, "--help").out
+    assert "Examples" in text
+    assert f"sdd-lora {name}" in text
