@@ -56,15 +56,21 @@ def load_training_parts(model: str) -> TrainingParts:
     pipeline = _pipeline(model, torch.float32, vae=None)
     return TrainingParts(
         pipeline.tokenizer, pipeline.text_encoder, pipeline.unet,
-        DDIMScheduler.from_config(pipeline.scheduler.config),
+        ddim(pipeline),
     )  # fmt: skip
 
 
 def load_base_pipeline(model: str, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """A diffusers pipeline of a MODEL, without safety checker, with a DDIM scheduler."""
     pipeline = _pipeline(model, dtype)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = ddim(pipeline)
     return pipeline
+
+
+def ddim(pipeline: StableDiffusionPipeline) -> DDIMScheduler:
+    """DDIM on the model's noise schedule. Latents are not confined to [-1, 1], so they are never
+    clipped, which is what DDIM does where a configuration says nothing."""
+    return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 
 
 def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPipeline:

@@ -24,7 +24,9 @@ _SCHEDULERS = {
 
 def set_scheduler(pipeline: StableDiffusionPipeline, name: str) -> None:
     """Give the pipeline a sampler by its short name: ddim, dpm++, euler-a or pndm."""
-    pipeline.scheduler = _SCHEDULERS[name].from_config(pipeline.scheduler.config)
+    pipeline.scheduler = _SCHEDULERS[name].from_config(
+        pipeline.scheduler.config, clip_sample=False
+    )
 
 
 def load_adapters(named: Sequence[tuple[str, float]]) -> list[tuple[Adapter, float]]:

@@ -33,11 +33,18 @@ def assemble(
         text_encoder=model["text_encoder"].half(),
         tokenizer=tokenizer,
         unet=model["unet"].half(),
-        scheduler=PNDMScheduler(**NOISE_SCHEDULE, skip_prk_steps=True, steps_offset=1),
+        scheduler=_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def _scheduler() -> PNDMScheduler:
+    """Configured as SD 1.5's own; `clip_sample` is for those who make a DDIM scheduler of it."""
+    scheduler = PNDMScheduler(**NOISE_SCHEDULE, skip_prk_steps=True, steps_offset=1)
+    scheduler.register_to_config(clip_sample=False, set_alpha_to_one=False)
+    return scheduler
 
 
 def save_single_file(pipeline: StableDiffusionPipeline, path: Path) -> None:

@@ -1,0 +1,40 @@
+"""What the command line says before it does anything."""
+
+import subprocess
+import sys
+
+import pytest
+
+VERBS = ["demo", "train", "inspect", "verify", "convert", "resize", "stack", "extract", "bake",
+         "unbake", "generate", "push", "pull"]  # fmt: skip
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "sdd_lora", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "sys.argv = ['sdd-lora', '--help']\n"
+        "from sdd_lora.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'peft'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "heavy: []" in done.stderr
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_teaches(verb):
+    done = run(verb, "--help")
+    assert done.returncode == 0
+    assert "Examples" in done.stdout and "--json" in done.stdout
+
+
+def test_an_unknown_verb_is_bad_input():
+    assert run("erase").returncode == 2
