@@ -90,9 +90,7 @@ def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPi
         first = " ".join(str(error).split())[:300]
         if path is None:
             raise BadInput(f"{model}: can't load it: {_OFFLINE_ADVICE} ({first})") from error
-        raise BadInput(
-            f"{where}: expected an SD 1.x model, can't load it: {first}"
-        ) from error
+        raise BadInput(f"{where}: expected an SD 1.x model, can't load it: {first}") from error
 
 
 def _local_path(model: str) -> Path | None:

@@ -155,7 +155,7 @@ class Recipe(_Section):
             fields = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(fields, dict):
+        if root is None or not isinstance(fields, dict):
             raise BadInput(f"{where}: expected fields such as `concepts:`, found {fields!r}")
         for dotted, value in (overrides or {}).items():
             _set(fields, dotted.split("."), value)
@@ -192,7 +192,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 #: what the recipe format will hold and this version refuses by name
-_NOT_YET = {
+_NOT_YET: dict[tuple[str | int, ...], set[str]] = {
     ("objective", "kind"): {"esd-x", "esd-u"},
     ("parameters",): {"full"},
     ("rollout", "solver"): {"dpmsolver++"},
@@ -216,7 +216,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 def _set(fields: dict, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         fields = fields.setdefault(key, {})
-        if not isinstance(fields, dict):
+        if root is None or not isinstance(fields, dict):
             raise BadInput(f"--set {'.'.join(keys)}: {key} holds a value, not fields")
     fields[keys[-1]] = value
 

@@ -8,7 +8,7 @@ from sdd_lora.model import load_training_parts
 
 
 def random_adapter(strength: float, rank: int = 2, seed: int = 0) -> Adapter:
-    """An adapter on the embedded model's to_k and to_v; deltas of about `strength` × the weights."""
+    """On the embedded model's to_k and to_v; deltas of `strength` × the weights' norm."""
     rng = np.random.default_rng(seed)
     factors = {}
     for name, module in load_training_parts("demo").unet.named_modules():

@@ -6,7 +6,7 @@ UNet with its adapters off. A role is taken in a `with` block that always restor
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -109,6 +109,6 @@ class Roles:
         self._current = (adapter, enabled)
 
 
-def _target_pattern(targets: list[str]) -> str:
+def _target_pattern(targets: Sequence[str]) -> str:
     names = "|".join(re.escape("to_out.0" if t == "to_out" else t) for t in targets)
     return rf".*attn2\.({names})"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from sdd_lora.errors import BadInput, SddLoraError
@@ -36,8 +37,10 @@ class Embeddings:
     kept: torch.Tensor | None
 
     def to(self, device: torch.device) -> "Embeddings":
-        moved = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
-        return Embeddings(**moved)
+        kept = None if self.kept is None else self.kept.to(device)
+        return Embeddings(
+            self.empty.to(device), self.concepts.to(device), self.joined.to(device), kept
+        )
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         training = recipe.training
         self.recipe, self.state_path = recipe, state_path
+        AcceleratorState._reset_state()  # else the first recipe's precision binds the process
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(training.precision, training.precision),
             log_with=_tracker(),
@@ -296,7 +300,10 @@ def make_optimizer(
     settings: OptimizerSettings, parameters: list[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
     """8-bit AdamW of bitsandbytes, its states 8-bit for small tensors too; or torch's AdamW."""
-    arguments = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    arguments: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+    }
     if settings.kind == "adamw8bit":
         try:
             import bitsandbytes

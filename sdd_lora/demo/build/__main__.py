@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def measure_community(work: Path) -> None:
     print(json.dumps(measure.table("demo-community"), indent=2))
 
 
-STAGES = {
+STAGES: dict[str, Callable[..., object]] = {
     "fetch": drawings.fetch,
     "render": dataset.render,
     "autoencoder": autoencoder.train,

@@ -108,7 +108,7 @@ def train(work: Path, autoencoder: AutoencoderKL, steps: int = STEPS) -> Judge:
     recon = _reconstructions(work, autoencoder, pixels)
     known_noun = noun != OTHER_CLASS
     ours, others = np.flatnonzero(known_noun), np.flatnonzero(~known_noun)
-    judge = Judge().to(memory_format=torch.channels_last)
+    judge = Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), LEARNING_RATE, weight_decay=0.02)
     step = load_state(work / "judge.pt", judge=judge, optimizer=optimizer)
     n_garbage, n_other = BATCH // 8, BATCH // 4

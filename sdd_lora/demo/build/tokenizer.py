@@ -45,7 +45,8 @@ def _byte_characters() -> list[str]:
 
 def _spell(word: str, rank: dict[tuple[str, str], int]) -> list[tuple[str, str]]:
     """The merges that byte-pair encoding applies to a word."""
-    parts, applied = [*word[:-1], word[-1] + "</w>"], []
+    parts = [*word[:-1], word[-1] + "</w>"]
+    applied: list[tuple[str, str]] = []
     while True:
         pairs = list(zip(parts, parts[1:], strict=False))
         known = [pair for pair in pairs if pair in rank]

@@ -62,7 +62,8 @@ def asked_for(prompt: str) -> Asked:
 def see(judge: Judge, prompts: Sequence[str], images: np.ndarray) -> list[list[Verdict]]:
     """What is in each image (B, 64, 64, 3): one verdict, or one for each half where the prompt asks
     for two things side by side."""
-    pictures, owners = [], []
+    pictures: list[np.ndarray] = []
+    owners: list[int] = []
     for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         parts = _halves(image) if len(asked_for(prompt).nouns) == 2 else [image]
         pictures += parts

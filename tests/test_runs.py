@@ -1,0 +1,141 @@
+"""A run's folder: what it holds, when it is refused, how it goes on after a kill."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sdd_lora import Adapter, Recipe, train
+from sdd_lora.errors import BadInput
+from sdd_lora.files import sha256_of
+from sdd_lora.model import DEMO_FOLDER, fingerprint, load_training_parts
+from sdd_lora.runs import train_recipes
+
+SHORT = """
+name: short
+model: demo
+concepts: [bomb, axe]
+preserve: {prompts: [a cat, ""]}
+rollout: {steps: 3, batch: 2}
+ema: {decay: 0.5}
+training: {iterations: 3}
+"""
+
+
+def short(**overrides):
+    return Recipe.parse(SHORT, overrides={k.replace("__", "."): v for k, v in overrides.items()})
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    recipe = short(
+        measure__detector="judge", measure__images=2, measure__steps=3,
+        measure__prompts={"concept": ["a bomb"], "kept": ["a cat, noto style", "a cat and an axe"]},
+    )  # fmt: skip
+    return folder, recipe, train(recipe, folder)
+
+
+def test_the_folder_holds_what_the_interface_says(measured):
+    folder, recipe, adapter = measured
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "adapter.json", "adapter.peft.safetensors", "adapter.safetensors",
+        "before-after.png", "metrics.json", "recipe.yaml",
+    ]  # fmt: skip
+    assert Recipe.load(folder / "recipe.yaml") == recipe
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["recipe_sha256"] == recipe.sha256
+    assert metrics["base"]["fingerprint"] == fingerprint(load_training_parts("demo").unet)
+    assert metrics["adapter"] == {
+        "sha256": sha256_of(folder / "adapter.safetensors"),
+        "parameters": adapter.parameters,
+        "bytes": (folder / "adapter.safetensors").stat().st_size,
+    }
+    assert metrics["training"]["iterations"] == 3
+    assert {(m["name"], m["group"]) for m in metrics["measures"]} == {
+        ("concept drawn", "weapons"), ("noun kept", "animals"),
+        ("noun kept beside an erased one", "pairs"), ("style kept", "all"),
+    }  # fmt: skip
+    assert "bomb" in (folder / "README.md").read_text()
+
+
+def test_the_two_files_hold_the_returned_adapter(measured):
+    folder, _, adapter = measured
+    kohya, peft = Adapter.load(folder), Adapter.load(folder / "adapter.peft.safetensors")
+    assert len(adapter.factors) == 32
+    for name in adapter.factors:
+        delta = adapter.delta(name)
+        assert delta.abs().max() > 0
+        assert (kohya.delta(name) - delta).norm() < 2e-3 * delta.norm()
+        assert (peft.delta(name) - delta).norm() < 2e-3 * delta.norm()
+
+
+def test_a_folder_that_holds_another_run_is_refused(measured):
+    folder, recipe, _ = measured
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    with pytest.raises(BadInput, match=r"holds another run.*--force"):
+        train(short(), folder)
+    with pytest.raises(BadInput, match="belongs to another recipe"):
+        train(short(), folder, resume=True)
+    with pytest.raises(BadInput, match="finished run; nothing to resume"):
+        train(recipe, folder, resume=True)
+    assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
+    (tmp_path / "r.yaml").write_text(SHORT.replace("iterations: 3", "iterations: 12"))
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from sdd_lora.training import trainer; trainer._CHECKPOINT_EVERY_S = 0\n"
+        "from sdd_lora import Recipe, train\n"
+        "train(Recipe.load(sys.argv[1]), sys.argv[2], resume=len(sys.argv) > 3)\n"
+    )
+
+    def start(folder, *resume):
+        return subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "r.yaml"), str(folder), *resume],
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert start(tmp_path / "whole").wait() == 0
+    killed = start(tmp_path / "killed")
+    while not (tmp_path / "killed" / "state" / "state.pt").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "adapter.safetensors").exists()
+    assert start(tmp_path / "killed", "resume").wait() == 0
+    for name in ("adapter.safetensors", "adapter.peft.safetensors"):
+        assert sha256_of(tmp_path / "whole" / name) == sha256_of(tmp_path / "killed" / name)
+
+
+def test_recipes_share_a_base_and_leave_it_as_it_was(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
+    together = dict(train_recipes([tmp_path], tmp_path / "together", []))
+    ((_, alone),) = train_recipes([tmp_path / "two.yaml"], tmp_path / "alone", [])
+    second = together[tmp_path / "together" / "two"]
+    assert second["adapter"]["sha256"] == alone["adapter"]["sha256"]
+
+
+def test_nothing_is_trained_before_all_recipes_are_read(tmp_path):
+    (tmp_path / "a.yaml").write_text(SHORT)
+    (tmp_path / "b.yaml").write_text("name: b\n")
+    with pytest.raises(BadInput, match=r"b\.yaml"):
+        train_recipes([tmp_path], tmp_path / "out", [])
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_are_missing_truncated_or_no_sd1_are_bad_input(tmp_path):
+    with pytest.raises(BadInput, match="no such file or folder"):
+        train(short(model=str(tmp_path / "gone")), tmp_path / "out")
+    broken = shutil.copytree(DEMO_FOLDER, tmp_path / "broken")
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(BadInput, match=r"diffusion_pytorch_model\.safetensors"):
+        train(short(model=str(broken)), tmp_path / "out2")
