@@ -24,7 +24,7 @@ __all__ = ["DTYPES", "METADATA_KEY", "Adapter", "Factors"]
 
 #: What a run's folder, and a folder that diffusers saved, call the adapter.
 _FILES_OF_FOLDER = (hub.ADAPTER_FILE, "pytorch_lora_weights.safetensors")
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 DTYPES: dict[str, np.dtype] = {
     "fp16": np.dtype(np.float16),
@@ -162,7 +162,7 @@ def adapter_file(source: str | Path) -> Path:
         raise BadInput(f"{path}: no adapter in this folder; expected {expected}")
     if path.exists():
         return path
-    if path.suffix in (".safetensors", *_PICKLES) or not hub.is_hub_id(str(source)):
+    if path.suffix in (".safetensors", *PICKLES) or not hub.is_hub_id(str(source)):
         raise BadInput(f"{path}: no such file; expected an adapter, a run's folder or a hub id")
     return hub.download_adapter(str(source))
 
@@ -173,7 +173,7 @@ def is_adapter_folder(path: Path) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    if path.suffix.lower() not in _PICKLES:
+    if path.suffix.lower() not in PICKLES:
         return read_tensors(path)
     return _read_pickle(path), {}
 

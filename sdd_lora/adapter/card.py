@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 METADATA_KEY = "sdd_lora"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MODELSPEC_FIELDS = ("description", "author", "license", "date", "usage_hint")
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "name": str, "identity": str, "concepts": list, "base": dict, "merged_from": list,
+    "measures": list, "resized_from": dict, **dict.fromkeys(_MODELSPEC_FIELDS, str),
+}  # fmt: skip
+_NUMBER = (int, float)
+_ROW_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "merged_from": {"name": str, "weight": _NUMBER},
+    "measures": {"name": str, "group": str, "before": _NUMBER, "after": _NUMBER},
+}
 #: Header keys written anew at every save: what a read file said there is stale or in `metadata`.
 _GENERATED = {
     METADATA_KEY,
@@ -81,14 +90,15 @@ def metadata_of(header: Mapping[str, str]) -> dict[str, Any]:
 
 def base_model(metadata: Mapping[str, Any]) -> str | None:
     """The name of the model that the adapter was trained on."""
-    return (metadata.get("base") or {}).get("model")
+    model = (metadata.get("base") or {}).get("model")
+    return None if model is None else str(model)
 
 
 def describe(metadata: Mapping[str, Any]) -> str:
     """One sentence on what the adapter does; empty where nothing is known."""
     if metadata.get("description"):
         return str(metadata["description"])
-    concepts = ", ".join(metadata.get("concepts", []))
+    concepts = ", ".join(map(str, metadata.get("concepts", [])))
     return f"Keeps Stable Diffusion 1.x from drawing: {concepts}." if concepts else ""
 
 
@@ -144,7 +154,22 @@ def _own(text: str) -> dict[str, Any]:
         metadata = None
     if not isinstance(metadata, dict):
         raise BadInput(f"the header's {METADATA_KEY} is damaged; expected a JSON object")
+    metadata.pop("header", None)
+    _check_fields("", metadata, _FIELDS)
+    for key, fields in _ROW_FIELDS.items():
+        for row in metadata.get(key, []):
+            _check_fields(f"{key}: ", row, fields, required=True)
     return metadata
+
+
+def _check_fields(
+    where: str, found: Any, fields: Mapping[str, type | tuple[type, ...]], required: bool = False
+) -> None:
+    """What labels are made of must be of the right types: a file may say anything."""
+    for key, kind in fields.items():
+        value = found.get(key) if isinstance(found, dict) else None
+        if (required or value is not None) and not isinstance(value, kind):
+            raise BadInput(f"the header's {METADATA_KEY} is damaged: {where}{key} is {value!r:.40}")
 
 
 def _foreign(header: Mapping[str, str]) -> dict[str, Any]:
@@ -182,7 +207,7 @@ def _front_matter(metadata: Mapping[str, Any]) -> str:
     base = base_model(metadata)
     if base and _HUB_ID.fullmatch(base):
         entries["base_model"] = base
-        entries["widget"] = [{"text": concept} for concept in metadata.get("concepts", [])]
+        entries["widget"] = [{"text": str(concept)} for concept in metadata.get("concepts", [])]
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).rstrip()
 
 

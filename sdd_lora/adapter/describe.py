@@ -10,6 +10,7 @@ from typing import Any
 
 from sdd_lora import names
 from sdd_lora.adapter import card, formats
+from sdd_lora.adapter.adapter import PICKLES
 from sdd_lora.errors import BadInput
 from sdd_lora.safetensors_file import Header, header_of, open_input, read_tensor
 
@@ -66,8 +67,10 @@ class Description:
 def describe(path: Path) -> Description:
     """Read the header of a safetensors adapter. Raises BadInput as loading would, for what it says.
 
-    A legacy pickle has no header: convert it first.
+    A legacy pickle has no header and is refused.
     """
+    if path.suffix.lower() in PICKLES:
+        raise BadInput(f"{path}: a legacy pickle, without a header; sdd-lora convert it first")
     with open_input(path) as file:
         header = header_of(file, str(path))
         file.seek(0)

@@ -247,7 +247,10 @@ class PeftAlphas:
         if self._field(name, "use_dora"):
             raise BadInput("DoRA, which is no plain delta: it can't be added to other adapters")
         alpha = self._field(name, "lora_alpha")
-        for pattern, value in (self._field(name, "alpha_pattern") or {}).items():
+        patterns = self._field(name, "alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise BadInput(f"{PEFT_METADATA_KEY}: alpha_pattern is no JSON object")
+        for pattern, value in patterns.items():
             if _matches(pattern, name):
                 alpha = value
         if alpha is None:

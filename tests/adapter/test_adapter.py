@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 from sdd_lora import files
 from sdd_lora.adapter import card
 from sdd_lora.adapter.adapter import Adapter, Factors
+from sdd_lora.adapter.describe import describe
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.safetensors_file import read_header
 
@@ -73,7 +75,13 @@ def test_bad_adapter_is_refused_in_one_line(case, tmp_path):
     [
         ({"sdd_lora": "{"}, "sdd_lora is damaged"),
         ({"sdd_lora": "[]"}, "sdd_lora is damaged; expected a JSON object"),
+        ({"sdd_lora": '{"concepts": "bomb"}'}, "sdd_lora is damaged: concepts is 'bomb'"),
+        ({"sdd_lora": '{"base": "demo"}'}, "damaged: base is 'demo'"),
+        ({"sdd_lora": '{"merged_from": [1]}'}, "damaged: merged_from: name is None"),
+        ({"sdd_lora": '{"measures": [{"name": "x"}]}'}, "damaged: measures: group is None"),
         ({"lora_adapter_metadata": "nope"}, "is no JSON"),
+        ({"lora_adapter_metadata": "[]"}, "is no JSON object"),
+        ({"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'}, "alpha_pattern is no JSON"),
         ({"lora_adapter_metadata": '{"unet.lora_alpha": "many"}'}, "expected a number"),
         ({"lora_adapter_metadata": '{"unet.lora_alpha": NaN}'}, "alpha is nan"),
         ({"lora_adapter_metadata": '{"unet.use_dora": true}'}, "DoRA"),
@@ -264,3 +272,27 @@ def test_a_truncated_file_is_named(tmp_path):
 def test_factors_check_themselves():
     with pytest.raises(BadInput, match="don't fit"):
         Factors(ones(2, 3), ones(4), 1.0)
+
+
+def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path):
+    """Bytes of the header changed, dropped and replaced at random, under a fixed seed."""
+    path, copy = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    random_adapter(modules=(TO_K, TO_OUT), rank=1, concepts=["bomb"]).save(path, "peft")
+    good, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(400):
+        content = bytearray(good)
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(8 + struct.unpack("<Q", good[:8])[0])
+            content[at : at + rng.randint(0, 2)] = rng.choice(b'019"[]{},:-\x00').to_bytes(1, "big")
+        path.write_bytes(content)
+        try:
+            describe(path)
+            adapter = Adapter.load(path)
+        except BadInput as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        card.render_card(adapter, {})
+        adapter.save(copy)
+    assert 300 < refused < 400

@@ -8,6 +8,7 @@ import sys
 import checkpoint_models as models
 import numpy as np
 import pytest
+import torch
 from adapter_making import KINDS, TO_K, distance, random_adapter
 from hub_stand_in import hub  # noqa: F401
 from safetensors.numpy import save_file
@@ -105,6 +106,16 @@ def test_convert_keeps_the_delta_and_the_dtype(ask, call, b, tmp_path):
     printed = call("convert", b, "-o", tmp_path / "no", "--to", "attn-procs", code=2)
     assert "attn-procs holds attention modules alone" in printed.err
     assert not (tmp_path / "no").exists()
+
+
+def test_legacy_pickles_are_converted_and_not_inspected(ask, call, b, tmp_path):
+    adapter, old = Adapter.load(b), tmp_path / "old.pt"
+    tensors = {k: torch.from_numpy(v) for k, v in adapter.to_state_dict("kohya").items()}
+    torch.save(tensors, old)
+    for verb in ("inspect", "verify"):
+        assert "convert it first" in call(verb, old, code=2).err
+    assert ask("convert", old, "-o", tmp_path / "new.safetensors")["dtype"] == "fp32"
+    assert distance(adapter, Adapter.load(tmp_path / "new.safetensors")) == 0
 
 
 def test_an_output_that_exists_is_refused(call, a, tmp_path):
