@@ -43,7 +43,7 @@ class TrainingParts:
     """What training needs of a model; the autoencoder is never loaded for it."""
 
     tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | None
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler
 

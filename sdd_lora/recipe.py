@@ -99,6 +99,7 @@ class Measure(_Section):
     """What the card will say: `images` of each kind of prompt, drawn before and after.
 
     A kind is the concept's prompts, and each group of kept ones that the detector tells apart.
+    `transfer` names further models on which the adapter is measured in the same way.
     """
 
     prompts: MeasurePrompts = MeasurePrompts()
@@ -107,6 +108,7 @@ class Measure(_Section):
     guidance: float = 5.0
     detector: Literal["judge", "none"] = "none"
     seed: Annotated[int, Field(ge=0)] = 1000
+    transfer: list[str] = []
 
 
 class Recipe(_Section):

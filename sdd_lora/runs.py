@@ -45,11 +45,13 @@ def train(
     """
     folder = Path(out_dir)
     _claim(folder, recipe, resume, force)
+    shared = parts is not None
     parts = parts or load_training_parts(recipe.model)
     base_fingerprint = fingerprint(parts.unet)
-    trainer = Trainer(
-        recipe, parts.unet, parts.scheduler, encode(recipe, parts), folder / STATE / "state.pt"
-    )
+    embeddings = encode(recipe, parts)
+    if not shared:
+        parts.text_encoder = None  # its memory is free for training
+    trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings, folder / STATE / "state.pt")
     if resume:
         trainer.resume()
     try:
@@ -57,11 +59,7 @@ def train(
         adapter = _as_adapter(recipe, trainer, base_fingerprint)
     finally:
         trainer.roles.remove()
-    base = {"model": recipe.model, "fingerprint": base_fingerprint}
-    metrics = _save(adapter, folder, recipe, base, report)
-    if recipe.measure.detector != "none":
-        _measure(folder, recipe, metrics)
-    write_text(folder / CARD, render_card(adapter, metrics))
+    adapter = _finish(adapter, folder, recipe, report)
     if not keep_state:
         shutil.rmtree(folder / STATE)
     return adapter
@@ -70,8 +68,11 @@ def train(
 def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
     """All prompts of a recipe, encoded once."""
 
+    assert parts.text_encoder is not None
+    text_encoder = parts.text_encoder
+
     def encoded(texts: Sequence[str]) -> torch.Tensor:
-        return embed(texts, parts.tokenizer, parts.text_encoder)
+        return embed(texts, parts.tokenizer, text_encoder)
 
     return Embeddings(
         empty=encoded([""]),
@@ -126,17 +127,29 @@ def _as_adapter(recipe: Recipe, trainer: Trainer, base_fingerprint: str) -> Adap
     return Adapter(factors, metadata)
 
 
-def _save(
-    adapter: Adapter, folder: Path, recipe: Recipe, base: dict, report: Report
-) -> dict[str, Any]:
-    adapter.save(folder / ADAPTER, format="kohya", dtype="fp16")
-    adapter.save(folder / PEFT_TWIN, format="peft", dtype="fp16")
-    write_sidecar(adapter, folder / ADAPTER)
+def _finish(adapter: Adapter, folder: Path, recipe: Recipe, report: Report) -> Adapter:
+    """Write the adapter, measure it as written, write it again with its numbers, and its card."""
+    _write(adapter, folder)
+    transfer: list[dict[str, Any]] = []
+    measures: list[dict[str, Any]] = []
+    if recipe.measure.detector != "none":
+        say("measuring before and after")
+        written = Adapter.load(folder / ADAPTER)
+        measured = before_after.measure(recipe, written, recipe.model)
+        measured.picture.save(folder / PICTURE)
+        measures = [asdict(row) for row in measured.rows]
+        for model in recipe.measure.transfer:
+            elsewhere = before_after.measure(recipe, written, model)
+            elsewhere.picture.save(folder / f"before-after-{Path(model).stem}.png")
+            rows = [asdict(row) for row in elsewhere.rows]
+            transfer.append({"model": model, "measures": rows})
+        adapter = Adapter(adapter.factors, adapter.metadata | {"measures": measures})
+        _write(adapter, folder)
     metrics = {
         "tool": f"sdd_lora {sdd_lora.__version__}",
         "versions": versions(),
         "recipe_sha256": recipe.sha256,
-        "base": base,
+        "base": adapter.metadata["base"],
         "adapter": {
             "sha256": sha256_of(folder / ADAPTER),
             "parameters": adapter.parameters,
@@ -149,22 +162,18 @@ def _save(
             "peak_bytes": peak_bytes(),
             "final_loss": report.final_loss,
         },
-        "measures": [],
+        "measures": measures,
+        "transfer": transfer,
     }
-    write_metrics(folder, metrics)
-    return metrics
-
-
-def _measure(folder: Path, recipe: Recipe, metrics: dict[str, Any]) -> None:
-    say("measuring before and after")
-    measured = before_after.measure(recipe, Adapter.load(folder / ADAPTER), recipe.model)
-    metrics["measures"] = [asdict(row) for row in measured.rows]
-    write_metrics(folder, metrics)
-    measured.picture.save(folder / PICTURE)
-
-
-def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / CARD, render_card(adapter, metrics))
+    return adapter
+
+
+def _write(adapter: Adapter, folder: Path) -> None:
+    adapter.save(folder / ADAPTER, format="kohya", dtype="fp16")
+    adapter.save(folder / PEFT_TWIN, format="peft", dtype="fp16")
+    write_sidecar(adapter, folder / ADAPTER)
 
 
 def versions() -> dict[str, str]:
@@ -214,11 +223,12 @@ def train_recipes(
         if resume and several and (folder / METRICS).exists() and not (folder / STATE).exists():
             say(f"{folder}: finished already")
         else:
-            if loaded is None or loaded[0] != recipe.model:
+            if several and (loaded is None or loaded[0] != recipe.model):
                 loaded = (recipe.model, load_training_parts(recipe.model))
-            starts = resume and (folder / STATE).exists()
-            train(recipe, folder, resume=starts or (resume and not several),
-                  keep_state=keep_state, force=force, parts=loaded[1])  # fmt: skip
+            train(
+                recipe, folder, keep_state=keep_state, force=force, parts=loaded and loaded[1],
+                resume=resume and ((folder / STATE).exists() or not several),
+            )  # fmt: skip
         finished.append((folder, json.loads((folder / METRICS).read_text("utf-8"))))
     return finished
 

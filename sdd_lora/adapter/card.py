@@ -140,11 +140,20 @@ def render_card(adapter: "Adapter", metrics: Mapping[str, Any]) -> str:
         description=describe(adapter.metadata),
         base=base_model(adapter.metadata),
         modules=len(adapter.factors),
-        measures=metrics.get("measures", []),
+        tables=_tables(metrics),
         training=metrics.get("training", {}),
         file={"bytes": None, "sha256": None} | metrics.get("adapter", {}),
         versions=metrics.get("versions", {}),
     )
+
+
+def _tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Titles and rows: on the model it was trained on, then on those it was carried over to."""
+    tables = [("Measured", metrics.get("measures", []))]
+    for elsewhere in metrics.get("transfer", []):
+        title = f"Measured on {elsewhere['model']}, which it was not trained on"
+        tables.append((title, elsewhere["measures"]))
+    return [(title, rows) for title, rows in tables if rows]
 
 
 def _own(text: str) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""demo, train and generate from the command line, as a user types them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+RECIPE = """
+name: short
+model: demo
+concepts: [bomb, axe]
+rollout: {steps: 3}
+training: {iterations: 2}
+"""
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "sdd_lora", *map(str, arguments)],
+        capture_output=True, text=True, check=False, **options,
+    )  # fmt: skip
+
+
+def test_the_quick_demo_end_to_end(tmp_path):
+    done = run("demo", "--quick", "--json", "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    groups = {(m["name"], m["group"]) for m in result["measures"]}
+    assert ("concept drawn", "weapons") in groups and ("noun kept", "animals") in groups
+    assert (tmp_path / "run" / "before-after.png").stat().st_size > 10_000
+    again = run("demo", "--quick", "-o", tmp_path / "run")
+    assert again.returncode == 2
+    assert "holds another run" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_train_then_generate_with_the_adapter(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    trained = run("train", tmp_path / "r.yaml", "-o", tmp_path / "run", "-q")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr == ""
+    done = run("generate", "demo", "--prompt", "a bomb", "--images", 2, "--steps", 2, "--adapter",
+               f"{tmp_path / 'run'}:0.5", "-o", tmp_path / "out", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "folder": str(tmp_path / "out"), "images": 2, "drawn": 2,
+    }  # fmt: skip
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["adapters"][0]["weight"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "gone.yaml"], "gone.yaml"),
+        (["train", "r.yaml", "--set", "lora.rank=none"], "lora.rank"),
+        (["train", "r.yaml", "--set", "model=gone/at/all"], "no such file or folder"),
+        (["train", "r.yaml", "--resume"], "no run to resume"),
+        (["generate", "demo", "-o", "out"], "no prompt"),
+        (["generate", "demo", "--prompt", "x", "--adapter", "gone.safetensors", "-o", "out"], "gone"),
+        (["generate", "demo", "--prompt", "x", "--method", "neg", "-o", "out"], "--concept"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, arguments, message):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.yaml"]
+
+
+def test_debug_shows_where(tmp_path):
+    done = run("train", tmp_path / "gone.yaml", "--debug")
+    assert done.returncode == 2 and "Traceback" in done.stderr
