@@ -102,10 +102,13 @@ class Adapter:
         return torch.from_numpy(self.factors[name].delta())
 
     def scaled(self, weight: float) -> "Adapter":
-        """weight · ΔW; the metadata stays, but for the identity."""
-        factors = {name: part.scaled(weight) for name, part in self.factors.items()}
-        metadata = {key: value for key, value in self.metadata.items() if key != "identity"}
-        return Adapter(factors, metadata)
+        """weight · ΔW."""
+        return self.derived({name: part.scaled(weight) for name, part in self.factors.items()})
+
+    def derived(self, factors: dict[str, Factors], **metadata: Any) -> "Adapter":
+        """Another delta made from this one: the identity and what was measured don't carry over."""
+        kept = {k: v for k, v in self.metadata.items() if k not in ("identity", "measures")}
+        return Adapter(factors, kept | metadata)
 
     @property
     def name(self) -> str:

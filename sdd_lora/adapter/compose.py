@@ -60,11 +60,8 @@ def resize(adapter: Adapter, rank: int | None = None, energy: float | None = Non
         whole += norm**2
         lost += (errors[module] * norm) ** 2
     error = math.sqrt(lost / whole) if whole else 0.0
-    metadata = {key: value for key, value in adapter.metadata.items() if key != "identity"}
-    metadata["resized_from"] = {
-        "identity": adapter.identity, "rank": adapter.rank, "relative_error": error,
-    }  # fmt: skip
-    return Resized(Adapter(factors, metadata), error, errors)
+    source = {"identity": adapter.identity, "rank": adapter.rank, "relative_error": error}
+    return Resized(adapter.derived(factors, resized_from=source), error, errors)
 
 
 def require_one_size(rank: int | None, energy: float | None) -> None:

@@ -250,9 +250,7 @@ class PeftAlphas:
         patterns = self._field(name, "alpha_pattern") or {}
         if not isinstance(patterns, dict):
             raise BadInput(f"{PEFT_METADATA_KEY}: alpha_pattern is no JSON object")
-        for pattern, value in patterns.items():
-            if _matches(pattern, name):
-                alpha = value
+        alpha = next((value for key, value in patterns.items() if _matches(key, name)), alpha)
         if alpha is None:
             return float(rank)
         if not isinstance(alpha, int | float):

@@ -168,6 +168,9 @@ def test_scaled_is_a_multiple_with_another_identity():
     assert np.allclose(adapter.scaled(-2).factors[TO_K].delta(), -2 * adapter.factors[TO_K].delta())
     assert not adapter.scaled(0).factors[TO_K].delta().any()
     assert adapter.scaled(2).identity != adapter.identity
+    measured = random_adapter(measures=[], concepts=["bomb"]).scaled(0.5)
+    assert "measures" not in measured.metadata  # they were another delta's
+    assert measured.metadata["concepts"] == ["bomb"]
 
 
 def test_norm_needs_nothing_dense():

@@ -99,6 +99,8 @@ def test_resizing_costs_the_tail_of_the_spectrum(rank, kept, seed):
         assert np.linalg.norm(delta - small.delta()) == pytest.approx(tail, abs=1e-5)
         lost, whole = lost + tail**2, whole + (values**2).sum()
     assert result.error == pytest.approx(math.sqrt(lost / whole), abs=1e-6)
+    source = result.adapter.metadata["resized_from"]
+    assert source["identity"] == adapter.identity != result.adapter.identity
 
 
 def test_resizing_to_energy_takes_the_smallest_rank_that_keeps_it():
