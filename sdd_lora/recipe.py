@@ -218,7 +218,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 def _set(fields: dict, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         fields = fields.setdefault(key, {})
-        if root is None or not isinstance(fields, dict):
+        if not isinstance(fields, dict):
             raise BadInput(f"--set {'.'.join(keys)}: {key} holds a value, not fields")
     fields[keys[-1]] = value
 
