@@ -1,14 +1,19 @@
 """Checkpoints for the tests: SD 1.x in small, in every layout, and the list of a full-size file."""
 
+from __future__ import annotations
+
 import copy
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
 
 from sdd_lora import names
 from sdd_lora.adapter.adapter import Adapter
@@ -39,6 +44,10 @@ def full_size_keys() -> dict[str, tuple[tuple[int, ...], str | None]]:
 @lru_cache
 def parts() -> dict[str, torch.nn.Module]:
     """UNet, VAE and text encoder of the embedded model's sizes, random."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(32, 64, 128, 128), layers_per_block=2,
@@ -59,17 +68,21 @@ def parts() -> dict[str, torch.nn.Module]:
     return {"unet": unet, "vae": vae, "text_encoder": text}
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
+def tokenizer() -> CLIPTokenizer:
     """98 one-letter tokens; enough to tell prompts apart."""
+    from transformers import CLIPTokenizer
+
     letters = [chr(c) for c in range(33, 33 + 48)]
     words = letters + [f"{c}</w>" for c in letters] + ["x", "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: n for n, word in enumerate(dict.fromkeys(words))}
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
-def pipeline(folder: Path) -> StableDiffusionPipeline:
+def pipeline() -> StableDiffusionPipeline:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
     return StableDiffusionPipeline(
-        **copy.deepcopy(parts()), tokenizer=tokenizer(folder),
+        **copy.deepcopy(parts()), tokenizer=tokenizer(),
         scheduler=DDIMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
             clip_sample=False, set_alpha_to_one=False, steps_offset=1,
@@ -112,9 +125,9 @@ def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict | None = No
 
 def write_folder(folder: Path, variant: str | None = None, shard: str | None = None) -> Path:
     """A diffusers folder, saved by diffusers."""
-    pipe = pipeline(folder)
+    pipe = pipeline()
     if variant == "fp16":
-        pipe = pipe.to(dtype=torch.float16)
+        pipe.unet.half(), pipe.vae.half(), pipe.text_encoder.half()
     pipe.save_pretrained(folder, variant=variant, max_shard_size=shard or "10GB")
     return folder
 

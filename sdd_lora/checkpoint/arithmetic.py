@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import ml_dtypes
@@ -100,15 +100,9 @@ class Tally:
         return math.sqrt(self.error_square / self.square) if self.square else 0.0
 
 
-@dataclass(frozen=True)
-class Edited:
-    """A tensor after the edit: its bytes, and what rounding left of it."""
-
-    data: bytes
-    tally: Tally = field(default_factory=Tally)
-
-
-def edit(name: str, data: bytes, info: TensorInfo, delta: Delta, rounding: Rounding) -> Edited:
+def edit(
+    name: str, data: bytes, info: TensorInfo, delta: Delta, rounding: Rounding
+) -> tuple[bytes, Tally]:
     """Add `delta` to a tensor given by its bytes. Raises BadInput where the result overflows."""
     weight = as_array(data, info).reshape(delta.up.shape[0], -1)
     result = np.empty_like(weight)
@@ -128,7 +122,7 @@ def edit(name: str, data: bytes, info: TensorInfo, delta: Delta, rounding: Round
             float(np.vdot(change, change)), float(np.vdot(after - before, change)),
             float(np.vdot(after - exact, after - exact)),
         )  # fmt: skip
-    return Edited(result.tobytes(), tally)
+    return result.tobytes(), tally
 
 
 def fits(delta_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:

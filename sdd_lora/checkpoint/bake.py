@@ -5,8 +5,8 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from sdd_lora.checkpoint.stream import (
     encode_header,
     merged,
     pad_header,
+    read_at,
     read_bytes,
     write_at,
 )
@@ -91,6 +92,16 @@ class BakeReport:
     refused: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
     total: Tally = field(default_factory=Tally)
+
+
+@dataclass(frozen=True)
+class _Edited:
+    """One tensor's edit, done: what it was, and digests of the tensor before and after."""
+
+    change: Change
+    tally: Tally
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
@@ -307,36 +318,50 @@ class _Job:
         if isinstance(header, pickles.PickleHeader):
             self.report.left_out += header.left_out
             self.report.refused += header.refused
-        with open_input(edits.path) as source, _rest_digest(edits, baking.whole) as rest:
-            for segment in _segments(header, output):
+        with open_input(edits.path) as source, _workers() as pool:
+            edited = self._start_editing(pool, edits, source, target, output)
+            rest = pool.submit(_rest_digest, edits, source) if baking.whole else None
+            for segment in _segments(edits, output):
                 copy_range(source, target, segment)
-            for key in _strided(header) & set(tensors):
+            for key in _strided(header) & set(tensors) - set(edits.parts):
                 write_at(target, len(head) + tensors[key].start, read_bytes(source, header, key))
-            before, after = self._edit(edits, source, target, output)
-            done = replace(baking, before=before, after=after, rest=rest.result())
+            before, after = self._tell(edits, source, edited)
+            done = replace(
+                baking, before=before, after=after, rest=rest.result() if rest else baking.rest
+            )
         metadata = provenance.metadata_with(header, (*chain[:-1], done))
         write_at(target, 0, encode_header(tensors, metadata, like=header.data_start))
 
-    def _edit(
-        self, edits: _Edits, source: BinaryIO, target: BinaryIO, output: Header
-    ) -> tuple[str, str]:
-        """Edit the touched tensors; returns `Baking.before` and `Baking.after`."""
-        source.seek(0)
-        before = hashlib.sha256(source.read(edits.header.data_start))
-        after = hashlib.sha256()
-        for key, (module, parts) in edits.parts.items():
+    def _start_editing(
+        self, pool: ThreadPoolExecutor, edits: _Edits, source: BinaryIO, target: BinaryIO,
+        output: Header,
+    ) -> Iterator[_Edited]:  # fmt: skip
+        """Edit the touched tensors, beside whatever else is done; the results in their order."""
+
+        def edit_one(key: str) -> _Edited:
+            module, parts = edits.parts[key]
             info = edits.header.tensors[key]
             data = read_bytes(source, edits.header, key)
-            edited = edit(key, data, info, Delta.of(parts), self.rounding)
-            write_at(target, output.data_start + output.tensors[key].start, edited.data)
-            before.update(data)
-            after.update(edited.data)
-            self.report.total += edited.tally
-            self.report.changes.append(
-                Change(module, edits.path, key, info.dtype, edited.tally.intended,
-                       edited.tally.realised, edited.tally.error)
-            )  # fmt: skip
-        return before.hexdigest(), after.hexdigest()
+            after, tally = edit(key, data, info, Delta.of(parts), self.rounding)
+            write_at(target, output.data_start + output.tensors[key].start, after)
+            change = Change(
+                module, edits.path, key, info.dtype, tally.intended, tally.realised, tally.error
+            )
+            digests = (hashlib.sha256(part).hexdigest() for part in (data, after))
+            return _Edited(change, tally, *digests)
+
+        return pool.map(edit_one, edits.parts)
+
+    def _tell(self, edits: _Edits, source: BinaryIO, edited: Iterable[_Edited]) -> tuple[str, str]:
+        """Wait for the edits and report them; returns `Baking.before` and `Baking.after`."""
+        head = hashlib.sha256(read_at(source, 0, edits.header.data_start)).hexdigest()
+        before, after = [head], []
+        for one in edited:
+            self.report.changes.append(one.change)
+            self.report.total += one.tally
+            before.append(one.before)
+            after.append(one.after)
+        return provenance.digest_of(before), provenance.digest_of(after)
 
     # In place
 
@@ -378,7 +403,9 @@ class _Job:
         header = edits.header
         others = [key for key in header.tensors if key not in edits.parts]
         with open(edits.path, "r+b") as file:
-            before, after = self._edit(edits, file, file, header)
+            with _workers() as pool:
+                edited = self._start_editing(pool, edits, file, file, header)
+                before, after = self._tell(edits, file, edited)
             _sync(file)
             rest = provenance.digest_of_samples(file, header, others)
             baking = Baking(
@@ -478,16 +505,17 @@ def _order(info: TensorInfo, legacy: bool) -> int:
     return -DTYPES[info.dtype].itemsize if legacy else info.start
 
 
-def _segments(header: Header, output: Header) -> Iterator[Segment]:
+def _segments(edits: _Edits, output: Header) -> Iterator[Segment]:
     """What is copied from where to where, in the output's order, neighbours together."""
+    header = edits.header
     in_order = sorted(output.tensors.items(), key=lambda item: item[1].start)
-    strided = _strided(header)
+    others = _strided(header) | set(edits.parts)
     return merged(
         Segment(
             header.data_start + header.tensors[key].start, output.data_start + info.start,
             info.nbytes,
         )
-        for key, info in in_order if key not in strided
+        for key, info in in_order if key not in others
     )  # fmt: skip
 
 
@@ -501,15 +529,19 @@ def _stored_bytes(info: TensorInfo) -> int:
 
 
 @contextmanager
-def _rest_digest(edits: _Edits, wanted: bool) -> Iterator["Future[str]"]:
-    """The fingerprint of every untouched byte, taken beside the copying, for an undo file."""
-    header = edits.header
-    others = [key for key in header.tensors if key not in edits.parts]
-    with ThreadPoolExecutor(1) as pool, open_input(edits.path) as file:
-        if wanted:
-            yield pool.submit(provenance.digest_of_tensors, file, header, others)
-        else:
-            yield pool.submit(lambda: provenance.UNKNOWN_DIGEST)
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads for arithmetic and digests beside the copying; what fails ends them early."""
+    pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _rest_digest(edits: _Edits, source: BinaryIO) -> str:
+    """The fingerprint of every byte that isn't edited."""
+    others = [key for key in edits.header.tensors if key not in edits.parts]
+    return provenance.digest_of_tensors(source, edits.header, others)
 
 
 def _as_safetensors(path: Path) -> Path:

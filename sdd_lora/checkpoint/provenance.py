@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from sdd_lora import __version__
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.checkpoint.stream import read_pieces
+from sdd_lora.checkpoint.stream import read_at, read_pieces
 from sdd_lora.errors import BadInput
 from sdd_lora.files import write_text
 from sdd_lora.progress import warn
@@ -131,27 +131,33 @@ def write_sidecar(path: Path, chain: Iterable[Baking], key: str) -> None:
     write_text(sidecar_of(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def digest_of(pieces: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
+def digest_of(digests: Iterable[str]) -> str:
+    """The fingerprint of several things: a digest of their digests, so that they can be taken apart
+    from each other."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def digest_of_samples(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
     """A fingerprint of tensors by the beginning of each: a fine-tune or a cast changes them all."""
-    return digest_of(f"{key} {_sample(file, header, key)}\n".encode() for key in keys)
+    return digest_of(_sample(file, header, key) for key in keys)
 
 
 def digest_of_tensors(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
     """A fingerprint of every byte of the tensors, in the given order."""
-    return digest_of(piece for key in keys for piece in read_pieces(file, header, key))
+    return digest_of(digest_of_tensor(file, header, key) for key in keys)
+
+
+def digest_of_tensor(file: BinaryIO, header: Header, key: str) -> str:
+    digest = hashlib.sha256()
+    for piece in read_pieces(file, header, key):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _sample(file: BinaryIO, header: Header, key: str) -> str:
     info = header.tensors[key]
-    file.seek(header.data_start + info.start)
-    return hashlib.sha256(file.read(min(info.nbytes, SAMPLE_BYTES))).hexdigest()
+    sample = read_at(file, header.data_start + info.start, min(info.nbytes, SAMPLE_BYTES))
+    return hashlib.sha256(sample).hexdigest()
 
 
 def _read_sidecar(sidecar: Path) -> dict[str, Any]:

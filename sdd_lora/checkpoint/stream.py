@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -21,6 +22,9 @@ BUFFER_BYTES = 1 << 20
 #: kernel copies pages, and file systems that share blocks can share them.
 PAGE_BYTES = 4096
 
+_SEEKING = (
+    threading.Lock()
+)  # where a platform can't read or write without moving the file's position
 _NO_COPY_FILE_RANGE = {
     errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY,
 }  # fmt: skip
@@ -38,8 +42,7 @@ class Segment:
 def read_bytes(file: BinaryIO, header: Header, key: str) -> bytes:
     """A tensor's bytes as they would stand in a safetensors file (row by row)."""
     info = header.tensors[key]
-    file.seek(header.data_start + info.start)
-    data = file.read(info.nbytes)
+    data = read_at(file, header.data_start + info.start, info.nbytes)
     if len(data) != info.nbytes:
         raise BadInput(f"{file.name}: {key}: truncated while it was read")
     return info.gather(data).tobytes() if isinstance(info, StridedInfo) else data
@@ -49,8 +52,7 @@ def read_pieces(file: BinaryIO, header: Header, key: str) -> Iterator[bytes]:
     """A tensor's bytes as they stand in the file, a buffer at a time."""
     info = header.tensors[key]
     for start in range(info.start, info.end, BUFFER_BYTES):
-        file.seek(header.data_start + start)
-        yield file.read(min(BUFFER_BYTES, info.end - start))
+        yield read_at(file, header.data_start + start, min(BUFFER_BYTES, info.end - start))
 
 
 def as_array(data: bytes, info: TensorInfo) -> np.ndarray:
@@ -84,34 +86,66 @@ def copy_range(source: BinaryIO, target: BinaryIO, segment: Segment) -> None:
 
     Raises OSError where the disk is full or fails, BadInput where the input ends early.
     """
-    target.flush()
     done = 0
     while done < segment.size:
-        size = min(CHUNK_BYTES, segment.size - done)
-        moved = _copy_some(source, target, segment.source + done, segment.target + done, size)
+        start = segment.source + done
+        # blocks are shared from the beginning of a page on
+        most = -start % PAGE_BYTES or CHUNK_BYTES
+        moved = _copy_some(
+            source, target, start, segment.target + done, min(most, segment.size - done)
+        )
         if moved == 0:
             raise BadInput(f"{source.name}: truncated while it was read")
+        _start_writing(target, segment.target + done, moved)
         done += moved
 
 
 def _copy_some(source: BinaryIO, target: BinaryIO, start: int, to: int, size: int) -> int:
     if hasattr(os, "copy_file_range"):
+        target.flush()
         try:
             return os.copy_file_range(source.fileno(), target.fileno(), size, start, to)
         except OSError as error:
             if error.errno not in _NO_COPY_FILE_RANGE:
                 raise
-    source.seek(start)
-    block = source.read(min(size, BUFFER_BYTES))
-    target.seek(to)
-    target.write(block)
+    block = read_at(source, start, min(size, BUFFER_BYTES))
+    write_at(target, to, block)
     return len(block)
 
 
+def _start_writing(target: BinaryIO, start: int, size: int) -> None:
+    """Have the disk begin, where it would wait until a tenth of the memory is full of new data."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(target.fileno(), start, size, os.POSIX_FADV_DONTNEED)
+
+
+def read_at(file: BinaryIO, position: int, size: int) -> bytes:
+    """Up to `size` bytes from `position`; threads may share the file."""
+    if not hasattr(os, "pread"):
+        with _SEEKING:
+            file.seek(position)
+            return file.read(size)
+    pieces = []
+    while size and (piece := os.pread(file.fileno(), size, position)):
+        pieces.append(piece)
+        position += len(piece)
+        size -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
 def write_at(target: BinaryIO, position: int, data: bytes) -> None:
-    """Write all of `data` at `position`."""
-    target.seek(position)
-    target.write(data)
+    """Write all of `data` at `position`; threads may share the file."""
+    if not hasattr(os, "pwrite"):
+        with _SEEKING:
+            target.seek(position)
+            target.write(data)
+        return
+    target.flush()
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(target.fileno(), left, position)
+        position += written
+        left = left[written:]
 
 
 def merged(segments: Iterator[Segment]) -> Iterator[Segment]:

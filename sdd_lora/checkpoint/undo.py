@@ -6,7 +6,6 @@ by `journal_of` lies beside a model, that model is between two states, and putti
 bytes back makes it whole.
 """
 
-import itertools
 import json
 import os
 import shutil
@@ -154,7 +153,7 @@ def write_undo(target: BinaryIO, files: Sequence[tuple[str, Path, Header, Sequen
         tensors[name] = TensorInfo(info.dtype, info.shape, offset, offset := offset + info.nbytes)
     metadata = {METADATA_KEY: json.dumps({"version": 1, "files": entries})}
     head_bytes = encode_header(tensors, metadata)
-    target.write(head_bytes)
+    write_at(target, 0, head_bytes)
     with ExitStack() as stack:
         opened = {path: stack.enter_context(open_input(path)) for _, path, _, _ in files}
         for name, (path, start, info) in sources.items():
@@ -264,9 +263,11 @@ def _check_file(path: Path, header: Header, undo: Undo, n: int, kept: BinaryIO) 
         raise BadInput(f"{changed} its header has changed since; this undo file isn't for it")
     chain = provenance.chain_of(path, header)
     touched = undo.files[n].tensors
-    kept_pieces = (p for key in touched for p in read_pieces(kept, undo.header, _key(n, key)))
-    before = provenance.digest_of(itertools.chain([head], kept_pieces))
-    if not chain or chain[-1].before != before:
+    digests = [
+        provenance.digest_of_tensor(kept, undo.header, name)
+        for name in (_header_key(n), *(_key(n, key) for key in touched))
+    ]
+    if not chain or chain[-1].before != provenance.digest_of(digests):
         raise BadInput(f"{changed} this undo file isn't of its last bake")
     others = [key for key in header.tensors if key not in set(touched)]
     with open_input(path) as file:
