@@ -89,7 +89,7 @@ def header_of(file: BinaryIO, where: str) -> Header:
 
 
 def header_from_bytes(head: bytes, size: int, where: str) -> Header:
-    """`header_of` from the header's own bytes, length prefix included, of a file of `size` bytes."""
+    """`header_of` from the header's own bytes, prefix included, of a file of `size` bytes."""
     length = _header_length(head[:8], size, where)
     entries = _parse(head[8 : 8 + length], where)
     metadata = entries.pop(METADATA_KEY, {})

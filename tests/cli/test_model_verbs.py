@@ -57,7 +57,7 @@ def test_train_then_generate_with_the_adapter(tmp_path):
         (["train", "r.yaml", "--set", "model=gone/at/all"], "no such file or folder"),
         (["train", "r.yaml", "--resume"], "no run to resume"),
         (["generate", "demo", "-o", "out"], "no prompt"),
-        (["generate", "demo", "--prompt", "x", "--adapter", "gone.safetensors", "-o", "out"], "gone"),
+        (["generate", "demo", "--prompt", "x", "--adapter", "gone:2", "-o", "out"], "gone"),
         (["generate", "demo", "--prompt", "x", "--method", "neg", "-o", "out"], "--concept"),
     ],
 )  # fmt: skip

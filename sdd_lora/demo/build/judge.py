@@ -19,7 +19,7 @@ from sdd_lora.demo.vocabulary import nouns, styles
 
 log = logging.getLogger(__name__)
 
-STEPS = 2500
+STEPS = 1500
 BATCH = 64
 LEARNING_RATE = 3e-3
 PAIRS_USED = 2500
