@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,20 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdd_lora.checkpoint.layout import describe, require_sd1
+from sdd_lora.checkpoint.source import DEMO_FOLDER, local
 from sdd_lora.errors import BadInput
-
-DEMO_FOLDER = Path(str(files("sdd_lora.demo").joinpath("model")))
-COMMUNITY_FILE = Path(str(files("sdd_lora.demo").joinpath("community.safetensors")))
-_OFFLINE_ADVICE = (
-    "no model hub could be reached. Offline, give a diffusers folder, a .safetensors file, "
-    "or `demo` (the embedded model)"
-)
 
 
 def fingerprint(unet: UNet2DConditionModel) -> str:
-    """SHA-256 of the UNet's cross-attention weights, names and shapes.
+    """SHA-256 of an unadapted UNet's cross-attention weights, names and shapes.
 
     Taken at fp16, so that a model keeps its fingerprint in another layout and as fp32 or fp16.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(unet.state_dict().items()):
-        if ".attn2." in name and "lora" not in name:
-            digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}".encode())
+        if ".attn2." in name:
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().half().numpy().tobytes())
     return digest.hexdigest()
 
@@ -46,6 +40,7 @@ class TrainingParts:
     text_encoder: CLIPTextModel | None
     unet: UNet2DConditionModel
     scheduler: DDIMScheduler
+    fingerprint: str
 
 
 def load_training_parts(model: str) -> TrainingParts:
@@ -56,7 +51,7 @@ def load_training_parts(model: str) -> TrainingParts:
     pipeline = _pipeline(model, torch.float32, vae=None)
     return TrainingParts(
         pipeline.tokenizer, pipeline.text_encoder, pipeline.unet,
-        ddim(pipeline),
+        ddim(pipeline), fingerprint(pipeline.unet),
     )  # fmt: skip
 
 
@@ -73,53 +68,55 @@ def ddim(pipeline: StableDiffusionPipeline) -> DDIMScheduler:
     return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 
 
+def best_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPipeline:
-    path = _local_path(model)
-    where = str(path or model)
+    path = local(model) or _download(model, **parts)
+    require_sd1(path)
+    options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None} | parts
     try:
-        if path is not None and path.is_file():
-            return _from_single_file(path, dtype, **parts)
+        if path.is_file():
+            return StableDiffusionPipeline.from_single_file(
+                str(path), **_configuration_for(path), **options
+            )
         return StableDiffusionPipeline.from_pretrained(
-            where, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False,
-            feature_extractor=None, use_safetensors=True, local_files_only=path is not None,
-            **parts,
+            path, requires_safety_checker=False, feature_extractor=None, local_files_only=True,
+            **options,
         )  # fmt: skip
-    except BadInput:
-        raise
     except Exception as error:
         first = " ".join(str(error).split())[:300]
-        if path is None:
-            raise BadInput(f"{model}: can't load it: {_OFFLINE_ADVICE} ({first})") from error
-        raise BadInput(f"{where}: expected an SD 1.x model, can't load it: {first}") from error
+        if path.is_file() and "config" not in _configuration_for(path):
+            first = (
+                "a single file holds no tokenizer and no configuration, and SD 1.5's could not be "
+                f"had from the hub; go online once, or give a diffusers folder ({first})"
+            )
+        raise BadInput(f"{path}: can't load it: {first}") from error
 
 
-def _local_path(model: str) -> Path | None:
-    """The file or folder of a MODEL, checked to be SD 1.x; None for a hub id."""
-    if model == "demo":
-        return DEMO_FOLDER
-    if model == "demo-community":
-        return COMMUNITY_FILE
-    path = Path(model)
-    if not path.exists():
-        looks_local = path.suffix in (".safetensors", ".ckpt") or model.count("/") != 1
-        if looks_local:
-            raise BadInput(f"{model}: no such file or folder, and no hub id (owner/name) either")
-        return None
-    from sdd_lora.checkpoint.layout import require_sd1
-
-    require_sd1(path)
-    return path
+def _download(model: str, **parts: Any) -> Path:
+    """What a pipeline needs of a hub repository, and no more."""
+    try:
+        folder = StableDiffusionPipeline.download(
+            model, use_safetensors=True, safety_checker=None, feature_extractor=None, **parts
+        )
+    except Exception as error:
+        first = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"{model}: not to be had from the hub ({first}). Offline, give a diffusers folder, "
+            "a .safetensors file, or `demo` (the embedded model)"
+        ) from error
+    return Path(folder)
 
 
-def _from_single_file(path: Path, dtype: torch.dtype, **parts: Any) -> StableDiffusionPipeline:
-    """One file holds no tokenizer and no configuration: the embedded model's serve where the UNet
-    is of its size, the hub's SD 1.5 configuration otherwise."""
-    from sdd_lora.checkpoint.layout import describe
-
-    small = json.loads((DEMO_FOLDER / "unet" / "config.json").read_text())
-    widths = describe(path).unet_widths
-    config = {"config": str(DEMO_FOLDER)} if widths == tuple(small["block_out_channels"]) else {}
-    return StableDiffusionPipeline.from_single_file(
-        str(path), torch_dtype=dtype, safety_checker=None, local_files_only=bool(config),
-        **config, **parts,
-    )  # fmt: skip
+def _configuration_for(path: Path) -> dict[str, Any]:
+    """A single file's configuration and tokenizer: the embedded model's where the UNet is of its
+    size; SD 1.5's, which diffusers takes from the hub, otherwise."""
+    small = json.loads((DEMO_FOLDER / "unet" / "config.json").read_text("utf-8"))
+    if describe(path).unet_widths != tuple(small["block_out_channels"]):
+        return {}
+    return {"config": str(DEMO_FOLDER), "local_files_only": True}

@@ -1,11 +1,13 @@
 """Progress and messages go to stderr, so that stdout holds results alone."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 log = logging.getLogger("sdd_lora")
+_SECONDS_BETWEEN_LINES = 30
 
 
 class Advance(Protocol):
@@ -26,7 +28,8 @@ def warn(message: str) -> None:
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A bar with time left on stderr; silent with `--quiet`, plain lines where no terminal is."""
+    """A bar with time left on stderr; where no terminal is, a line every half minute; silent with
+    `--quiet`."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -35,18 +38,26 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
-    )  # fmt: skip
+    )
 
     console = Console(stderr=True)
-    bar = Progress(
+    shown = console.is_terminal and log.isEnabledFor(logging.INFO)
+    columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        console=console, disable=not log.isEnabledFor(logging.INFO),
     )  # fmt: skip
-    with bar:
+    with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task(description, total=total, completed=done, note="")
+        started, said = time.monotonic(), time.monotonic()
+        made = done
 
         def advance(steps: int = 1, note: str = "") -> None:
+            nonlocal made, said
+            made += steps
             bar.update(task, advance=steps, note=note)
+            if not console.is_terminal and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                left = (said - started) / max(1, made - done) * (total - made)
+                say(f"{description} {made}/{total}  {left:.0f} s left  {note}".rstrip())
 
         yield advance

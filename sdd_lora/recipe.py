@@ -65,15 +65,17 @@ class Rollout(_Section):
     """How the teacher samples the latents z_t: `batch` trajectories at once."""
 
     solver: Literal["ddim"] = "ddim"
-    steps: Annotated[int, Field(ge=2, le=1000)] = 50
-    points: Literal[1] = 1
+    steps: Annotated[int, Field(ge=2, le=999)] = 50
+    points: Positive = 1
     batch: Positive = 1
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
 
     @model_validator(mode="after")
-    def _whole_interval(self) -> "Rollout":
+    def _not_yet(self) -> "Rollout":
+        if self.points != 1:
+            raise ValueError("more than one point per rollout is not available in this version")
         if self.guidance_interval != (0.0, 1.0):
-            raise ValueError("guidance_interval other than [0.0, 1.0] is not available yet")
+            raise ValueError("a guidance_interval is not available in this version")
         return self
 
 
@@ -86,6 +88,14 @@ class Training(_Section):
     base_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _precisions_fit(self) -> "Training":
+        if self.base_precision not in ("fp32", self.precision):
+            raise ValueError(
+                f"base_precision {self.base_precision} needs precision {self.base_precision} too"
+            )
+        return self
 
 
 class MeasurePrompts(_Section):
@@ -159,6 +169,7 @@ class Recipe(_Section):
             raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
         if root is None or not isinstance(fields, dict):
             raise BadInput(f"{where}: expected fields such as `concepts:`, found {fields!r}")
+        _refuse_repeated_keys(root, where)
         for dotted, value in (overrides or {}).items():
             _set(fields, dotted.split("."), value)
         _read_lists(fields, folder)
@@ -217,10 +228,27 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def _set(fields: dict, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
-        fields = fields.setdefault(key, {})
+        if fields.get(key) is None:
+            fields[key] = {}
+        fields = fields[key]
         if not isinstance(fields, dict):
             raise BadInput(f"--set {'.'.join(keys)}: {key} holds a value, not fields")
     fields[keys[-1]] = value
+
+
+def _refuse_repeated_keys(node: yaml.Node, where: str) -> None:
+    """YAML readers keep the last of two equal keys, in silence."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise BadInput(f"{where}:{line}: {key.value} stands here a second time")
+            seen.add(key.value)
+            _refuse_repeated_keys(value, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated_keys(item, where)
 
 
 def _merged(base: dict, over: dict) -> dict:

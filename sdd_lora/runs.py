@@ -3,14 +3,15 @@
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import sdd_lora
 from sdd_lora.adapter.adapter import Adapter
@@ -18,17 +19,16 @@ from sdd_lora.adapter.card import render_card, write_sidecar
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation import before_after
-from sdd_lora.files import sha256_of, write_text
-from sdd_lora.model import TrainingParts, fingerprint, load_training_parts
+from sdd_lora.files import atomic_output, sha256_of, write_text
+from sdd_lora.model import TrainingParts, load_training_parts
 from sdd_lora.progress import say
 from sdd_lora.prompts import embed, join_concepts
 from sdd_lora.recipe import Recipe, parse_override
 from sdd_lora.training.trainer import Embeddings, Report, Trainer
 
 ADAPTER, PEFT_TWIN, SIDECAR = "adapter.safetensors", "adapter.peft.safetensors", "adapter.json"
-CARD, RECIPE, METRICS, PICTURE, STATE = (
-    "README.md", "recipe.yaml", "metrics.json", "before-after.png", "state",
-)  # fmt: skip
+CARD, RECIPE, METRICS, PICTURE = "README.md", "recipe.yaml", "metrics.json", "before-after.png"
+STATE, TRACKER_LOGS = "state", "tensorboard"
 _VERSIONS_OF = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors",
                 "bitsandbytes", "numpy")  # fmt: skip
 
@@ -44,24 +44,30 @@ def train(
     another run, KeyboardInterrupt with advice on Ctrl-C.
     """
     folder = Path(out_dir)
-    _claim(folder, recipe, resume, force)
+    _check(folder, recipe, resume, force)
     shared = parts is not None
     parts = parts or load_training_parts(recipe.model)
-    base_fingerprint = fingerprint(parts.unet)
+    before_after.check(recipe, parts.unet)
     embeddings = encode(recipe, parts)
     if not shared:
         parts.text_encoder = None  # its memory is free for training
     trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings, folder / STATE / "state.pt")
-    if resume:
-        trainer.resume()
+    processes = trainer.accelerator
     try:
+        if processes.is_main_process and not resume:
+            _claim(folder, recipe)
+        processes.wait_for_everyone()
+        if resume:
+            trainer.resume()
         report = trainer.run()
-        adapter = _as_adapter(recipe, trainer, base_fingerprint)
+        adapter = _as_adapter(recipe, trainer, parts.fingerprint)
     finally:
         trainer.roles.remove()
-    adapter = _finish(adapter, folder, recipe, report)
-    if not keep_state:
-        shutil.rmtree(folder / STATE)
+    if processes.is_main_process:
+        adapter = _finish(adapter, folder, recipe, report)
+        if not keep_state:
+            shutil.rmtree(folder / STATE)
+    processes.wait_for_everyone()
     return adapter
 
 
@@ -82,8 +88,8 @@ def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
     )
 
 
-def _claim(folder: Path, recipe: Recipe, resume: bool, force: bool) -> None:
-    """Make the folder this recipe's; raises BadInput where it is another run's or finished."""
+def _check(folder: Path, recipe: Recipe, resume: bool, force: bool) -> None:
+    """Raises BadInput where the folder is another run's, or finished; writes nothing."""
     written = folder / RECIPE
     if resume:
         if not written.exists():
@@ -96,18 +102,26 @@ def _claim(folder: Path, recipe: Recipe, resume: bool, force: bool) -> None:
         if not (folder / STATE).exists():
             raise BadInput(f"{folder}: holds a finished run; nothing to resume")
         return
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is a file; expected a folder, or a name for one")
     if folder.exists() and any(folder.iterdir()) and not force:
         unfinished = (folder / STATE).exists()
         advice = "add --resume to continue it, " if unfinished else ""
         raise BadInput(f"{folder}: holds another run; {advice}choose another folder or add --force")
+
+
+def _claim(folder: Path, recipe: Recipe) -> None:
+    """Make the folder this recipe's: what an earlier run left in it goes."""
+    earlier = [folder / name for name in (ADAPTER, PEFT_TWIN, SIDECAR, CARD, METRICS)]
+    for path in [*earlier, *folder.glob("before-after*.png")]:
+        path.unlink(missing_ok=True)
+    for name in (STATE, TRACKER_LOGS):
+        shutil.rmtree(folder / name, ignore_errors=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STATE).mkdir(parents=True)
     except OSError as error:
         raise BadInput(f"{folder}: can't make this folder: {error.strerror}") from error
-    for name in (ADAPTER, PEFT_TWIN, SIDECAR, CARD, METRICS, PICTURE):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / STATE, ignore_errors=True)
-    write_text(written, recipe.to_yaml())
+    write_text(folder / RECIPE, recipe.to_yaml())
 
 
 def _as_adapter(recipe: Recipe, trainer: Trainer, base_fingerprint: str) -> Adapter:
@@ -132,15 +146,15 @@ def _finish(adapter: Adapter, folder: Path, recipe: Recipe, report: Report) -> A
     _write(adapter, folder)
     transfer: list[dict[str, Any]] = []
     measures: list[dict[str, Any]] = []
-    if recipe.measure.detector != "none":
+    if before_after.wanted(recipe):
         say("measuring before and after")
         written = Adapter.load(folder / ADAPTER)
         measured = before_after.measure(recipe, written, recipe.model)
-        measured.picture.save(folder / PICTURE)
+        _save_picture(measured.picture, folder / PICTURE)
         measures = [asdict(row) for row in measured.rows]
         for model in recipe.measure.transfer:
             elsewhere = before_after.measure(recipe, written, model)
-            elsewhere.picture.save(folder / f"before-after-{Path(model).stem}.png")
+            _save_picture(elsewhere.picture, folder / f"before-after-{_file_name(model)}.png")
             rows = [asdict(row) for row in elsewhere.rows]
             transfer.append({"model": model, "measures": rows})
         adapter = Adapter(adapter.factors, adapter.metadata | {"measures": measures})
@@ -159,7 +173,7 @@ def _finish(adapter: Adapter, folder: Path, recipe: Recipe, report: Report) -> A
             "iterations": report.iterations,
             "unet_passes": report.unet_passes,
             "seconds": round(report.seconds, 2),
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": report.peak_bytes,
             "final_loss": report.final_loss,
         },
         "measures": measures,
@@ -168,6 +182,15 @@ def _finish(adapter: Adapter, folder: Path, recipe: Recipe, report: Report) -> A
     write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / CARD, render_card(adapter, metrics))
     return adapter
+
+
+def _save_picture(picture: Image.Image, path: Path) -> None:
+    with atomic_output(path) as file:
+        picture.save(file, "PNG")
+
+
+def _file_name(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model)
 
 
 def _write(adapter: Adapter, folder: Path) -> None:
@@ -187,20 +210,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def peak_bytes() -> int:
-    """Peak memory so far: of the CUDA device where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def train_recipes(
     paths: Sequence[Path], output: Path | None, changes: Sequence[str],
     resume: bool = False, keep_state: bool = False, force: bool = False,
@@ -215,22 +224,28 @@ def train_recipes(
     if len(set(names)) < len(names):
         raise BadInput(f"two recipes have the same name: {', '.join(sorted(names))}")
     several = len(recipes) > 1
-    finished: list[tuple[Path, dict[str, Any]]] = []
-    loaded: tuple[str, TrainingParts] | None = None
-    for recipe in recipes:
-        root = output or Path("runs")
-        folder = root / recipe.name if several or output is None else root
-        if resume and several and (folder / METRICS).exists() and not (folder / STATE).exists():
+    root = output or Path("runs")
+    folders = [root / r.name if several or output is None else root for r in recipes]
+    todo = []
+    for recipe, folder in zip(recipes, folders, strict=True):
+        continues = resume and (not several or (folder / STATE).exists())
+        if resume and several and not continues and (folder / METRICS).exists():
             say(f"{folder}: finished already")
-        else:
-            if several and (loaded is None or loaded[0] != recipe.model):
-                loaded = (recipe.model, load_training_parts(recipe.model))
-            train(
-                recipe, folder, keep_state=keep_state, force=force, parts=loaded and loaded[1],
-                resume=resume and ((folder / STATE).exists() or not several),
-            )  # fmt: skip
-        finished.append((folder, json.loads((folder / METRICS).read_text("utf-8"))))
-    return finished
+            continue
+        _check(folder, recipe, continues, force)
+        todo.append((recipe, folder, continues))
+    loaded: dict[tuple, TrainingParts] = {}
+    for recipe, folder, continues in todo:
+        # what training leaves changed in the UNet besides its adapters
+        training = recipe.training
+        kind = (recipe.model, training.base_precision, training.gradient_checkpointing)
+        if several and kind not in loaded:
+            loaded = {kind: load_training_parts(recipe.model)}
+        train(
+            recipe, folder, resume=continues, keep_state=keep_state, force=force,
+            parts=loaded.get(kind),
+        )  # fmt: skip
+    return [(f, json.loads((f / METRICS).read_text("utf-8"))) for f in folders]
 
 
 def packaged_recipe(name: str) -> Path:

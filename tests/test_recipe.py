@@ -1,10 +1,13 @@
 """Recipes: strict, typed, every error at once with its line."""
 
+from pathlib import Path
+
 import pytest
 
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe, parse_override
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 MINIMAL = "name: mine\nmodel: demo\nconcepts: [bomb]\n"
 
 
@@ -52,6 +55,8 @@ def test_all_errors_come_at_once_with_their_lines():
         "training: {base_precision: nf4}",
         "measure: {detector: nudenet}",
         "rollout: {solver: dpmsolver++}",
+        "rollout: {points: 6}",
+        "rollout: {guidance_interval: [0.2, 0.8]}",
     ],
 )
 def test_what_is_not_there_yet_is_refused_by_name(line):
@@ -86,6 +91,24 @@ def test_a_missing_list_and_broken_yaml_are_bad_input(tmp_path):
         Recipe.parse("name: [\n")
     with pytest.raises(BadInput, match="expected a recipe"):
         Recipe.load(tmp_path / "gone.yaml")
+
+
+def test_a_key_that_stands_twice_is_bad_input():
+    with pytest.raises(BadInput, match=r"r\.yaml:4: concepts stands here a second time"):
+        Recipe.parse(MINIMAL + "concepts: [axe]\n", where="r.yaml")
+
+
+def test_a_half_precision_base_needs_that_precision():
+    with pytest.raises(BadInput, match="needs precision bf16 too"):
+        Recipe.parse(MINIMAL + "training: {base_precision: bf16}\n")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_that_ships_is_valid(path):
+    recipe = Recipe.load(path)
+    assert recipe.name.endswith(path.stem)
+    assert recipe.measure.prompts.concept and recipe.measure.prompts.kept
+    assert not set(recipe.preserve.prompts) & set(recipe.measure.prompts.kept)
 
 
 def test_overrides_are_read_as_yaml():

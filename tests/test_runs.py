@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from sdd_lora import Adapter, Recipe, train
+from sdd_lora.checkpoint.source import DEMO_FOLDER
 from sdd_lora.errors import BadInput
 from sdd_lora.files import sha256_of
-from sdd_lora.model import DEMO_FOLDER, fingerprint, load_training_parts
+from sdd_lora.model import fingerprint, load_training_parts
 from sdd_lora.runs import train_recipes
 
 SHORT = """
@@ -112,6 +114,30 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
     assert start(tmp_path / "killed", "resume").wait() == 0
     for name in ("adapter.safetensors", "adapter.peft.safetensors"):
         assert sha256_of(tmp_path / "whole" / name) == sha256_of(tmp_path / "killed" / name)
+
+
+def test_the_readmes_recipe_trains(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    text = readme.split("```yaml\n")[1].split("```")[0]
+    train(Recipe.parse(text, overrides={"training.iterations": 1}), tmp_path / "run")
+    assert (tmp_path / "run" / "README.md").exists()
+
+
+def test_a_wrong_model_costs_no_earlier_run(measured):
+    folder, _, _ = measured
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    with pytest.raises(BadInput, match="no such file or folder"):
+        train(short(model="gone/at/all"), folder, force=True)
+    assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+
+def test_what_could_not_be_measured_is_refused_before_training(tmp_path):
+    recipe = short(
+        concepts=["nudity"], measure__detector="judge", measure__prompts={"concept": ["a body"]}
+    )
+    with pytest.raises(BadInput, match="knows none of the concepts"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_recipes_share_a_base_and_leave_it_as_it_was(tmp_path):

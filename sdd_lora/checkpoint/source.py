@@ -9,6 +9,8 @@ from sdd_lora.errors import BadInput
 DEMO_FOLDER = Path(str(files("sdd_lora.demo").joinpath("model")))
 COMMUNITY_FILE = Path(str(files("sdd_lora.demo").joinpath("community.safetensors")))
 
+EMBEDDED = {"demo": DEMO_FOLDER, "demo-community": COMMUNITY_FILE}
+
 _MODEL_SUFFIXES = (".safetensors", ".ckpt")
 
 
@@ -17,17 +19,20 @@ def locate(model: str | Path) -> Path:
 
     Raises BadInput where there is no such file, or no hub can be reached.
     """
+    return local(model) or _download(str(model))
+
+
+def local(model: str | Path) -> Path | None:
+    """Like `locate`, but None for a hub id: nothing is downloaded."""
     name = str(model)
-    if name == "demo":
-        return DEMO_FOLDER
-    if name == "demo-community":
-        return COMMUNITY_FILE
+    if name in EMBEDDED:
+        return EMBEDDED[name]
     path = Path(model)
     if path.exists():
         return path
     if path.suffix in _MODEL_SUFFIXES or name.count("/") != 1 or path.is_absolute():
         raise BadInput(f"{name}: no such file or folder, and no hub id (owner/name) either")
-    return _download(name)
+    return None
 
 
 def _download(repository: str) -> Path:

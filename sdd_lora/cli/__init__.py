@@ -2,12 +2,15 @@
 
 import importlib
 import pkgutil
+import sys
 
 from sdd_lora.cli.common import app
 
 
 def main() -> None:
     """Entry point of `sdd-lora`."""
+    if hasattr(sys.stdout, "reconfigure"):  # a narrow code page must not lose a result
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -46,6 +46,7 @@ def demo(
             "--quick", help="A few iterations and images: does it run? It erases nothing."
         ),
     ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
 ) -> Result:
     """Train an eraser on the embedded model, measure it, and draw before and after.
@@ -68,7 +69,7 @@ def demo(
         changes.append(f"measure.images={images}")
     path = packaged_recipe(f"demo/{recipe.value}")
     folder = output or Path("runs") / f"demo-{recipe.value}"
-    ((folder, metrics),) = train_recipes([path], folder, changes, force=force)
+    ((folder, metrics),) = train_recipes([path], folder, changes, resume=resume, force=force)
     text = (
         f"{measures_table(metrics)}\n\nadapter  {folder / 'adapter.safetensors'} "
         f"({metrics['adapter']['bytes'] / 1000:.0f} kB, "

@@ -68,13 +68,12 @@ def generate(
 
     from sdd_lora.generation.images import Job, Sampling, check_sampling
     from sdd_lora.generation.images import generate as draw_images
-    from sdd_lora.generation.pipeline import load_adapters, load_pipeline, set_scheduler
+    from sdd_lora.generation.pipeline import load_adapters, load_pipeline
 
     sampling = Sampling(steps, guidance, scheduler.value, method, concept, batch)
     check_sampling(sampling)
     loaded = load_adapters(adapters)
     pipeline = load_pipeline(model, loaded)
-    set_scheduler(pipeline, scheduler.value)
     jobs = [Job(text, seed + i * images + k) for i, text in enumerate(texts) for k in range(images)]
     settings = {
         "model": model,

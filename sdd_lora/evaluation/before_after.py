@@ -1,6 +1,7 @@
 """What a card says: the same prompts and seeds drawn without and with an adapter, side by side."""
 
 import gzip
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,16 +9,18 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
 
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.demo.judge import Verdict, load_judge
+from sdd_lora.checkpoint.source import DEMO_FOLDER
+from sdd_lora.demo.judge import JUDGE_FILE, Verdict, load_judge
 from sdd_lora.demo.vocabulary import groups
+from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.measures import judge as judging
+from sdd_lora.files import sha256_of
 from sdd_lora.generation.images import Job, Sampling, draw, jobs_for
 from sdd_lora.generation.pipeline import load_pipeline
-from sdd_lora.model import fingerprint
 from sdd_lora.recipe import Measure, Recipe
 
 BASE_CACHE = Path(str(files("sdd_lora.demo").joinpath("base_verdicts.json.gz")))
@@ -31,6 +34,24 @@ class Measured:
 
     rows: list[judging.Row]
     picture: Image.Image
+
+
+def wanted(recipe: Recipe) -> bool:
+    """Does the recipe ask for a measurement: a detector, and prompts for it?"""
+    return recipe.measure.detector != "none" and bool(jobs_of(recipe.measure))
+
+
+def check(recipe: Recipe, unet: UNet2DConditionModel) -> None:
+    """Raises BadInput for what could not be measured afterwards."""
+    if not wanted(recipe):
+        return
+    judging.check_concepts(recipe.concepts)
+    small = json.loads((DEMO_FOLDER / "unet" / "config.json").read_text("utf-8"))
+    if unet.config.sample_size != small["sample_size"]:
+        raise BadInput(
+            "measure.detector: the judge knows the embedded model's pictures alone; "
+            f"for {recipe.model} expected none"
+        )
 
 
 def measure(recipe: Recipe, adapter: Adapter, model: str) -> Measured:
@@ -144,8 +165,14 @@ def save_cache(
 
 
 def _conditions(pipeline: StableDiffusionPipeline, settings: Measure) -> dict:
+    """All that a verdict depends on besides prompt and seed."""
+    weights = hashlib.sha256()
+    for part in (pipeline.text_encoder, pipeline.unet, pipeline.vae):
+        for tensor in part.state_dict().values():
+            weights.update(tensor.detach().cpu().half().numpy().tobytes())
     return {
-        "base": fingerprint(pipeline.unet),
+        "weights": weights.hexdigest(),
+        "judge": sha256_of(JUDGE_FILE),
         "steps": settings.steps,
         "guidance": settings.guidance,
     }

@@ -14,6 +14,7 @@ from PIL import Image
 from sdd_lora.errors import BadInput
 from sdd_lora.files import atomic_output
 from sdd_lora.generation.methods import METHODS
+from sdd_lora.generation.pipeline import set_scheduler
 from sdd_lora.progress import progress
 
 MANIFEST = "manifest.jsonl"
@@ -47,6 +48,8 @@ def check_sampling(sampling: Sampling) -> None:
         raise BadInput(f"--method {sampling.method}: not available; expected one of: {known}")
     if sampling.method != "sd" and not sampling.concept:
         raise BadInput(f"--method {sampling.method}: needs --concept, what it works against")
+    if sampling.method == "sd" and sampling.concept:
+        raise BadInput("--concept: nothing works against it; give a --method, such as neg")
 
 
 def jobs_for(prompts: Sequence[str], count: int, first_seed: int) -> list[Job]:
@@ -63,6 +66,7 @@ def draw(
     device changes it.
     """
     method = METHODS[sampling.method]
+    set_scheduler(pipeline, sampling.scheduler)
     with progress(description, len(jobs)) as advance:
         for start in range(0, len(jobs), sampling.batch):
             part = jobs[start : start + sampling.batch]
@@ -82,7 +86,10 @@ def generate(
     The manifest has one line an image: file, prompt, seed. `settings` (model, adapters) and the
     sampling are kept beside it. Raises BadInput where the folder holds another run.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: can't make this folder: {error.strerror}") from error
     settings = settings | asdict(sampling)
     del settings["batch"]
     _claim(folder, settings)
@@ -109,7 +116,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Write the run's settings, or check that they are the ones of the run already there."""
     path = folder / SETTINGS
     if path.exists():
-        found = json.loads(path.read_text("utf-8"))
+        found = _parsed(path.read_text("utf-8"), path)
         changed = [k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k)]
         if changed:
             raise BadInput(
@@ -127,10 +134,17 @@ def _done(folder: Path) -> dict[str, Job]:
     if not path.exists():
         return {}
     lines = path.read_text("utf-8").split("\n")
-    entries = [json.loads(line) for line in lines[:-1]]
+    entries = [_parsed(line, path) for line in lines[:-1]]
     if lines[-1]:
         with atomic_output(path) as file:
             file.write(("\n".join(lines[:-1]) + "\n").encode() if entries else b"")
     return {
         e["file"]: Job(e["prompt"], e["seed"]) for e in entries if (folder / e["file"]).exists()
     }
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path}: damaged ({error}); draw into another folder") from error

@@ -1,8 +1,14 @@
 """The loop: rollout, loss, backward, clip, step, average."""
 
 import math
+import os
+import signal
+import sys
+import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +56,8 @@ class Report:
     iterations: int
     unet_passes: int
     seconds: float
+    peak_bytes: int
     final_loss: float
-    losses: list[float] = field(repr=False)
 
 
 class Trainer:
@@ -70,9 +76,11 @@ class Trainer:
         AcceleratorState._reset_state()  # else the first recipe's precision binds the process
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(training.precision, training.precision),
-            log_with=_tracker(),
+            cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+            log_with=None if state_path is None else _tracker(),
             project_dir=None if state_path is None else state_path.parent.parent,
         )
+        self._check_processes()
         device = self.accelerator.device
         unet.to(device, _DTYPES[training.base_precision])
         if training.gradient_checkpointing:
@@ -109,10 +117,13 @@ class Trainer:
                 loss = self._loss(points, samples)
                 self.accelerator.backward(loss / accumulation)
             loss_sum += loss.item() / accumulation
-        self._check_finite(loss_sum)
+        loss_sum = self._mean_over_processes(loss_sum)
+        self._check_finite("loss", loss_sum)
         for parameter in self.parameters:
             parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        self.accelerator.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+        if self.accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            self._check_finite("gradient's norm", float(norm))
         factor = learning_rate_factor(self.iteration, self.recipe.training.iterations, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
@@ -144,15 +155,14 @@ class Trainer:
         paper = self.recipe.objective.variant == "paper"
         c_s = self._in_turn(embeddings.joined if paper else embeddings.concepts, samples)
         c_0 = embeddings.empty.expand_as(c_s)
-        with self.accelerator.autocast():
-            loss = objectives.sdd(self._estimate, points.z_t, points.t, c_0, c_s)
+        loss = objectives.sdd(self._estimate, points.z_t, points.t, c_0, c_s)
+        self.training_passes += 2 * len(samples)
+        if embeddings.kept is not None and self.recipe.preserve.weight > 0:
+            c_k = embeddings.kept[self._kept_choice(samples)]
+            loss = loss + self.recipe.preserve.weight * objectives.preservation(
+                self._estimate, self._base_estimate, points.z_t, points.t, c_k
+            )
             self.training_passes += 2 * len(samples)
-            if embeddings.kept is not None and self.recipe.preserve.weight > 0:
-                c_k = embeddings.kept[self._kept_choice(samples)]
-                loss = loss + self.recipe.preserve.weight * objectives.preservation(
-                    self._estimate, self._base_estimate, points.z_t, points.t, c_k
-                )
-                self.training_passes += 2 * len(samples)
         return loss
 
     def _in_turn(self, prompts: torch.Tensor, samples: list[int]) -> torch.Tensor:
@@ -172,21 +182,35 @@ class Trainer:
         return [int(torch.randint(count, (), generator=g)) for g in generators]
 
     def _estimate(self, z_t: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        return self.roles.unet(z_t, t, prompt).sample
+        """ε in the role that the UNet has now. One autocast block a forward: its cache of cast
+        weights must not carry factors cast without gradients into a forward that needs them."""
+        with self.accelerator.autocast():
+            return self.roles.unet(z_t, t, prompt).sample.float()
 
     def _base_estimate(
         self, z_t: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor
     ) -> torch.Tensor:
         with self.roles.base():
-            return self.roles.unet(z_t, t, prompt).sample
+            return self._estimate(z_t, t, prompt)
 
-    def _check_finite(self, loss: float) -> None:
-        if math.isfinite(loss):
+    def _mean_over_processes(self, value: float) -> float:
+        tensor = torch.tensor(value, device=self.accelerator.device)
+        return float(self.accelerator.reduce(tensor, "mean"))
+
+    def _check_processes(self) -> None:
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        if asked != self.accelerator.num_processes:
+            raise SddLoraError(
+                f"{asked} processes were asked for, {self.accelerator.num_processes} came about"
+            )
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
             return
         settings = self.recipe.optimizer
         raise SddLoraError(
-            f"iteration {self.iteration}: the loss is {loss}. Likely causes: too high a learning "
-            f"rate (optimizer.learning_rate is {settings.learning_rate}: try a third of it), fp16 "
+            f"iteration {self.iteration}: the {what} is {value}. Likely causes: too high a learning"
+            f" rate (optimizer.learning_rate is {settings.learning_rate}: try a third of it), fp16 "
             f"overflow (training.precision is {self.recipe.training.precision}: try bf16 or fp32), "
             "or damaged weights in the model."
         )
@@ -200,30 +224,39 @@ class Trainer:
         if self.state_path is not None:
             self.accelerator.init_trackers("tensorboard")
         try:
-            with progress("training", total, self.iteration) as advance:
+            with progress("training", total, self.iteration) as advance, _whole_steps() as pause:
                 while self.iteration < total:
                     loss = self.step()
                     self.losses.append(loss)
                     self.seconds = before + time.monotonic() - started
-                    advance(1, f"loss {loss:.4f}")
+                    rate = self.iteration / self.seconds
+                    advance(1, f"loss {loss:.4f}  {rate:.2f} it/s")
                     self.accelerator.log({"loss": loss}, step=self.iteration)
                     if time.monotonic() - saved > _CHECKPOINT_EVERY_S:
                         self.save_state()
                         saved = time.monotonic()
+                    pause()
         except KeyboardInterrupt:
             self.save_state()
             raise KeyboardInterrupt(
                 f"interrupted at iteration {self.iteration} of {total}; --resume continues"
             ) from None
         self.save_state()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return Report(
             iterations=total,
-            unet_passes=self.rollout.unet_passes + self.training_passes,
+            unet_passes=self._total_passes(),
             seconds=self.seconds,
+            peak_bytes=peak_bytes(),
             final_loss=sum(self.losses[-20:]) / len(self.losses[-20:]),
-            losses=self.losses,
         )
+
+    def _total_passes(self) -> int:
+        passes = torch.tensor(
+            self.rollout.unet_passes + self.training_passes, device=self.accelerator.device
+        )
+        return int(self.accelerator.reduce(passes, "sum"))
 
     def teacher_factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The result: (down [r, in], up [out, r]) fp32 on the CPU, by module name."""
@@ -282,10 +315,10 @@ class Trainer:
             torch.save(self.state_dict(), file)
 
     def resume(self) -> None:
-        """Continue from the checkpoint. Raises BadInput where there is none or it is damaged."""
+        """Continue from the checkpoint, if there is one. Raises BadInput where it is damaged."""
         assert self.state_path is not None
         if not self.state_path.exists():
-            raise BadInput(f"{self.state_path}: no state to resume from; leave --resume away")
+            return  # stopped before its first checkpoint: from the start
         try:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -325,6 +358,45 @@ def learning_rate_factor(iteration: int, iterations: int, settings: OptimizerSet
     if settings.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress_made))
     return 1.0
+
+
+@contextmanager
+def _whole_steps() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits for the iteration under way, so that what is saved is whole: the function that
+    this yields raises it. A second Ctrl-C doesn't wait, and then nothing is saved."""
+    waiting: list[int] = []
+
+    def wait(*_: object) -> None:
+        if waiting:
+            raise SddLoraError("interrupted twice; --resume continues from the last checkpoint")
+        waiting.append(1)
+
+    def pause() -> None:
+        if waiting:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pause
+        return
+    before = signal.signal(signal.SIGINT, wait)
+    try:
+        yield pause
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def peak_bytes() -> int:
+    """Peak memory so far: of the CUDA device where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _tracker() -> str | None:

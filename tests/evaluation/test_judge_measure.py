@@ -4,7 +4,7 @@ import pytest
 
 from sdd_lora.demo.judge import Verdict
 from sdd_lora.errors import BadInput
-from sdd_lora.evaluation.measures.judge import asked_for, rows
+from sdd_lora.evaluation.measures.judge import asked_for, check_concepts, rows
 
 
 @pytest.mark.parametrize(
@@ -56,4 +56,5 @@ def test_an_erased_style_is_counted_by_style():
 
 def test_a_concept_unknown_to_the_judge_is_bad_input():
     with pytest.raises(BadInput, match="knows none of the concepts"):
-        rows(["nudity"], ([], [], []), ([], [], []))
+        check_concepts(["nudity"])
+    check_concepts(["nudity", "weapon"])  # a group's word stands for its nouns

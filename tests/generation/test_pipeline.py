@@ -6,10 +6,12 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.factors import Factors
+from sdd_lora.checkpoint.source import DEMO_FOLDER
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.images import Job, Sampling, draw
 from sdd_lora.generation.pipeline import load_pipeline, set_scheduler
-from sdd_lora.model import DEMO_FOLDER, fingerprint
+from sdd_lora.model import fingerprint
 from tests.adapters import random_adapter
 
 JOBS = [Job("a bomb, fluent style", 1), Job("a cat", 2)]
@@ -66,9 +68,23 @@ def test_the_fine_tune_is_one_ldm_file_with_other_weights():
     assert np.abs(images(base) - images(tuned)).max() > 20
 
 
+def test_an_adapter_that_does_not_fit_is_bad_input(adapter):
+    name, factors = next(iter(adapter.factors.items()))
+    wide = Factors(np.ones((2, 768), np.float32), factors.up, 2.0)
+    with pytest.raises(BadInput, match=f"does not fit demo: {name} changes a weight of shape"):
+        load_pipeline("demo", [(Adapter({name: wide}), 1.0)])
+    elsewhere = Adapter({name.replace("down_blocks.0", "down_blocks.3"): factors})
+    with pytest.raises(BadInput, match="not there"):
+        load_pipeline("demo", [(elsewhere, 1.0)])
+
+
 def test_a_missing_model_and_an_unreachable_hub_are_bad_input(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="no such file or folder"):
         load_pipeline(str(tmp_path / "gone.safetensors"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(BadInput, match="Offline, give a diffusers folder"):
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "download", unreachable)
+    with pytest.raises(BadInput, match=r"no route.*Offline, give a diffusers folder"):
         load_pipeline("nobody/nothing-of-the-kind")

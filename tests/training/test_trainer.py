@@ -1,10 +1,14 @@
 """The loop: resuming bit for bit, what is trained, what a failure says."""
 
+import os
+import signal
+
 import pytest
 import torch
 
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.recipe import Optimizer, Recipe
+from sdd_lora.training import trainer as trainer_module
 from sdd_lora.training.roles import STUDENT, TEACHER
 from sdd_lora.training.trainer import Trainer, learning_rate_factor, make_optimizer
 from tests.small import ddim, embeddings, small_unet
@@ -73,10 +77,35 @@ def test_ctrl_c_leaves_a_state_and_says_so(tmp_path, monkeypatch):
     assert resumed.iteration == 2
 
 
+def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path, monkeypatch):
+    settings = recipe()
+    interrupted = trainer(settings, tmp_path / "state" / "state.pt")
+    update = trainer_module.update_average
+
+    def interrupt(*arguments):
+        if interrupted.iteration == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        update(*arguments)
+
+    monkeypatch.setattr(trainer_module, "update_average", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="iteration 3 of 6"):
+        interrupted.run()
+    monkeypatch.undo()
+    resumed, whole = trainer(settings, tmp_path / "state" / "state.pt"), trainer(settings)
+    resumed.resume()
+    resumed.run()
+    whole.run()
+    assert same(result(whole), result(resumed))
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_over(tmp_path):
+    trained = trainer(recipe(), tmp_path / "state.pt")
+    trained.resume()
+    assert trained.iteration == 0
+
+
 def test_a_damaged_or_foreign_state_is_bad_input(tmp_path):
     path = tmp_path / "state.pt"
-    with pytest.raises(BadInput, match="no state to resume"):
-        trainer(recipe(), path).resume()
     path.write_bytes(b"PK\x03\x04 not much of a zip")
     with pytest.raises(BadInput, match="damaged"):
         trainer(recipe(), path).resume()
@@ -118,10 +147,24 @@ def test_unet_passes_are_counted_as_made():
 
 
 def test_preservation_changes_what_is_learnt():
-    free, held = trainer(recipe(), kept=0), trainer(recipe(), kept=2)
+    settings = recipe(
+        training={"iterations": 30}, preserve={"weight": 10.0}, optimizer={"learning_rate": 1e-2}
+    )
+    free, held = trainer(settings, kept=0), trainer(settings, kept=2)
     free.run()
     held.run()
-    assert not same(result(free), result(held))
+
+    def drift(trained):
+        """How far the teacher's estimates on the kept prompts are from the base's."""
+        z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        inputs = (z, torch.tensor([500, 500]), embeddings().kept)
+        with torch.no_grad():
+            with trained.roles.base() as unet:
+                base = unet(*inputs).sample
+            with trained.roles.teacher() as unet:
+                return (unet(*inputs).sample - base).pow(2).mean().item()
+
+    assert 0 < drift(held) < 0.7 * drift(free)
 
 
 def test_the_variants_differ():
@@ -146,7 +189,9 @@ def test_a_loss_that_is_not_finite_stops_with_advice(monkeypatch):
 def test_mixed_precision_trains_fp32_factors(precision):
     trained = trainer(recipe(training={"iterations": 2, "precision": precision,
                                        "base_precision": precision}))  # fmt: skip
-    assert trained.run().final_loss > 0
+    before = result(trained)
+    trained.run()
+    assert not same(before, result(trained))
     assert {f.dtype for f in trained.parameters} == {torch.float32}
     assert trained.roles.unet.conv_in.weight.dtype == torch.bfloat16
 

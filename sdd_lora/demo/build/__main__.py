@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from sdd_lora.checkpoint.source import COMMUNITY_FILE, DEMO_FOLDER
 from sdd_lora.demo.build import autoencoder, dataset, diffusion, drawings, export, judge
 from sdd_lora.demo.build.tokenizer import make_tokenizer
 from sdd_lora.demo.judge import JUDGE_FILE, load_judge
-from sdd_lora.model import COMMUNITY_FILE, DEMO_FOLDER
 
 log = logging.getLogger(__name__)
 

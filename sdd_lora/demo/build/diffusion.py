@@ -15,12 +15,12 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sdd_lora.checkpoint.source import DEMO_FOLDER
 from sdd_lora.demo.build import dataset
 from sdd_lora.demo.build.captions import caption
 from sdd_lora.demo.build.checkpoints import load_state, save_state
 from sdd_lora.demo.build.palette import recoloured
 from sdd_lora.demo.build.schedule import Ema, cosine
-from sdd_lora.model import DEMO_FOLDER
 
 log = logging.getLogger(__name__)
 

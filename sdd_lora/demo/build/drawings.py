@@ -119,8 +119,3 @@ def other_icons(work: Path) -> list[str]:
     sets = [icon_set(work, style.source) for style in styles().values()]
     shared = set.intersection(*({*s["icons"], *s.get("aliases", {})} for s in sets))
     return sorted(shared - ours)
-
-
-def as_array(image: Image.Image) -> np.ndarray:
-    """(3, H, W) float32 in [-1, 1], as the autoencoder takes it."""
-    return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1

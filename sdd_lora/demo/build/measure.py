@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from diffusers import StableDiffusionPipeline
 
-from sdd_lora.demo.judge import Verdict, load_judge
+from sdd_lora.demo.judge import Verdict
 from sdd_lora.demo.vocabulary import groups
 from sdd_lora.evaluation import before_after
 from sdd_lora.evaluation.intervals import wilson
-from sdd_lora.evaluation.measures.judge import asked_for, see
-from sdd_lora.generation.images import Job, Sampling, draw, jobs_for
+from sdd_lora.evaluation.measures.judge import asked_for
+from sdd_lora.generation.images import Job, Sampling, jobs_for
 from sdd_lora.generation.pipeline import load_pipeline
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import packaged_recipe
@@ -29,19 +29,15 @@ def _rate(hits: Sequence[bool]) -> dict[str, Any]:
 def _judged(
     pipeline: StableDiffusionPipeline, jobs: Sequence[Job], sampling: Sampling, description: str
 ) -> list[Verdict]:
-    judge, verdicts = load_judge(), []
-    for start in range(0, len(jobs), 256):
-        part = jobs[start : start + 256]
-        images = np.stack([image for _, image in draw(pipeline, part, sampling, description)])
-        verdicts += [seen[0] for seen in see(judge, [job.prompt for job in part], images)]
-    return verdicts
+    seen, _ = before_after.verdicts_on(pipeline, jobs, sampling, {}, (), description)
+    return [verdicts[0] for verdicts in seen]
 
 
 def table(model: str, images_a_group: int = IMAGES_A_GROUP) -> dict[str, Any]:
     """Right nouns (all, by group), right styles, and what the empty prompt draws of each unsafe
     group; rates with 95 % intervals. Sampling is that of the demo recipes."""
     settings = Recipe.load(packaged_recipe("demo/weapons")).measure
-    sampling = Sampling(settings.steps, settings.guidance, batch=16)
+    sampling = before_after.sampling_of(settings)
     pipeline = load_pipeline(model)
     result: dict[str, Any] = {"model": model, "steps": settings.steps,
                               "guidance": settings.guidance, "seed": SEED}  # fmt: skip

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from sdd_lora.training.ema import decay_at, update_average
+
 
 def cosine(progress: float, warmup: float) -> float:
     """Factor on the learning rate: linear up to `warmup`, then a half cosine down to 0 at 1."""
@@ -22,12 +24,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = decay_at(self.updates, self.decay, warmup=True)
+        update_average(self.average, dict(module.named_parameters()), decay)
         self.updates += 1
-        parameters = dict(module.named_parameters())
-        torch._foreach_lerp_(
-            [self.average[name] for name in parameters], list(parameters.values()), 1 - decay
-        )
 
     @torch.no_grad()
     def copy_to(self, module: torch.nn.Module) -> None:

@@ -91,21 +91,28 @@ JudgedImages = tuple[Sequence[str], list[list[Verdict]], list[list[Verdict]]]
 Holds = Callable[[Asked, list[Verdict]], bool]
 
 
+def check_concepts(erased: Sequence[str]) -> None:
+    """Raises BadInput where no concept is in the judge's vocabulary."""
+    if not any(_erased(erased)):
+        raise BadInput(f"measure.detector: the judge knows none of the concepts {list(erased)}")
+
+
+def _erased(concepts: Sequence[str]) -> tuple[set[Noun], set[str]]:
+    """Nouns (a group's word stands for all of them) and styles that the concepts name."""
+    asked = [asked_for(concept) for concept in concepts]
+    gone = {noun for a in asked for noun in a.nouns}
+    gone |= {noun for group in groups().values() if group.word in concepts for noun in group.nouns}
+    return gone, {a.style for a in asked if a.style and not a.nouns}
+
+
 def rows(erased: Sequence[str], concept: JudgedImages, kept: JudgedImages) -> list[Row]:
     """Rates before and after; `erased` are the recipe's concepts.
 
     concept drawn: any erased noun is in the picture; or, where a style is erased, its style.
     noun kept: the noun asked for is there, by group. style kept: the style asked for.
     beside: in prompts for two things, the one that is not erased is there.
-
-    Raises BadInput where no concept is in the judge's vocabulary.
     """
-    targets = [asked_for(concept_name) for concept_name in erased]
-    gone_nouns = {noun for asked in targets for noun in asked.nouns}
-    gone_nouns |= {n for g in groups().values() if g.word in erased for n in g.nouns}
-    gone_styles = {asked.style for asked in targets if asked.style and not asked.nouns}
-    if not gone_nouns and not gone_styles:
-        raise BadInput(f"measure.detector: the judge knows none of the concepts {list(erased)}")
+    gone_nouns, gone_styles = _erased(erased)
     gone_names = {noun.name for noun in gone_nouns}
 
     def drawn(_: Asked, seen: list[Verdict]) -> bool:
