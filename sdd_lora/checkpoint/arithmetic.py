@@ -14,8 +14,8 @@ from sdd_lora.checkpoint.stream import as_array
 from sdd_lora.errors import BadInput
 from sdd_lora.safetensors_file import TensorInfo
 
-#: Rows are edited in blocks of about this many weights, so that memory doesn't grow with a matrix.
-BLOCK_WEIGHTS = 1 << 19
+#: Rows are edited in blocks of about this many weights, whose sums fit a processor's cache.
+BLOCK_WEIGHTS = 1 << 15
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from sdd_lora.checkpoint.layout import (
 )
 from sdd_lora.checkpoint.provenance import BakedAdapter, Baking
 from sdd_lora.checkpoint.room import insert_room
+from sdd_lora.checkpoint.source import EMBEDDED, locate
 from sdd_lora.checkpoint.stream import (
     PAGE_BYTES,
     Segment,
@@ -129,17 +130,18 @@ def bake(
     already, or an output stands in the way; SddLoraError where the disk is full or fails. The model
     is then as it was.
     """
-    model = Path(model)
-    rounding = rounding or Rounding()
     if in_place == (out is not None):
         raise BadInput("expected either an output (-o) or --in-place")
+    if in_place and str(model) in EMBEDDED:
+        raise BadInput(f"{model}: travels with the package; bake it to a new output (-o)")
     _require_adapters(adapters)
+    path, rounding = locate(model), rounding or Rounding()
     if in_place:
-        recover(model)
-    checkpoint = open_checkpoint(model)
+        recover(path)
+    checkpoint = open_checkpoint(path)
     require_sd1_unet(checkpoint)
     if base is not None:
-        presence.refuse_present(checkpoint, open_checkpoint(Path(base)), adapters)
+        presence.refuse_present(checkpoint, open_checkpoint(locate(base)), adapters)
     job = _Job(checkpoint, adapters, ema, rounding, None if undo is None else Path(undo))
     if in_place:
         job.in_place(force)
@@ -228,8 +230,9 @@ class _Job:
         source = self.checkpoint.path
         self._require_new(out, force)
         if self.undo is not None:
-            refuse_existing(self.undo, force)
-            self._require_undo_possible()
+            self._require_new_undo(self.undo, force)
+            if self.undo.absolute() == out.absolute():
+                raise BadInput(f"{out}: is named as output and as undo file; name two files")
         self._require_space(out)
         self.report.output = out
         if source.is_dir():
@@ -251,16 +254,20 @@ class _Job:
         root = self.checkpoint.path
         rewritten = [edits.path for edits in self.edits]
         sidecars = map(provenance.sidecar_of, rewritten)
-        link_tree(root, folder, [*rewritten, *sidecars, *self.checkpoint.unread])
-        self.report.left_out += tuple(
-            path.relative_to(root).as_posix() for path in self.checkpoint.unread
-        )
+        stale = self._stale()
+        link_tree(root, folder, [*rewritten, *sidecars, *stale])
+        self.report.left_out += tuple(path.relative_to(root).as_posix() for path in stale)
         for edits in self.edits:
             target = folder / edits.path.relative_to(root)
             if pickles.is_pickle(edits.path):
                 target = _as_safetensors(target)
             with open(target, "w+b") as file:
                 self._write(edits, file)
+
+    def _stale(self) -> list[Path]:
+        """Copies in formats that aren't edited, of weights that are."""
+        folders = {edits.path.parent for edits in self.edits}
+        return [path for path in self.checkpoint.unread if path.parent in folders]
 
     def _require_new(self, out: Path, force: bool) -> None:
         source = self.checkpoint.path
@@ -272,7 +279,10 @@ class _Job:
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise BadInput(f"{out}: lies inside the input; choose another output")
 
-    def _require_undo_possible(self) -> None:
+    def _require_new_undo(self, undo: Path, force: bool) -> None:
+        refuse_existing(undo, force)
+        if undo.exists() and any(undo.samefile(path) for path in self.checkpoint.headers):
+            raise BadInput(f"{undo}: is the model itself; choose another undo file")
         legacy = [edits.path for edits in self.edits if pickles.is_pickle(edits.path)]
         if legacy:
             raise BadInput(f"{legacy[0]}: a legacy file has no undo: the original stays; keep it")
@@ -368,8 +378,7 @@ class _Job:
     def in_place(self, force: bool) -> None:
         root = self.checkpoint.path
         undo = self.undo or _free_undo(root)
-        refuse_existing(undo, force)
-        self._require_undo_possible()
+        self._require_new_undo(undo, force)
         self._require_sole_files()
         journal = journal_of(root)
         content = self._undo_content()
@@ -386,9 +395,9 @@ class _Job:
 
     def _require_sole_files(self) -> None:
         """Another name of a file (a hub cache's, a linked folder's) must not change with it."""
-        if unread := self.checkpoint.unread:
+        if stale := self._stale():
             raise BadInput(
-                f"{unread[0]}: a pickled copy of the weights, which can't be changed in place; "
+                f"{stale[0]}: another copy of the weights, which isn't edited in place; "
                 "remove it, or bake to a new folder (-o)"
             )
         for edits in self.edits:
@@ -541,7 +550,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
 def _rest_digest(edits: _Edits, source: BinaryIO) -> str:
     """The fingerprint of every byte that isn't edited."""
     others = [key for key in edits.header.tensors if key not in edits.parts]
-    return provenance.digest_of_tensors(source, edits.header, others)
+    return provenance.checksum_of_tensors(source, edits.header, others)
 
 
 def _as_safetensors(path: Path) -> Path:

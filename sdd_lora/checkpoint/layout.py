@@ -74,7 +74,7 @@ class Checkpoint:
     """The files that hold the UNet and the text encoder, and every copy of both in them.
 
     `headers` has one entry a file; `missing` names the components that aren't there at all;
-    `unread` the pickled files of a folder that hold second copies of what safetensors hold.
+    `unread` a folder's files in other formats that hold second copies of the weights.
     """
 
     path: Path
@@ -379,7 +379,7 @@ def _diffusers_places(headers: dict[Path, Header], prefix: str) -> dict[str, Pla
 def _weight_files(
     folder: Path, stems: tuple[str, ...]
 ) -> tuple[dict[str, list[Path]], tuple[Path, ...]]:
-    """The files of each copy in a component's folder by label, and the pickles left unread.
+    """The files of each copy in a component's folder by label, and second copies left unread.
 
     Every `variant` is a copy of its own. Pickles are read where there are no safetensors at all.
     """
@@ -393,10 +393,11 @@ def _weight_files(
             label = f"{sharded}variant {variant}" if variant else f"{sharded}weights"
             found[file.suffix].setdefault(label, []).append(file)
     _check_indices(folder)
+    unread = sorted(folder.glob("*.msgpack"))
     if found[".safetensors"]:
-        pickled = [file for files in found[".bin"].values() for file in files]
-        return found[".safetensors"], tuple(pickled)
-    return found[".bin"], ()
+        unread += [file for files in found[".bin"].values() for file in files]
+        return found[".safetensors"], tuple(unread)
+    return found[".bin"], tuple(unread)
 
 
 def _check_indices(folder: Path) -> None:

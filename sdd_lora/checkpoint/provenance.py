@@ -6,6 +6,7 @@ whole chain where it exists; it is tied to the file's bytes, so that it speaks f
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,6 +146,19 @@ def digest_of_samples(file: BinaryIO, header: Header, keys: Iterable[str]) -> st
 def digest_of_tensors(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
     """A fingerprint of every byte of the tensors, in the given order."""
     return digest_of(digest_of_tensor(file, header, key) for key in keys)
+
+
+def checksum_of_tensors(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
+    """A fingerprint of every byte by a CRC-32 of each tensor: several times as fast as SHA-256, and
+    enough to see that a file has changed."""
+    return digest_of(_crc(file, header, key) for key in keys)
+
+
+def _crc(file: BinaryIO, header: Header, key: str) -> str:
+    crc = 0
+    for piece in read_pieces(file, header, key):
+        crc = zlib.crc32(piece, crc)
+    return f"{crc:08x}"
 
 
 def digest_of_tensor(file: BinaryIO, header: Header, key: str) -> str:

@@ -273,7 +273,7 @@ def _check_file(path: Path, header: Header, undo: Undo, n: int, kept: BinaryIO) 
     with open_input(path) as file:
         if provenance.digest_of_tensors(file, header, touched) != chain[-1].after:
             raise BadInput(f"{changed} its edited tensors have changed since")
-        digest = provenance.digest_of_tensors if chain[-1].whole else provenance.digest_of_samples
+        digest = provenance.checksum_of_tensors if chain[-1].whole else provenance.digest_of_samples
         if digest(file, header, others) != chain[-1].rest:
             raise BadInput(f"{changed} its other tensors have changed since")
 

@@ -90,12 +90,11 @@ def bake(
     from sdd_lora.adapter.adapter import Adapter
     from sdd_lora.checkpoint import bake as baking
     from sdd_lora.checkpoint.arithmetic import Rounding
-    from sdd_lora.checkpoint.source import locate
 
     parts = [(Adapter.load(path), weight) for path, weight in map(weighted, adapters)]
     report = baking.bake(
-        locate(model), parts, output, in_place=in_place, undo=undo, ema=ema.value,
-        rounding=Rounding(rounding.value, seed), base=None if base is None else locate(base),
+        model, parts, output, in_place=in_place, undo=undo, ema=ema.value,
+        rounding=Rounding(rounding.value, seed), base=base,
         force=force,
     )  # fmt: skip
     return Result(_data(report), _text(report))

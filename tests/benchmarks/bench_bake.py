@@ -8,6 +8,7 @@ file's size of free disk. Peak memory is of the whole process, mapped pages incl
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -27,6 +28,9 @@ import checkpoint_models as models
 from sdd_lora import names
 from sdd_lora.checkpoint.stream import encode_header
 from sdd_lora.safetensors_file import DTYPES, TensorInfo
+
+#: Between two commands: a disk is still busy with what was deleted when `sync` returns.
+PAUSE_SECONDS = 5
 
 OBVIOUS = """
 import sys
@@ -50,7 +54,7 @@ class Measured(NamedTuple):
     peak_bytes: int
 
 
-def build(path: Path, dtype: str) -> Path:
+def build(path: Path, dtype: str) -> None:
     """A full SD 1.5 file with EMA copies; its values are noise of the size of weights."""
     code = {"fp16": "F16", "fp32": "F32"}[dtype]
     keys = models.full_size_keys()
@@ -70,7 +74,6 @@ def build(path: Path, dtype: str) -> Path:
         for start in range(0, offset, len(block)):
             file.write(block[: min(len(block), offset - start)])
         os.fsync(file.fileno())
-    return path
 
 
 def measured(command: list[str]) -> Measured:
@@ -98,7 +101,10 @@ def main() -> None:
 
 
 def run(work: Path, options: argparse.Namespace) -> None:
-    model = build(work / "model.safetensors", options.dtype)
+    model = work / "model.safetensors"
+    building = multiprocessing.Process(target=build, args=(model, options.dtype))
+    building.start()
+    building.join()
     size = model.stat().st_size
     if shutil.disk_usage(work).free < 3 * size:
         raise SystemExit(f"{work}: too little disk")
@@ -137,6 +143,7 @@ def run(work: Path, options: argparse.Namespace) -> None:
     for _ in range(options.rounds):
         for name, (command, clear) in commands.items():
             os.sync()
+            time.sleep(PAUSE_SECONDS)
             found[name].append(measured(command))
             clear()
     report(size, found)

@@ -266,6 +266,11 @@ def test_outputs_that_stand_in_the_way(tmp_path):
         bake(source, adapters, out=tmp_path / "o.ckpt")
     with pytest.raises(BadInput, match="can't write"):
         bake(source, adapters, out=tmp_path / "no" / "o.safetensors")
+    for undo in (source, tmp_path / "p.safetensors"):
+        with pytest.raises(BadInput, match="undo file"):
+            bake(source, adapters, out=tmp_path / "p.safetensors", undo=undo, force=True)
+    with pytest.raises(BadInput, match="travels with the package"):
+        bake("demo", adapters, in_place=True)
     for both in ({"out": None}, {"out": other, "in_place": True}):
         with pytest.raises(BadInput, match="either"):
             bake(source, adapters, **both)
@@ -367,10 +372,15 @@ def test_pickled_weights_of_a_folder(tmp_path):
     state = {k: torch.from_numpy(v.copy()) for k, v in tensors_of(safe).items()}
     torch.save(state, safe.with_suffix(".bin"))
     adapters = [(models.adapter(), 1.0)]
+    (source / "unet" / "diffusion_flax_model.msgpack").write_bytes(b"x")
+    (source / "text_encoder" / "pytorch_model.bin").write_bytes(b"PK")
     report = bake(source, adapters, out=tmp_path / "both")
-    assert report.left_out == ("unet/diffusion_pytorch_model.bin",)
+    assert set(report.left_out) == {
+        "unet/diffusion_pytorch_model.bin", "unet/diffusion_flax_model.msgpack"
+    }  # fmt: skip
+    assert (tmp_path / "both/text_encoder/pytorch_model.bin").exists()  # not edited: it stays
     assert not (tmp_path / "both/unet/diffusion_pytorch_model.bin").exists()
-    with pytest.raises(BadInput, match="pickled copy"):
+    with pytest.raises(BadInput, match="another copy"):
         bake(source, adapters, in_place=True)
     safe.unlink()
     bake(source, adapters, out=tmp_path / "pickled")
