@@ -200,7 +200,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimizer": {"learning_rate": 2.0e-3},
         "rollout": {"steps": 20, "batch": 4},
         "training": {"iterations": 150},
-        "measure": {"detector": "judge"},
+        "measure": {"detector": "judge", "images": 24, "guidance": 3.0},
     },
 }
 

@@ -24,7 +24,7 @@ from sdd_lora.demo.build.schedule import Ema, cosine
 
 log = logging.getLogger(__name__)
 
-STEPS = 12_000
+STEPS = 14_000
 BATCH = 32
 LEARNING_RATE = 8e-4
 PAIR_SHARE = 0.1
