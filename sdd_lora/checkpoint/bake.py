@@ -39,8 +39,8 @@ from sdd_lora.checkpoint.stream import (
     read_bytes,
     write_at,
 )
-from sdd_lora.checkpoint.undo import recover, size_of_undo, write_undo
-from sdd_lora.errors import BadInput
+from sdd_lora.checkpoint.undo import recover, roll_back, size_of_undo, write_undo
+from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.files import (
     atomic_folder,
     atomic_output,
@@ -388,9 +388,10 @@ class _Job:
                 stack.enter_context(locked(edits.path))
             with atomic_output(journal) as kept:
                 write_undo(kept, content)
-            for edits in self.edits:
-                self._patch(edits)
-            _move(journal, undo)
+            with _rolled_back_on_failure(root):
+                for edits in self.edits:
+                    self._patch(edits)
+                _move(journal, undo)
         self.report.undo = undo
 
     def _require_sole_files(self) -> None:
@@ -535,6 +536,19 @@ def _strided(header: Header) -> set[str]:
 
 def _stored_bytes(info: TensorInfo) -> int:
     return math.prod(info.shape) * DTYPES[info.dtype].itemsize
+
+
+@contextmanager
+def _rolled_back_on_failure(model: Path) -> Iterator[None]:
+    """What a kill leaves to the next call is done at once where this one can still do it."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if journal_of(model).exists():
+            roll_back(model)
+        if isinstance(error, OSError):
+            raise SddLoraError(f"{model}: not changed: {error.strerror or error}") from error
+        raise
 
 
 @contextmanager

@@ -176,7 +176,8 @@ def unbake(
 
     A change that a killed in-place call left half done is rolled back first; give the journal as
     `undo` for that alone. Raises BadInput where `undo` isn't of this model, or the model has
-    changed since it was baked; then nothing is written.
+    changed since it was baked; then nothing is written. A bake in place takes no more time than it
+    must, so of the tensors that it did not edit only the beginnings are compared.
     """
     model, undo = Path(model), Path(undo)
     if in_place == (out is not None):
@@ -219,15 +220,20 @@ def recover(model: Path) -> bool:
     journal = journal_of(model)
     if not journal.exists():
         return False
-    undo = Undo(journal)
     with ExitStack() as stack:
-        for original in undo.files:
+        for original in Undo(journal).files:
             stack.enter_context(locked(file_of(model, original.name)))
-        undo.put_back(model)
-        journal.unlink()
-        sync_folder(journal.parent)
+        roll_back(model)
     say(f"{model}: an interrupted change was rolled back; the model is as it was before it")
     return True
+
+
+def roll_back(model: Path) -> None:
+    """Put the journal's bytes back and remove it. The model's files must be locked."""
+    journal = journal_of(model)
+    Undo(journal).put_back(model)
+    journal.unlink()
+    sync_folder(journal.parent)
 
 
 def _unbake_in_place(model: Path, undo: Undo) -> Unbaked:
@@ -238,9 +244,7 @@ def _unbake_in_place(model: Path, undo: Undo) -> Unbaked:
         journal = journal_of(model)
         with atomic_output(journal) as target, open(undo.path, "rb") as kept:
             shutil.copyfileobj(kept, target, 1 << 20)
-        undo.put_back(model)
-        journal.unlink()
-        sync_folder(journal.parent)
+        roll_back(model)
     return Unbaked(model, tuple(paths), True)
 
 

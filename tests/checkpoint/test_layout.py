@@ -8,6 +8,8 @@ import checkpoint_models as models
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from sdd_lora import names
 from sdd_lora.checkpoint.layout import describe, open_checkpoint, require_sd1
@@ -165,6 +167,23 @@ def test_sdxl_by_its_blocks(tmp_path):
     tensors = {k: np.zeros(s, np.float16) for k, s in blocks.items()}
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = np.zeros((320, 4, 3, 3), np.float16)
     assert describe(models.write(tmp_path / "xl.safetensors", tensors)).family == "sdxl"
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_fuzz_mutated_headers_raise_one_clear_error_or_read(tmp_path, data):
+    """A longer run by hand: --hypothesis-seed=random and a larger max_examples."""
+    tensors = {"conv_in.weight": np.zeros((2, 4, 1, 1), np.float16), "a.weight": np.zeros(3)}
+    content = bytearray(models.write(tmp_path / "good", tensors, {"format": "pt"}).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(content) - 1))
+        content[position] = data.draw(st.integers(0, 255))
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content[: len(content) - data.draw(st.integers(0, 3))])
+    try:
+        describe(path)
+    except BadInput as error:
+        assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty folder", "broken index"])

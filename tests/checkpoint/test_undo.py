@@ -306,6 +306,29 @@ def test_a_full_or_failing_disk_leaves_no_trace_of_a_copy(
     assert contents(tmp_path) == before
 
 
+def test_a_failing_disk_in_place_is_rolled_back_at_once(source, tmp_path, monkeypatch):
+    before = contents(tmp_path)
+    real, left = baking.write_at, [20]
+
+    def write_at(target, position, data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(target, position, data)
+
+    monkeypatch.setattr(baking, "write_at", write_at)
+    with pytest.raises(SddLoraError, match="not changed"):
+        bake(source, [(A, 1.0)], in_place=True)
+    assert left[0] < 0 and contents(tmp_path) == before
+
+
+def test_an_edit_that_overflows_in_place_is_rolled_back_at_once(source, tmp_path):
+    before = contents(tmp_path)
+    with pytest.raises(BadInput, match="don't fit"):
+        bake(source, [(models.adapter(size=1e6, leaves=("to_v",)), 1.0)], in_place=True)
+    assert contents(tmp_path) == before
+
+
 def test_a_change_in_place_by_another_process_is_respected(source):
     from sdd_lora.files import locked
 
