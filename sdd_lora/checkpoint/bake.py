@@ -21,6 +21,7 @@ from sdd_lora.checkpoint.layout import (
     EMA,
     Checkpoint,
     Copy,
+    Place,
     journal_of,
     open_checkpoint,
     require_sd1_unet,
@@ -181,9 +182,10 @@ class _Job:
         self.chains = {
             edits.path: provenance.chain_of(edits.path, edits.header) for edits in self.edits
         }  # fmt: skip
+        edited = {Place(edits.path, key) for edits in self.edits for key in edits.parts}
         copies = tuple(
             f"{copy.component}: {copy.label}" for copy in checkpoint.copies
-            if not (copy.label == EMA and ema == "drop")
+            if edited & set(copy.places.values())
         )  # fmt: skip
         self.report = BakeReport(
             checkpoint.path, checkpoint.path, undo, self.baked, copies,
