@@ -45,7 +45,7 @@ def test_diffusers_pipeline_loads_nothing_of_bare_names(tmp_path, caplog):
     path = tmp_path / "a.safetensors"
     save_file(bare(random_adapter()), path)
     assert who_loads(path) == {"peft"}
-    pipe = pipeline(tmp_path)
+    pipe = pipeline()
     with caplog.at_level(logging.WARNING, logger="diffusers"):
         pipe.load_lora_weights(str(path))
     assert "No LoRA keys associated" in caplog.text
@@ -64,7 +64,7 @@ def unequal_file(path, header=None):
 
 
 def scale_in_diffusers(path, tmp_path, module: str) -> float:
-    pipe = pipeline(tmp_path)
+    pipe = pipeline()
     pipe.load_lora_weights(str(path), adapter_name="a")
     return pipe.unet.get_submodule(module).scaling["a"]
 
@@ -84,7 +84,7 @@ def test_diffusers_refuses_alphas_beside_peft_metadata(tmp_path):
     path = unequal_file(tmp_path / "a.safetensors", header)
     assert "diffusers" not in who_loads(path)
     with pytest.raises(ValueError, match=r"network_alphas.*metadata"):
-        pipeline(tmp_path).load_lora_weights(str(path))
+        pipeline().load_lora_weights(str(path))
 
 
 def test_diffusers_refuses_alphas_in_the_peft_form(tmp_path):
@@ -93,7 +93,7 @@ def test_diffusers_refuses_alphas_in_the_peft_form(tmp_path):
     save_file(tensors | {f"unet.{TO_K}.alpha": np.array(4, np.float32)}, path)
     assert who_loads(path) == set()
     with pytest.raises(ValueError, match="Make sure all LoRA param names"):
-        pipeline(tmp_path).load_lora_weights(str(path))
+        pipeline().load_lora_weights(str(path))
 
 
 def test_invokeai_tells_the_family_by_k_and_v(tmp_path):

@@ -60,7 +60,7 @@ def assert_same_effect(found: torch.Tensor, expected: torch.Tensor, base: torch.
 @pytest.mark.parametrize("form", ["kohya", "peft", "attn-procs"])
 def test_diffusers_loads_what_we_write(form, adapter, inputs, tmp_path, caplog):
     path = adapter.save(tmp_path / "v1.2.safetensors", form, "fp32")
-    pipe = pipeline(tmp_path)
+    pipe = pipeline()
     base = noise(pipe.unet, inputs)
     with caplog.at_level(logging.WARNING, logger="diffusers"):
         pipe.load_lora_weights(str(path))
@@ -71,7 +71,7 @@ def test_diffusers_loads_what_we_write(form, adapter, inputs, tmp_path, caplog):
 @pytest.mark.parametrize("form", ["kohya", "peft"])
 def test_diffusers_loads_modules_outside_the_attention(form, inputs, tmp_path):
     adapter = random_adapter(3, 4, UNET_KINDS, 2.0, size=0.2)
-    pipe = pipeline(tmp_path)
+    pipe = pipeline()
     base = noise(pipe.unet, inputs)
     pipe.load_lora_weights(str(adapter.save(tmp_path / "a.safetensors", form, "fp32")))
     assert_same_effect(noise(pipe.unet, inputs), noise(with_deltas(adapter), inputs), base)
@@ -82,7 +82,7 @@ def test_diffusers_loads_the_text_encoders_part(form, tmp_path):
     kinds = TEXT_KINDS[:1] if form == "attn-procs" else TEXT_KINDS
     text = random_adapter(4, 4, kinds, 2.0, size=0.5)
     adapter = Adapter(random_adapter(1).factors | text.factors)
-    pipe = pipeline(tmp_path)
+    pipe = pipeline()
     ids = torch.arange(7)[None]
     with torch.no_grad():
         base = pipe.text_encoder(ids).last_hidden_state
@@ -114,7 +114,7 @@ def test_peft_loads_what_we_write(adapter, inputs):
 
 def test_what_diffusers_saves_we_read(adapter, inputs, tmp_path):
     """save_lora_adapter (bare names) and save_lora_weights (peft), alpha ≠ rank in both."""
-    unet = pipeline(tmp_path).unet
+    unet = pipeline().unet
     config = LoraConfig(r=4, lora_alpha=2, init_lora_weights=False,
                         target_modules=r".*attn2\.to_(q|k|v|out\.0)")  # fmt: skip
     base = noise(unet, inputs)
@@ -128,7 +128,7 @@ def test_what_diffusers_saves_we_read(adapter, inputs, tmp_path):
 
 def test_the_same_image_in_every_form(adapter, tmp_path):
     """A whole pipeline, sampling included."""
-    pipe = pipeline(tmp_path)
+    pipe = pipeline()
     pipe.set_progress_bar_config(disable=True)
 
     def image() -> np.ndarray:
@@ -150,7 +150,7 @@ def test_the_same_image_in_every_form(adapter, tmp_path):
 
 def test_diffusers_refuses_ldm_names_as_we_say(adapter, tmp_path):
     """`verify` tells people so; a diffusers that learns it should make us say otherwise."""
-    pipe = pipeline(tmp_path)
+    pipe = pipeline()
     path = adapter.save(tmp_path / "ldm.safetensors", "ldm")
     with pytest.raises(ValueError, match="not found in the base model"):
         pipe.load_lora_weights(str(path))

@@ -10,7 +10,7 @@ from sdd_lora.adapter.factors import Factors
 from sdd_lora.checkpoint.source import DEMO_FOLDER
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.images import Job, Sampling, draw
-from sdd_lora.generation.pipeline import load_pipeline, set_scheduler
+from sdd_lora.generation.pipeline import load_pipeline
 from sdd_lora.model import fingerprint
 from tests.adapters import random_adapter
 
@@ -22,8 +22,8 @@ def adapter():
     return random_adapter(strength=0.3)
 
 
-def images(pipeline):
-    sampling = Sampling(steps=3, guidance=4.0, batch=2)
+def images(pipeline, scheduler="ddim"):
+    sampling = Sampling(steps=3, guidance=4.0, scheduler=scheduler, batch=2)
     return np.stack([image for _, image in draw(pipeline, JOBS, sampling, "test")]).astype(int)
 
 
@@ -56,9 +56,7 @@ def test_weights_scale_and_adapters_add_up(adapter):
 def test_samplers_differ():
     results = []
     for name in ("ddim", "dpm++", "euler-a", "pndm"):
-        pipeline = load_pipeline("demo")
-        set_scheduler(pipeline, name)
-        results.append(images(pipeline))
+        results.append(images(load_pipeline("demo"), name))
     assert all(not np.array_equal(results[0], other) for other in results[1:])
 
 
