@@ -197,9 +197,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "demo": {
         "ema": {"decay": 0.96, "warmup": True},
-        "optimizer": {"learning_rate": 2.0e-3},
+        "optimizer": {"learning_rate": 4.0e-3},
         "rollout": {"steps": 20, "batch": 4},
-        "training": {"iterations": 150},
+        "training": {"iterations": 180},
         "measure": {"detector": "judge", "images": 24, "guidance": 3.0},
     },
 }
