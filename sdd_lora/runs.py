@@ -39,9 +39,9 @@ def train(
 ) -> Adapter:  # fmt: skip
     """Train a recipe's adapter into a run's folder, measure it, and return it.
 
-    `resume` continues an unfinished run of the same recipe; `parts` is a base already loaded (its
-    UNet comes back as it was). Raises BadInput where the folder holds
-    another run, KeyboardInterrupt with advice on Ctrl-C.
+    `resume` continues an unfinished run of the same recipe; `parts` is a base already loaded, which
+    comes back without adapters. Raises BadInput where the folder holds another run,
+    KeyboardInterrupt with advice on Ctrl-C.
     """
     folder = Path(out_dir)
     _check(folder, recipe, resume, force)
@@ -73,7 +73,6 @@ def train(
 
 def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
     """All prompts of a recipe, encoded once."""
-
     assert parts.text_encoder is not None
     text_encoder = parts.text_encoder
 
