@@ -11,20 +11,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from sdd_lora.checkpoint.source import COMMUNITY_FILE, DEMO_FOLDER
 from sdd_lora.demo.build import autoencoder, dataset, diffusion, drawings, export, judge
+from sdd_lora.demo.build.schedule import write_start
 from sdd_lora.demo.build.tokenizer import make_tokenizer
 from sdd_lora.demo.judge import JUDGE_FILE, load_judge
 
 log = logging.getLogger(__name__)
 
 
-def train_base(work: Path, steps: int | None) -> None:
-    diffusion.train_base(
-        work, autoencoder.train(work), make_tokenizer(work), steps or diffusion.STEPS
+def recover(work: Path) -> None:
+    """Without the work folder of the shipped model: go on from its files, with a fresh optimizer.
+
+    The autoencoder counts as finished; the diffusion run starts at step 0 from the shipped average.
+    """
+    shipped = StableDiffusionPipeline.from_pretrained(
+        DEMO_FOLDER, torch_dtype=torch.float32, safety_checker=None
     )
+    write_start(work / "autoencoder.pt", autoencoder.STEPS, shipped.vae)
+    parts = {"unet": shipped.unet, "text_encoder": shipped.text_encoder}
+    write_start(work / "diffusion.pt", 0, torch.nn.ModuleDict(parts))
+
+
+def train_base(work: Path, steps: int | None, learning_rate: float | None) -> None:
+    diffusion.train_base(
+        work, autoencoder.train(work), make_tokenizer(work), steps or diffusion.STEPS,
+        learning_rate or diffusion.LEARNING_RATE,
+    )  # fmt: skip
 
 
 def export_base(work: Path) -> None:
@@ -45,9 +61,12 @@ def check_judge(work: Path) -> None:
         print(f"{name}: {value:.3f}")
 
 
-def train_community(work: Path, steps: int | None) -> None:
+def train_community(work: Path, steps: int | None, learning_rate: float | None) -> None:
     """Fine-tune the shipped `demo` on recoloured drawings and write it as one LDM-layout file."""
-    tuned = diffusion.train_community(work, autoencoder.train(work), steps)
+    tuned = diffusion.train_community(
+        work, autoencoder.train(work), steps or diffusion.COMMUNITY_STEPS,
+        learning_rate or diffusion.COMMUNITY_LEARNING_RATE,
+    )  # fmt: skip
     export.save_single_file(tuned, COMMUNITY_FILE)
 
 
@@ -67,6 +86,7 @@ def measure_community(work: Path) -> None:
 STAGES: dict[str, Callable[..., object]] = {
     "fetch": drawings.fetch,
     "render": dataset.render,
+    "recover": recover,
     "autoencoder": autoencoder.train,
     "diffusion": train_base,
     "export": export_base,
@@ -76,7 +96,7 @@ STAGES: dict[str, Callable[..., object]] = {
     "measure": measure_base,
     "measure-community": measure_community,
 }
-_WITH_STEPS = ("diffusion", "community")
+_TRAININGS = ("diffusion", "community")
 
 
 def main() -> None:
@@ -88,13 +108,14 @@ def main() -> None:
                         help=", ".join(STAGES))  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("~/.cache/sdd_lora/build").expanduser())
     parser.add_argument("--steps", type=int, help="of the diffusion and community stages")
+    parser.add_argument("--learning-rate", type=float, help="of the same stages, at its peak")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.manual_seed(0)
     for stage in arguments.stages:
         started = time.time()
-        extra = (arguments.steps,) if stage in _WITH_STEPS else ()
+        extra = (arguments.steps, arguments.learning_rate) if stage in _TRAININGS else ()
         STAGES[stage](arguments.work, *extra)
         log.info("%s took %.1f min", stage, (time.time() - started) / 60)
 

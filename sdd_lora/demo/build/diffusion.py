@@ -146,7 +146,7 @@ def train(
     """Train, or resume, or read the finished run from `state`; returns the weight average."""
     batches = Batches(encoded, tokenizer)
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)
     ema = Ema(model, EMA_DECAY)
     step = load_state(state, model=model, optimizer=optimizer, ema=ema)
     started, seen, saved, average = time.time(), step, time.time(), 0.0
@@ -177,11 +177,14 @@ def make_model(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
     return torch.nn.ModuleDict({"unet": unet, "text_encoder": make_text_encoder(tokenizer)})
 
 
-def train_base(work: Path, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int) -> Ema:
+def train_base(
+    work: Path, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int,
+    learning_rate: float,
+) -> Ema:  # fmt: skip
     torch.manual_seed(0)
     model = make_model(tokenizer)
     encoded = encode_pictures(work, autoencoder)
-    return train(encoded, model, tokenizer, work / "diffusion.pt", steps, LEARNING_RATE)
+    return train(encoded, model, tokenizer, work / "diffusion.pt", steps, learning_rate)
 
 
 def average_so_far(state: Path, tokenizer: CLIPTokenizer) -> Ema:
@@ -192,7 +195,7 @@ def average_so_far(state: Path, tokenizer: CLIPTokenizer) -> Ema:
 
 
 def train_community(
-    work: Path, autoencoder: AutoencoderKL, steps: int | None
+    work: Path, autoencoder: AutoencoderKL, steps: int, learning_rate: float
 ) -> StableDiffusionPipeline:
     """Fine-tune the embedded model on recoloured drawings, as a community model is made."""
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -205,8 +208,7 @@ def train_community(
         scale=torch.tensor(pipeline.vae.config.scaling_factor),
     )  # fmt: skip
     ema = train(
-        encoded, model, pipeline.tokenizer, work / "community.pt", steps or COMMUNITY_STEPS,
-        COMMUNITY_LEARNING_RATE,
+        encoded, model, pipeline.tokenizer, work / "community.pt", steps, learning_rate
     )  # fmt: skip
     ema.copy_to(model)
     return pipeline

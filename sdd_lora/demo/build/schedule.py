@@ -1,9 +1,11 @@
 """Learning-rate schedule and weight average of the build stages."""
 
 import math
+from pathlib import Path
 
 import torch
 
+from sdd_lora.demo.build.checkpoints import save_state
 from sdd_lora.training.ema import decay_at, update_average
 
 
@@ -40,3 +42,11 @@ class Ema:
         self.updates = state["updates"]
         for name, value in state["average"].items():
             self.average[name].copy_(value)
+
+
+def write_start(state: Path, step: int, model: torch.nn.Module) -> None:
+    """Write `model` as a run's state at `step`, its average and all; refuses to replace a run."""
+    if state.exists():
+        raise FileExistsError(f"{state} holds a run already; move it away first")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
+    save_state(state, step, model=model, optimizer=optimizer, ema=Ema(model, decay=0.999))
