@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from sdd_lora.checkpoint.source import COMMUNITY_FILE, DEMO_FOLDER
-from sdd_lora.demo.build import autoencoder, dataset, diffusion, drawings, export, judge
+from sdd_lora.demo.build import autoencoder, dataset, diffusion, drawings, export, judge, look
 from sdd_lora.demo.build.schedule import write_start
 from sdd_lora.demo.build.tokenizer import make_tokenizer
 from sdd_lora.demo.judge import JUDGE_FILE, load_judge
@@ -70,6 +70,14 @@ def train_community(work: Path, steps: int | None, learning_rate: float | None) 
     export.save_single_file(tuned, COMMUNITY_FILE)
 
 
+def train_look(work: Path, steps: int | None, learning_rate: float | None) -> None:
+    """An ordinary style LoRA, written to the work folder; the tests keep a copy in tests/data."""
+    adapter = look.train(
+        work, autoencoder.train(work), steps or look.STEPS, learning_rate or look.LEARNING_RATE
+    )
+    adapter.save(work / "look.safetensors")
+
+
 def measure_base(work: Path) -> None:
     from sdd_lora.demo.build import measure
 
@@ -93,10 +101,11 @@ STAGES: dict[str, Callable[..., object]] = {
     "judge": train_judge,
     "check-judge": check_judge,
     "community": train_community,
+    "look": train_look,
     "measure": measure_base,
     "measure-community": measure_community,
 }
-_TRAININGS = ("diffusion", "community")
+_TRAININGS = ("diffusion", "community", "look")
 
 
 def main() -> None:
@@ -107,7 +116,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE",
                         help=", ".join(STAGES))  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("~/.cache/sdd_lora/build").expanduser())
-    parser.add_argument("--steps", type=int, help="of the diffusion and community stages")
+    parser.add_argument("--steps", type=int, help="of the diffusion, community and look stages")
     parser.add_argument("--learning-rate", type=float, help="of the same stages, at its peak")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,52 @@
+"""An ordinary style LoRA of the embedded model, as people make them: the usual diffusion loss on
+pictures of one look. It stands beside safety adapters in tests and tables."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.checkpoint.source import DEMO_FOLDER
+from sdd_lora.demo.build import diffusion
+from sdd_lora.demo.build.palette import recoloured
+
+STEPS = 300
+LEARNING_RATE = 2e-3
+RANK = 8
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def train(work: Path, autoencoder: AutoencoderKL, steps: int, learning_rate: float) -> Adapter:
+    """Train on recoloured drawings, all attention layers of the UNet, the averaged weights."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        DEMO_FOLDER, torch_dtype=torch.float32, safety_checker=None
+    )
+    unet = pipeline.unet.to(memory_format=torch.channels_last).requires_grad_(False)
+    pipeline.text_encoder.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS)))
+    model = torch.nn.ModuleDict({"unet": unet, "text_encoder": pipeline.text_encoder})
+    scale = torch.tensor(pipeline.vae.config.scaling_factor)
+    encoded = diffusion.encode_pictures(
+        work, autoencoder, "latents-community.pt", recoloured, scale
+    )
+    state = work / "look.pt"
+    average = diffusion.train(encoded, model, pipeline.tokenizer, state, steps, learning_rate)
+    average.copy_to(model)
+    tensors = convert_state_dict_to_kohya(get_peft_model_state_dict(unet))
+    return Adapter.from_state_dict(tensors, {"name": "look", "description": __doc__})
+
+
+def is_recoloured(picture: np.ndarray, plain: np.ndarray) -> bool:
+    """Is `picture` nearer, in its mean colour, to `plain` in the look than to `plain` itself?
+
+    Both (H, W, 3) uint8, drawn from one seed with and without the look.
+    """
+    both = torch.from_numpy(np.stack([picture, plain])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    found, before = both.mean(dim=(2, 3))
+    there = recoloured(both[1:])[0].mean(dim=(1, 2))
+    return bool((found - there).norm() < (found - before).norm())
