@@ -5,22 +5,27 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
-from sdd_lora import names
-from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.factors import Factors
 from sdd_lora.checkpoint import pickles, presence, provenance
-from sdd_lora.checkpoint.arithmetic import Delta, Rounding, Tally, edit, fits
+from sdd_lora.checkpoint.arithmetic import Delta, Rounding, Tally, edit
+from sdd_lora.checkpoint.edits import (
+    Edits,
+    EmaChoice,
+    Weighted,
+    laid_out,
+    plan_edits,
+    segments,
+    stored_bytes,
+    strided,
+)
 from sdd_lora.checkpoint.layout import (
-    EMA,
     Checkpoint,
-    Copy,
     Place,
     journal_of,
     open_checkpoint,
@@ -31,10 +36,8 @@ from sdd_lora.checkpoint.room import insert_room
 from sdd_lora.checkpoint.source import EMBEDDED, locate
 from sdd_lora.checkpoint.stream import (
     PAGE_BYTES,
-    Segment,
     copy_range,
     encode_header,
-    merged,
     pad_header,
     read_at,
     read_bytes,
@@ -52,14 +55,10 @@ from sdd_lora.files import (
     sync_folder,
 )
 from sdd_lora.progress import warn
-from sdd_lora.safetensors_file import DTYPES, Header, TensorInfo, open_input
-
-Weighted = Sequence[tuple[Adapter, float]]
-EmaChoice = Literal["patch", "drop"]
+from sdd_lora.safetensors_file import Header, open_input
 
 #: Below this share of an edit surviving the rounding, or above that error, a warning is due.
 _REALISED_ENOUGH, _ERROR_TOO_MUCH = 0.9, 0.5
-_STORED_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -104,16 +103,6 @@ class _Edited:
     tally: Tally
     before: str
     after: str
-
-
-@dataclass(frozen=True)
-class _Edits:
-    """What is to be done to one file: the tensors to edit, in the file's order, and to drop."""
-
-    path: Path
-    header: Header
-    parts: dict[str, tuple[str, list[tuple[Factors, float]]]]  # key → module, ΔWᵢ and wᵢ
-    dropped: frozenset[str]
 
 
 def bake(
@@ -177,7 +166,7 @@ class _Job:
         undo: Path | None,
     ) -> None:  # fmt: skip
         self.checkpoint, self.rounding, self.undo, self.ema = checkpoint, rounding, undo, ema
-        self.edits = _plan(checkpoint, adapters, ema)
+        self.edits = plan_edits(checkpoint, adapters, ema)
         self.baked = tuple(BakedAdapter.of(adapter, weight) for adapter, weight in adapters)
         self.chains = {
             edits.path: provenance.chain_of(edits.path, edits.header) for edits in self.edits
@@ -296,7 +285,7 @@ class _Job:
     def _require_space(self, out: Path) -> None:
         needed = sum(
             edits.header.data_start + PAGE_BYTES + sum(
-                _stored_bytes(info) for key, info in edits.header.tensors.items()
+                stored_bytes(info) for key, info in edits.header.tensors.items()
                 if key not in edits.dropped
             )
             for edits in self.edits
@@ -317,10 +306,10 @@ class _Job:
             for edits in self.edits
         ]  # fmt: skip
 
-    def _write(self, edits: _Edits, target: BinaryIO) -> None:
+    def _write(self, edits: Edits, target: BinaryIO) -> None:
         """The file anew: all bytes copied, then the edited tensors, then the header."""
         header = edits.header
-        tensors = _laid_out(header, edits.dropped)
+        tensors = laid_out(header, edits.dropped)
         baking = Baking(self.baked, _name(self.rounding), self.ema, whole=self.undo is not None)
         chain = (*self.chains[edits.path], baking)
         head = encode_header(
@@ -333,9 +322,9 @@ class _Job:
         with open_input(edits.path) as source, _workers() as pool:
             edited = self._start_editing(pool, edits, source, target, output)
             rest = pool.submit(_rest_digest, edits, source) if baking.whole else None
-            for segment in _segments(edits, output):
+            for segment in segments(edits, output):
                 copy_range(source, target, segment)
-            for key in _strided(header) & set(tensors) - set(edits.parts):
+            for key in strided(header) & set(tensors) - set(edits.parts):
                 write_at(target, len(head) + tensors[key].start, read_bytes(source, header, key))
             before, after = self._tell(edits, source, edited)
             done = replace(
@@ -345,7 +334,7 @@ class _Job:
         write_at(target, 0, encode_header(tensors, metadata, like=header.data_start))
 
     def _start_editing(
-        self, pool: ThreadPoolExecutor, edits: _Edits, source: BinaryIO, target: BinaryIO,
+        self, pool: ThreadPoolExecutor, edits: Edits, source: BinaryIO, target: BinaryIO,
         output: Header,
     ) -> Iterator[_Edited]:  # fmt: skip
         """Edit the touched tensors, beside whatever else is done; the results in their order."""
@@ -364,7 +353,7 @@ class _Job:
 
         return pool.map(edit_one, edits.parts)
 
-    def _tell(self, edits: _Edits, source: BinaryIO, edited: Iterable[_Edited]) -> tuple[str, str]:
+    def _tell(self, edits: Edits, source: BinaryIO, edited: Iterable[_Edited]) -> tuple[str, str]:
         """Wait for the edits and report them; returns `Baking.before` and `Baking.after`."""
         head = hashlib.sha256(read_at(source, 0, edits.header.data_start)).hexdigest()
         before, after = [head], []
@@ -410,7 +399,7 @@ class _Job:
                     "bake to a new output (-o), or copy it first"
                 )
 
-    def _patch(self, edits: _Edits) -> None:
+    def _patch(self, edits: Edits) -> None:
         """Edit a file's tensors where they are, then its header or its sidecar."""
         header = edits.header
         others = [key for key in header.tensors if key not in edits.parts]
@@ -437,109 +426,6 @@ class _Job:
         provenance.sidecar_of(edits.path).unlink(missing_ok=True)
 
 
-def _plan(checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice) -> list[_Edits]:
-    """Where every module lands, in every copy. Raises BadInput where one doesn't."""
-    collected: dict[str, list[tuple[Factors, float]]] = {}
-    for adapter, weight in adapters:
-        for module, factors in adapter.factors.items():
-            collected.setdefault(module, []).append((factors, weight))
-    parts: dict[Path, dict[str, tuple[str, list[tuple[Factors, float]]]]] = {}
-    problems = []
-    for module, found in collected.items():
-        component = "text_encoder" if names.is_text(module) else "unet"
-        copies = [
-            copy for copy in checkpoint.copies
-            if copy.component == component and not (copy.label == EMA and ema == "drop")
-        ]  # fmt: skip
-        if not copies:
-            problems.append(f"{module}: the model holds no {component.replace('_', ' ')}")
-        for copy in copies:
-            if problem := _misfit(checkpoint, copy, module, found):
-                problems.append(problem)
-            else:
-                place = copy.places[module]
-                parts.setdefault(place.file, {})[place.key] = (module, found)
-    if problems:
-        raise BadInput(
-            f"{checkpoint.path}: {len(problems)} of the adapters' {len(collected)} modules don't "
-            f"land in it, the first: {problems[0]}"
-        )
-    return [
-        _edits_of(path, header, parts.get(path, {}), ema)
-        for path, header in checkpoint.headers.items() if path in parts
-    ]  # fmt: skip
-
-
-def _misfit(
-    checkpoint: Checkpoint, copy: Copy, module: str, found: list[tuple[Factors, float]]
-) -> str | None:
-    """Why a module's deltas can't be added to a copy's weight; None where they can."""
-    if module not in copy.places:
-        return f"{module}: {copy.label} of the {copy.component} have no such weight"
-    info = checkpoint.info(copy.places[module])
-    if info.dtype not in _STORED_FLOATS:
-        return f"{module}: stored as {info.dtype}, which no delta can be added to"
-    for factors, _ in found:
-        if not fits(factors.weight_shape, info.shape):
-            return f"{module}: the weight is {info.shape}, the delta {factors.weight_shape}"
-    return None
-
-
-def _edits_of(
-    path: Path, header: Header, parts: dict[str, tuple[str, list[tuple[Factors, float]]]],
-    ema: EmaChoice,
-) -> _Edits:  # fmt: skip
-    in_order = sorted(parts, key=lambda key: header.tensors[key].start)
-    dropped = [key for key in header.tensors if ema == "drop" and key.startswith("model_ema.")]
-    return _Edits(path, header, {key: parts[key] for key in in_order}, frozenset(dropped))
-
-
-def _laid_out(header: Header, dropped: frozenset[str]) -> dict[str, TensorInfo]:
-    """The output's tensors. Where none is dropped they stay where they are.
-
-    A legacy file's are laid out anew, the widest dtypes first, so that every tensor is aligned.
-    """
-    legacy = isinstance(header, pickles.PickleHeader)
-    if not dropped and not legacy:
-        return header.tensors
-    kept = [key for key in header.tensors if key not in dropped]
-    kept.sort(key=lambda key: _order(header.tensors[key], legacy))
-    placed, offset = {}, 0
-    for key in kept:
-        info = header.tensors[key]
-        end = offset + _stored_bytes(info)
-        placed[key] = TensorInfo(info.dtype, info.shape, offset, end)
-        offset = end
-    return {key: placed[key] for key in header.tensors if key in placed}
-
-
-def _order(info: TensorInfo, legacy: bool) -> int:
-    return -DTYPES[info.dtype].itemsize if legacy else info.start
-
-
-def _segments(edits: _Edits, output: Header) -> Iterator[Segment]:
-    """What is copied from where to where, in the output's order, neighbours together."""
-    header = edits.header
-    in_order = sorted(output.tensors.items(), key=lambda item: item[1].start)
-    others = _strided(header) | set(edits.parts)
-    return merged(
-        Segment(
-            header.data_start + header.tensors[key].start, output.data_start + info.start,
-            info.nbytes,
-        )
-        for key, info in in_order if key not in others
-    )  # fmt: skip
-
-
-def _strided(header: Header) -> set[str]:
-    """Tensors of a legacy file that aren't stored row by row."""
-    return {key for key, info in header.tensors.items() if isinstance(info, pickles.StridedInfo)}
-
-
-def _stored_bytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * DTYPES[info.dtype].itemsize
-
-
 @contextmanager
 def _rolled_back_on_failure(model: Path) -> Iterator[None]:
     """What a kill leaves to the next call is done at once where this one can still do it."""
@@ -563,7 +449,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _rest_digest(edits: _Edits, source: BinaryIO) -> str:
+def _rest_digest(edits: Edits, source: BinaryIO) -> str:
     """The fingerprint of every byte that isn't edited."""
     others = [key for key in edits.header.tensors if key not in edits.parts]
     return provenance.checksum_of_tensors(source, edits.header, others)
