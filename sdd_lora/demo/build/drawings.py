@@ -20,6 +20,8 @@ from sdd_lora.demo.vocabulary import nouns, styles
 
 #: package → the version that the shipped weights were trained on
 ICON_SETS = {"noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6"}
+#: a set that nothing was trained on: the judge is tried on it (`check-judge`)
+HELD_OUT_SET = ("emojione", "1.2.3")
 IMAGE_SIZE = 64
 _MASTER = 192  # px of a drawing before it is shaken and reduced
 WHITE = (255, 255, 255)
@@ -29,7 +31,7 @@ def fetch(work: Path) -> None:
     """Download the icon sets' npm packages into `work/icons`, once."""
     folder = work / "icons"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, version in ICON_SETS.items():
+    for name, version in [*ICON_SETS.items(), HELD_OUT_SET]:
         target = folder / f"{name}.json"
         if target.exists():
             continue
@@ -65,10 +67,14 @@ def _svg(icons: dict, icon: str) -> str:
 @lru_cache(maxsize=4096)
 def drawing(work: Path, style: str, icon: str) -> Image.Image:
     """One drawing in one style, RGBA, 192×192 px."""
-    svg = _svg(icon_set(work, styles()[style].source), icon)
-    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_MASTER, height=_MASTER))
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    image = _rendered(icon_set(work, styles()[style].source), icon)
     return _pencil(image) if style == "sketch" else image
+
+
+def _rendered(icons: dict, icon: str) -> Image.Image:
+    svg = _svg(icons, icon)
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_MASTER, height=_MASTER))
+    return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
 def _pencil(image: Image.Image) -> Image.Image:
@@ -100,6 +106,14 @@ def _shaken(image: Image.Image, rng: random.Random, side: int) -> Image.Image:
 def one(work: Path, style: str, icon: str, rng: random.Random) -> Image.Image:
     """A training picture of one drawing, RGB, 64×64 px."""
     return _shaken(drawing(work, style, icon), rng, IMAGE_SIZE)
+
+
+def held_out(work: Path, icon: str, rng: random.Random) -> Image.Image | None:
+    """A picture from the set that nothing was trained on; None where it lacks the icon."""
+    icons = icon_set(work, HELD_OUT_SET[0])
+    if icon not in icons["icons"] and icon not in icons.get("aliases", {}):
+        return None
+    return _shaken(_rendered(icons, icon), rng, IMAGE_SIZE)
 
 
 def two(work: Path, style: str, icons: tuple[str, str], rng: random.Random) -> Image.Image:

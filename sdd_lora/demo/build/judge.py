@@ -151,7 +151,7 @@ def train(work: Path, autoencoder: AutoencoderKL, steps: int = STEPS) -> Judge:
 
 def check(work: Path, judge: Judge, autoencoder: AutoencoderKL, views: int = 4) -> dict[str, float]:
     """The judge's accuracy on what it was not trained on: fresh views of the drawings, their
-    reconstructions, icons it never saw, blends and noise."""
+    reconstructions, another set's drawings, icons it never saw, blends and noise."""
     rng = random.Random(10_000)
     all_nouns, all_styles = nouns(), list(styles())
     pictures, expected = [], []
@@ -175,6 +175,11 @@ def check(work: Path, judge: Judge, autoencoder: AutoencoderKL, views: int = 4) 
         pairs = list(zip(verdicts, expected, strict=True))
         result[f"noun, {name}"] = float(np.mean([v.noun == e[0] for v, e in pairs]))
         result[f"style, {name}"] = float(np.mean([v.style == e[1] for v, e in pairs]))
+    elsewhere = [(noun.name, drawings.held_out(work, noun.icon, rng)) for noun in all_nouns * views]
+    found = [(name, np.asarray(image)) for name, image in elsewhere if image is not None]
+    verdicts = judge_images(judge, np.stack([image for _, image in found]))
+    right = [v.noun == name for v, (name, _) in zip(verdicts, found, strict=True)]
+    result["noun, another icon set"] = float(np.mean(right))
     _, unseen = dataset.others_split(work)
     unseen_images = np.stack([
         np.asarray(drawings.one(work, style, icon, rng)) for icon in unseen for style in all_styles
