@@ -64,11 +64,32 @@ def train(
     finally:
         trainer.roles.remove()
     if processes.is_main_process:
-        adapter = _finish(adapter, folder, recipe, report)
+        made_by = {"recipe_sha256": recipe.sha256}
+        adapter = _finish(adapter, folder, recipe, made_by, _training_numbers(report))
         if not keep_state:
             shutil.rmtree(folder / STATE)
     processes.wait_for_everyone()
     return adapter
+
+
+def measure(
+    adapter: Adapter, recipe: Recipe, out_dir: str | Path, *, force: bool = False
+) -> dict[str, Any]:
+    """Measure an adapter by a recipe's `measure`, whoever made it; returns the metrics.
+
+    The folder is written as `train` does, without what only a training knows: the adapter and its
+    twin, now with the numbers in their headers, sidecar, card, `metrics.json`, picture. Raises
+    BadInput where the recipe measures nothing, or the folder holds another run.
+    """
+    folder = Path(out_dir)
+    _check(folder, recipe, resume=False, force=force)
+    if not before_after.wanted(recipe):
+        raise BadInput(f"{recipe.name}: expected a recipe that names prompts to measure with")
+    before_after.check(recipe, load_training_parts(recipe.model).unet)
+    _clear(folder)
+    made_by = {"measured_by": recipe.name, "measured_on": recipe.model}
+    _finish(adapter, folder, recipe, made_by, training={})
+    return dict(json.loads((folder / METRICS).read_text("utf-8")))
 
 
 def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
@@ -98,29 +119,41 @@ def _check(folder: Path, recipe: Recipe, resume: bool, force: bool) -> None:
                 f"{written}: belongs to another recipe (or other --set values) than the one given; "
                 "resume with that one, or train into another folder"
             )
-        if not (folder / STATE).exists():
+        if not _unfinished(folder):
             raise BadInput(f"{folder}: holds a finished run; nothing to resume")
         return
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder}: is a file; expected a folder, or a name for one")
     if folder.exists() and any(folder.iterdir()) and not force:
-        unfinished = (folder / STATE).exists()
-        advice = "add --resume to continue it, " if unfinished else ""
+        advice = "add --resume to continue it, " if _unfinished(folder) else ""
         raise BadInput(f"{folder}: holds another run; {advice}choose another folder or add --force")
+
+
+def _unfinished(folder: Path) -> bool:
+    """A killed run has its recipe from the first moment on, and its numbers in the last."""
+    return (folder / STATE).exists() or (
+        (folder / RECIPE).exists() and not (folder / METRICS).exists()
+    )
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
     """Make the folder this recipe's: what an earlier run left in it goes."""
-    earlier = [folder / name for name in (ADAPTER, PEFT_TWIN, SIDECAR, CARD, METRICS)]
+    _clear(folder)
+    write_text(folder / RECIPE, recipe.to_yaml())
+    (folder / STATE).mkdir()
+
+
+def _clear(folder: Path) -> None:
+    """An empty folder: what an earlier run left in it goes."""
+    earlier = [folder / name for name in (ADAPTER, PEFT_TWIN, SIDECAR, CARD, METRICS, RECIPE)]
     for path in [*earlier, *folder.glob("before-after*.png")]:
         path.unlink(missing_ok=True)
     for name in (STATE, TRACKER_LOGS):
         shutil.rmtree(folder / name, ignore_errors=True)
     try:
-        (folder / STATE).mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: can't make this folder: {error.strerror}") from error
-    write_text(folder / RECIPE, recipe.to_yaml())
 
 
 def _as_adapter(recipe: Recipe, trainer: Trainer, base_fingerprint: str) -> Adapter:
@@ -140,7 +173,10 @@ def _as_adapter(recipe: Recipe, trainer: Trainer, base_fingerprint: str) -> Adap
     return Adapter(factors, metadata)
 
 
-def _finish(adapter: Adapter, folder: Path, recipe: Recipe, report: Report) -> Adapter:
+def _finish(
+    adapter: Adapter, folder: Path, recipe: Recipe, made_by: dict[str, Any],
+    training: dict[str, Any],
+) -> Adapter:  # fmt: skip
     """Write the adapter, measure it as written, write it again with its numbers, and its card."""
     _write(adapter, folder)
     transfer: list[dict[str, Any]] = []
@@ -161,26 +197,24 @@ def _finish(adapter: Adapter, folder: Path, recipe: Recipe, report: Report) -> A
     metrics = {
         "tool": f"sdd_lora {sdd_lora.__version__}",
         "versions": versions(),
-        "recipe_sha256": recipe.sha256,
-        "base": adapter.metadata["base"],
+        **made_by,
+        "base": adapter.metadata.get("base", {}),
         "adapter": {
             "sha256": sha256_of(folder / ADAPTER),
             "parameters": adapter.parameters,
             "bytes": (folder / ADAPTER).stat().st_size,
         },
-        "training": {
-            "iterations": report.iterations,
-            "unet_passes": report.unet_passes,
-            "seconds": round(report.seconds, 2),
-            "peak_bytes": report.peak_bytes,
-            "final_loss": report.final_loss,
-        },
+        "training": training,
         "measures": measures,
         "transfer": transfer,
     }
     write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / CARD, render_card(adapter, metrics))
     return adapter
+
+
+def _training_numbers(report: Report) -> dict[str, Any]:
+    return asdict(report) | {"seconds": round(report.seconds, 2)}
 
 
 def _save_picture(picture: Image.Image, path: Path) -> None:
@@ -227,7 +261,7 @@ def train_recipes(
     folders = [root / r.name if several or output is None else root for r in recipes]
     todo = []
     for recipe, folder in zip(recipes, folders, strict=True):
-        continues = resume and (not several or (folder / STATE).exists())
+        continues = resume and (not several or _unfinished(folder))
         if resume and several and not continues and (folder / METRICS).exists():
             say(f"{folder}: finished already")
             continue

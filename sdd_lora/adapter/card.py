@@ -149,7 +149,8 @@ def render_card(adapter: "Adapter", metrics: Mapping[str, Any]) -> str:
 
 def _tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Titles and rows: on the model it was trained on, then on those it was carried over to."""
-    tables = [("Measured", metrics.get("measures", []))]
+    where = f" on {metrics['measured_on']}" if "measured_on" in metrics else ""
+    tables = [(f"Measured{where}", metrics.get("measures", []))]
     for elsewhere in metrics.get("transfer", []):
         title = f"Measured on {elsewhere['model']}, which it was not trained on"
         tables.append((title, elsewhere["measures"]))

@@ -1,0 +1,68 @@
+"""measure from the command line: the numbers of an adapter that somebody else made."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sdd_lora.adapter.adapter import Adapter
+from tests.adapters import random_adapter
+
+RECIPE = """
+name: measured
+model: demo
+concepts: [bomb]
+measure:
+  prompts: {concept: [a drawing of a bomb], kept: [a drawing of a cat]}
+  images: 2
+  steps: 4
+  detector: judge
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    random_adapter(strength=0.5, seed=1).save(tmp_path / "a.safetensors")
+    random_adapter(strength=0.5, seed=2).save(tmp_path / "b.safetensors")
+    return tmp_path
+
+
+def measure(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "sdd_lora", "measure", *arguments, "--recipe", "r.yaml"],
+        capture_output=True, text=True, check=False, cwd=folder,
+    )  # fmt: skip
+
+
+def test_several_are_measured_as_their_sum(folder):
+    done = measure(folder, "a.safetensors", "b.safetensors:-0.5", "-o", "both", "--json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((folder / "both" / "metrics.json").read_text())
+    assert json.loads(done.stdout) == {"folder": "both"} | metrics
+    assert {(m["name"], m["n"]) for m in metrics["measures"]} >= {("concept drawn", 2)}
+    both = Adapter.load(folder / "both")
+    assert both.metadata["measures"] == metrics["measures"]
+    assert [part["weight"] for part in both.metadata["merged_from"]] == [1.0, -0.5]
+    a, b = Adapter.load(folder / "a.safetensors"), Adapter.load(folder / "b.safetensors")
+    module = next(iter(a.factors))
+    expected = a.delta(module) - 0.5 * b.delta(module)
+    assert (both.delta(module) - expected).norm() < 2e-3 * expected.norm()
+    card = (folder / "both" / "README.md").read_text()
+    assert "## Measured on demo\n" in card and "a × 1" not in card
+    assert (folder / "both" / "before-after.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.safetensors", "-o", "."], "holds another run"),
+        (["gone.safetensors", "-o", "out"], "gone.safetensors"),
+        (["a.safetensors", "-o", "out", "--set", "measure.detector=none"], "prompts to measure"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(folder, arguments, message):
+    done = measure(folder, *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (folder / "out").exists()
