@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,18 +15,20 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Fields of a YAML file: none unknown, none changed afterwards, no NaN."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Preserve(_Section):
+class Preserve(Section):
     """Prompts on which the student is held to the base."""
 
     prompts: list[str] = []
     weight: Annotated[float, Field(ge=0)] = 1.0
 
 
-class Objective(_Section):
+class Objective(Section):
     """The loss. `paper` is the pseudo-code, `reference` the authors' released code."""
 
     kind: Literal["sdd"] = "sdd"
@@ -33,7 +36,7 @@ class Objective(_Section):
     guidance_scale: float = 3.0
 
 
-class Lora(_Section):
+class Lora(Section):
     """The adapter: low-rank factors on the cross-attention (attn2) matrices named here."""
 
     rank: Positive = 4
@@ -43,14 +46,14 @@ class Lora(_Section):
     ] = ["to_k", "to_v"]  # fmt: skip
 
 
-class Ema(_Section):
+class Ema(Section):
     """The teacher: an average of the student's factors. Warm-up: min(decay, (1+t)/(10+t))."""
 
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     warmup: bool = False
 
 
-class Optimizer(_Section):
+class Optimizer(Section):
     """How the student's factors are updated."""
 
     kind: Literal["adamw8bit", "adamw"] = "adamw8bit"
@@ -61,7 +64,7 @@ class Optimizer(_Section):
     warmup_iterations: Annotated[int, Field(ge=0)] = 0
 
 
-class Rollout(_Section):
+class Rollout(Section):
     """How the teacher samples the latents z_t: `batch` trajectories at once."""
 
     solver: Literal["ddim"] = "ddim"
@@ -79,7 +82,7 @@ class Rollout(_Section):
         return self
 
 
-class Training(_Section):
+class Training(Section):
     """Length, precision, seed."""
 
     iterations: Positive = 1500
@@ -98,14 +101,14 @@ class Training(_Section):
         return self
 
 
-class MeasurePrompts(_Section):
+class MeasurePrompts(Section):
     """Prompts that ask for what is erased, and prompts that must not change."""
 
     concept: list[str] = []
     kept: list[str] = []
 
 
-class Measure(_Section):
+class Measure(Section):
     """What the card will say: `images` of each kind of prompt, drawn before and after.
 
     A kind is the concept's prompts, and each group of kept ones that the detector tells apart.
@@ -121,7 +124,7 @@ class Measure(_Section):
     transfer: list[str] = []
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe. Field names and defaults are those of the recipe files.
 
     `concepts` may be given as the name of a text file, one concept a line, beside the recipe.
@@ -162,24 +165,15 @@ class Recipe(_Section):
         overrides: dict[str, Any] | None = None,
     ) -> "Recipe":  # fmt: skip
         """Like `load`, from a string."""
-        try:
-            root = yaml.compose(text, yaml.SafeLoader)
-            fields = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-        if root is None or not isinstance(fields, dict):
-            raise BadInput(f"{where}: expected fields such as `concepts:`, found {fields!r}")
-        _refuse_repeated_keys(root, where)
-        for dotted, value in (overrides or {}).items():
-            _set(fields, dotted.split("."), value)
-        _read_lists(fields, folder)
-        preset = fields.get("preset", "paper")
-        if isinstance(preset, str):
-            fields = _merged(PRESETS.get(preset, {}), fields)
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise BadInput(_explain(where, root, error)) from None
+
+        def prepared(fields: dict[str, Any]) -> dict[str, Any]:
+            for dotted, value in (overrides or {}).items():
+                _set(fields, dotted.split("."), value)
+            _read_lists(fields, folder)
+            preset = fields.get("preset", "paper")
+            return _merged(PRESETS.get(preset, {}), fields) if isinstance(preset, str) else fields
+
+        return parse_strictly(cls, text, where, prepared)
 
     def to_yaml(self) -> str:
         """The complete recipe, defaults filled in."""
@@ -213,6 +207,30 @@ _NOT_YET: dict[tuple[str | int, ...], set[str]] = {
     ("measure", "detector"): {"nudenet", "open_nsfw"},
     ("preset",): {"fast"},
 }
+
+
+S = TypeVar("S", bound=Section)
+
+
+def parse_strictly(
+    kind: type[S], text: str, where: str, prepared: Callable[[dict[str, Any]], dict[str, Any]]
+) -> S:
+    """YAML text as a `kind`; `prepared` may fill in fields before they are checked.
+
+    Raises BadInput with every problem and its line.
+    """
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
+    if root is None or not isinstance(fields, dict):
+        raise BadInput(f"{where}: expected fields such as `concepts:`, found {fields!r}")
+    _refuse_repeated_keys(root, where)
+    try:
+        return kind.model_validate(prepared(fields))
+    except ValidationError as error:
+        raise BadInput(_explain(where, root, error)) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
