@@ -93,11 +93,11 @@ Holds = Callable[[Asked, list[Verdict]], bool]
 
 def check_concepts(erased: Sequence[str]) -> None:
     """Raises BadInput where no concept is in the judge's vocabulary."""
-    if not any(_erased(erased)):
+    if not any(named_by(erased)):
         raise BadInput(f"measure.detector: the judge knows none of the concepts {list(erased)}")
 
 
-def _erased(concepts: Sequence[str]) -> tuple[set[Noun], set[str]]:
+def named_by(concepts: Sequence[str]) -> tuple[set[Noun], set[str]]:
     """Nouns (a group's word stands for all of them) and styles that the concepts name."""
     asked = [asked_for(concept) for concept in concepts]
     gone = {noun for a in asked for noun in a.nouns}
@@ -112,7 +112,7 @@ def rows(erased: Sequence[str], concept: JudgedImages, kept: JudgedImages) -> li
     noun kept: the noun asked for is there, by group. style kept: the style asked for.
     beside: in prompts for two things, the one that is not erased is there.
     """
-    gone_nouns, gone_styles = _erased(erased)
+    gone_nouns, gone_styles = named_by(erased)
     gone_names = {noun.name for noun in gone_nouns}
 
     def drawn(_: Asked, seen: list[Verdict]) -> bool:

@@ -1,0 +1,281 @@
+"""A bench's results as one HTML file that needs nothing else: no network, no script."""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdd_lora.errors import BadInput
+from sdd_lora.evaluation.charts import Chart, curves, scatter
+from sdd_lora.evaluation.results import (
+    ALL,
+    BENCH,
+    IMAGES,
+    Moved,
+    Results,
+    Row,
+    Variation,
+    find,
+    percent,
+    plain,
+)
+
+REPORT = "report.html"
+#: points of a kept rate that a method may lose and still count as keeping
+TOLERATED_LOSS = 0.03
+_ERASED_SHOWN, _KEPT_SHOWN, _MOVED_SHOWN = 3, 1, 12
+_THUMBNAIL = 160
+_SMALL = 96  # pictures up to this size are embedded as they are
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image of a grid: a data URI, and what the measures said."""
+
+    column: str
+    source: str
+    said: str
+    drawn: bool
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of a grid: one prompt and seed, a picture in each column that has one."""
+
+    prompt: str
+    seed: int
+    group: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Prompts down, methods or settings across."""
+
+    columns: list[str]
+    strips: list[Strip]
+
+
+def render_report(folder: Path) -> str:
+    """The HTML of the bench in `folder`, from its results.json, images.jsonl and images.
+
+    Raises BadInput where they are missing or damaged.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    results = Results.load(folder)
+    images = read_images(folder)
+    environment = Environment(
+        undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "plain": plain, "signed": _signed}
+    bench_file = folder / BENCH
+    return (
+        environment.from_string(_beside("report.html.jinja"))
+        .render(
+            results=results,
+            style=_beside("report.css"),
+            ALL=ALL,
+            find=find,
+            family=family,
+            scales={name: _scale(results, name) for name in results.headline()},
+            best=best_that_keeps(results),
+            trade=_trade_off(results),
+            groups={name: _groups(results.rows, name) for name in results.headline()},
+            main_grid=_main_grid(folder, results, images),
+            variations=[_variation(folder, v, results, images) for v in results.variations],
+            moved=_moved(results),
+            bench_text=bench_file.read_text("utf-8") if bench_file.exists() else "",
+            image_count=len(images),
+        )
+        .lstrip()
+    )
+
+
+def _beside(name: str) -> str:
+    """A text file that lies beside this module."""
+    return resources.files("sdd_lora.evaluation").joinpath(name).read_text("utf-8")
+
+
+def read_images(folder: Path) -> list[dict[str, Any]]:
+    """The lines of images.jsonl. Raises BadInput where one is damaged."""
+    path = folder / IMAGES
+    try:
+        lines = path.read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise BadInput(
+            f"{path}: expected a JSON object a line, one an image: {error}; run evaluate again"
+        ) from error
+
+
+def family(method: str) -> str:
+    """Methods that belong together share a colour: sd, those that only draw differently, ours, …"""
+    if method.startswith("esd"):
+        return "esd"
+    if method.startswith(("sdd", "stack", "baked")):
+        return "sdd"
+    return "sd" if method == "sd" else "drawing"
+
+
+def best_that_keeps(results: Results) -> tuple[Row, Row] | None:
+    """The row of the lowest rate of what is erased, among methods whose kept rate is at most
+    TOLERATED_LOSS below that of `sd`; and the row of `sd`. None where there is no such pair."""
+    pair = _headline_pair(results)
+    if pair is None:
+        return None
+    erased, kept = pair
+    base, base_kept = (find(results.rows, "sd", name, ALL) for name in (erased, kept))
+    if base is None or base_kept is None:
+        return None
+    candidates = []
+    for method in results.method_names():
+        removal, keeping = (find(results.rows, method, name, ALL) for name in (erased, kept))
+        holds = keeping is not None and base_kept.value - keeping.value <= TOLERATED_LOSS
+        if removal is not None and holds and method != "sd":
+            candidates.append(removal)
+    return (min(candidates, key=lambda row: row.value), base) if candidates else None
+
+
+def _headline_pair(results: Results) -> tuple[str, str] | None:
+    """The first rate of what is erased (lower is better) and of what is kept (higher is better)."""
+    found = {}
+    for name in results.headline():
+        info = results.info(name)
+        if info.kind == "rate":
+            found.setdefault((info.of, info.better), name)
+    erased, kept = found.get(("erased", "lower")), found.get(("kept", "higher"))
+    return (erased, kept) if erased and kept else None
+
+
+def _scale(results: Results, measure: str) -> tuple[float, float]:
+    """What the little intervals in the table span: 0 … 1 for rates, else all the intervals."""
+    if results.info(measure).kind == "rate":
+        return 0.0, 1.0
+    rows = [row for row in results.rows if row.measure == measure and row.group == ALL]
+    values = [v for row in rows for v in (row.value, *(row.ci95 or ()))]
+    return min(values), max(*values, min(values) + 1e-9)
+
+
+def _trade_off(results: Results) -> tuple[str, str, Chart] | None:
+    """Erased against kept, a point a method."""
+    pair = _headline_pair(results)
+    if pair is None:
+        return None
+    spots = []
+    for method in results.method_names():
+        erased, kept = (find(results.rows, method, name, ALL) for name in pair)
+        if erased and kept and erased.ci95 and kept.ci95:
+            spots.append((method, kept.value, kept.ci95, erased.value, erased.ci95))
+    return (*pair, scatter(spots)) if len(spots) > 1 else None
+
+
+def _groups(rows: Sequence[Row], measure: str) -> list[str]:
+    found = dict.fromkeys(row.group for row in rows if row.measure == measure)
+    return [group for group in found if group != ALL]
+
+
+def _variation(
+    folder: Path, variation: Variation, results: Results, images: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A chart a measure where the setting is a number, else the settings for a table; pictures."""
+    rows = [row for row in variation.rows if row.group == ALL]
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    measures = list(dict.fromkeys(row.measure for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    charts = {}
+    if len(settings) > 2 and not any(isinstance(setting, str) for setting in settings):
+        charts = {name: _curves(rows, name) for name in measures}
+    cells = {(row.method, row.measure, row.setting): row for row in rows}
+    grids = {}
+    for method in methods:
+        own = [i for i in images if i["variation"] == variation.name and i["method"] == method]
+        columns = [str(setting) for setting in settings]
+        grids[method] = _grid(folder, own, columns, lambda i: str(i["setting"]), 2, 1)
+    return {
+        "name": variation.name, "field": variation.field, "settings": settings, "cells": cells,
+        "measures": measures, "methods": methods, "charts": charts,
+        "grids": {method: grid for method, grid in grids.items() if grid.strips},
+    }  # fmt: skip
+
+
+def _curves(rows: Sequence[Any], measure: str) -> Chart:
+    series: dict[str, list[tuple[float, float, tuple[float, float]]]] = {}
+    for row in sorted((r for r in rows if r.measure == measure), key=lambda r: r.setting):
+        interval = row.ci95 or (row.value, row.value)
+        series.setdefault(row.method, []).append((row.setting, row.value, interval))
+    return curves(series)
+
+
+def _main_grid(folder: Path, results: Results, images: list[dict[str, Any]]) -> Grid:
+    main = [image for image in images if image["variation"] is None]
+    methods = results.method_names()
+    return _grid(folder, main, methods, lambda i: i["method"], _ERASED_SHOWN, _KEPT_SHOWN)
+
+
+def _grid(
+    folder: Path, images: list[dict[str, Any]], columns: list[str], column_of: Any,
+    erased_shown: int, kept_shown: int,
+) -> Grid:  # fmt: skip
+    """The first prompts of each set that every column has drawn with the same seed."""
+    strips: dict[tuple[str, str, str, int], dict[str, dict[str, Any]]] = {}
+    for image in images:
+        key = (image["kind"], image["set"], image["prompt"], image["seed"])
+        strips.setdefault(key, {})[column_of(image)] = image
+    shown: dict[tuple[str, str], int] = {}
+    chosen = []
+    for (kind, group, prompt, seed), drawn in strips.items():
+        limit = erased_shown if kind == "erased" else kept_shown
+        if len(drawn) < len(columns) or shown.get((kind, group), 0) >= limit:
+            continue
+        shown[kind, group] = shown.get((kind, group), 0) + 1
+        pictures = [_picture(folder, drawn[column], column) for column in columns]
+        chosen.append(Strip(prompt, seed, group, pictures))
+    return Grid(columns, chosen)
+
+
+def _picture(folder: Path, image: dict[str, Any], column: str) -> Picture:
+    flags = {k: v for k, v in image["values"].items() if isinstance(v, bool)}
+    said = "; ".join(f"{name}: {'yes' if value else 'no'}" for name, value in flags.items())
+    drawn = image["kind"] == "erased" and any(flags.values())
+    return Picture(column, _data_uri(folder / image["file"]), said, drawn)
+
+
+def _data_uri(path: Path) -> str:
+    """A small picture as it is, a large one as a JPEG thumbnail."""
+    try:
+        with Image.open(path) as opened:
+            small = max(opened.size) <= _SMALL
+            opened.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            file = io.BytesIO()
+            if small:
+                opened.save(file, "PNG", optimize=True)
+            else:
+                opened.convert("RGB").save(file, "JPEG", quality=85)
+    except OSError as error:
+        raise BadInput(f"{path}: can't read this image: {error}; run evaluate again") from error
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _moved(results: Results) -> dict[str, list[Moved]]:
+    """For each method, the kept concepts that moved most, the worst first."""
+    found: dict[str, list[Moved]] = {}
+    for row in results.collateral:
+        found.setdefault(row.method, []).append(row)
+    return {
+        method: sorted(rows, key=lambda row: row.change)[:_MOVED_SHOWN]
+        for method, rows in found.items()
+    }
+
+
+def _signed(value: float, rate: bool) -> str:
+    """With its sign; a rate in points."""
+    text = f"{100 * value:+.1f}" if rate else f"{value:+.3g}"
+    return text.replace("-", "−")

@@ -1,0 +1,193 @@
+"""What a bench found: `results.json`, and the same as CSV and Markdown."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sdd_lora.errors import BadInput
+
+RESULTS, IMAGES, BENCH = "results.json", "images.jsonl", "bench.yaml"
+#: the group of a row that counts all of a measure's images
+ALL = "all"
+
+Interval = tuple[float, float]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Row(_Part):
+    """One number: a rate (fraction of `n` images) or a mean of `n` values, with its 95 % interval.
+
+    `difference` is to `sd` on the same seeds. Both intervals are missing where a measure has none.
+    """
+
+    method: str
+    measure: str
+    group: str
+    value: float
+    ci95: Interval | None
+    n: int
+    difference: float | None = None
+    ci95_difference: Interval | None = None
+
+
+class SettingRow(Row):
+    """A row of a variation: drawn with another `setting`, compared with `sd` under the same one."""
+
+    setting: float | str
+
+
+class Variation(_Part):
+    """The same measures while one field of the sampling varies."""
+
+    name: str
+    field: str
+    rows: list[SettingRow]
+
+
+class Moved(_Part):
+    """A kept concept under a method: the rate at which it is drawn, without (`before`) and with."""
+
+    method: str
+    concept: str
+    group: str
+    before: float
+    after: float
+    change: float
+    ci95_change: Interval
+    n: int
+
+
+class MeasureInfo(_Part):
+    """How to read a measure: a rate or a mean, over which prompts, and which way is better."""
+
+    kind: Literal["rate", "mean"]
+    of: Literal["erased", "kept", "all"]
+    better: Literal["lower", "higher", "neither"]
+    note: str = ""
+
+
+class Interference(_Part):
+    """Cosines between the adapters' changes, (n, n)."""
+
+    names: list[str]
+    cosine: list[list[float]]
+
+
+class Results(_Part):
+    """All of `results.json`. `methods` says for each row what drew it: recipe, adapters, training;
+    `missing` which measures could not be taken, and why."""
+
+    bench: str
+    model: str
+    date: str
+    command: str
+    versions: dict[str, str]
+    rows: list[Row]
+    concepts: list[str] = []
+    sampling: dict[str, Any] = {}
+    methods: dict[str, dict[str, Any]] = {}
+    measures: dict[str, MeasureInfo] = {}
+    variations: list[Variation] = []
+    collateral: list[Moved] = []
+    interference: Interference | None = None
+    missing: list[str] = []
+
+    @classmethod
+    def load(cls, folder: Path) -> "Results":
+        """Read a bench's results. Raises BadInput where they are missing or broken."""
+        path = folder / RESULTS
+        try:
+            return cls.model_validate_json(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(
+                f"{path}: expected the results of `sdd-lora evaluate`, can't read them: {error}"
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise BadInput(
+                f"{path}: damaged, or of another version: {name}: {first['msg']}"
+            ) from None
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+
+    def to_csv(self) -> str:
+        """Every row, those of variations too, a line each."""
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(
+            ["method", "measure", "group", "variation", "setting", "value", "ci95_low",
+             "ci95_high", "n", "difference", "difference_low", "difference_high"]
+        )  # fmt: skip
+        varied = [(v.name, row.setting, row) for v in self.variations for row in v.rows]
+        for variation, setting, row in [*(("", "", row) for row in self.rows), *varied]:
+            low, high = row.ci95 or ("", "")
+            below, above = row.ci95_difference or ("", "")
+            change = "" if row.difference is None else row.difference
+            lines.writerow(
+                [row.method, row.measure, row.group, variation, setting, row.value, low, high,
+                 row.n, change, below, above]
+            )  # fmt: skip
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """Methods down, measures across, over all images; 95 % intervals in brackets."""
+        measures = self.headline()
+        heads = [self.heading(name) for name in measures]
+        lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        for method in self.method_names():
+            cells = [self.cell(method, name) for name in measures]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+    def heading(self, measure: str) -> str:
+        """The measure, its unit, and which way is better."""
+        info = self.info(measure)
+        unit = " %" if info.kind == "rate" else ""
+        return f"{measure}{unit}{_ARROWS[info.better]}"
+
+    def cell(self, method: str, measure: str) -> str:
+        """The number over all images, with its interval in brackets."""
+        row = find(self.rows, method, measure, ALL)
+        if row is None:
+            return "–"
+        number = percent if self.info(measure).kind == "rate" else plain
+        if row.ci95 is None:
+            return number(row.value)
+        return f"{number(row.value)} ({number(row.ci95[0])}–{number(row.ci95[1])})"
+
+    def info(self, measure: str) -> MeasureInfo:
+        return self.measures.get(measure, MeasureInfo(kind="mean", of="all", better="neither"))
+
+    def headline(self) -> list[str]:
+        """Measures that have a row over all images, in order of appearance."""
+        return list(dict.fromkeys(row.measure for row in self.rows if row.group == ALL))
+
+    def method_names(self) -> list[str]:
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+
+_ARROWS = {"lower": " ↓", "higher": " ↑", "neither": ""}
+
+
+def find(rows: Sequence[Row], method: str, measure: str, group: str) -> Row | None:
+    """The row of these three, if there is one."""
+    wanted = (method, measure, group)
+    return next((r for r in rows if (r.method, r.measure, r.group) == wanted), None)
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.1f}"
+
+
+def plain(value: float) -> str:
+    return f"{value:.4g}"

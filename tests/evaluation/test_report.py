@@ -1,0 +1,160 @@
+"""The report: one file that needs nothing else, with every part that the results hold."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from made_up_bench import DRAWN, KEPT, RATES, results, write
+
+from sdd_lora.errors import BadInput
+from sdd_lora.evaluation.charts import axis, curves, scatter
+from sdd_lora.evaluation.report import best_that_keeps, render_report
+from sdd_lora.evaluation.results import Results
+
+VOID = {"meta", "img", "link", "br", "hr", "input", "line", "circle", "polyline", "polygon"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes; every tag closed, in order."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return Page(render_report(write(tmp_path_factory.mktemp("bench"))))
+
+
+def test_nothing_is_loaded_from_elsewhere(page):
+    for tag, attributes in page.tags:
+        assert tag not in {"script", "link", "iframe", "base"}
+        for name in ("src", "href", "srcset", "xlink:href"):
+            assert re.match(r"data:|#|$", attributes.get(name, "")), (tag, attributes)
+    assert "url(" not in "".join(page.text) and "@import" not in "".join(page.text)
+
+
+def test_every_method_stands_in_the_table_and_over_the_pictures(page):
+    text = "".join(page.text)
+    for method in RATES:
+        assert f"{method}" in text
+    sources = [image["src"] for image in page.all("img")]
+    strips = 3 + 1 + 1  # erased prompts, a kept one of either set
+    of_strength = 2 * 5 * (2 + 1 + 1)  # methods, weights, prompts
+    assert len(sources) == strips * len(RATES) + of_strength
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "9.0" in text and "5.9 – 13.7" in text  # sdd-preserve and its interval
+    assert "nudenet: expected the package" in text
+
+
+def test_it_can_be_read_without_a_mouse_and_without_seeing(page):
+    assert page.all("html")[0]["lang"] == "en"
+    assert all(image["alt"] for image in page.all("img"))
+    scrolled = [a for _, a in page.tags if a.get("class") == "scroll"]
+    assert scrolled and all(a["tabindex"] == "0" and a["role"] == "region" for a in scrolled)
+    assert all(a.get("aria-label") or a.get("aria-hidden") for a in page.all("svg"))
+    assert all(header.get("scope") for header in page.all("th"))
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    named = [a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a]
+    assert set(named) <= set(ids)
+    assert {a["href"][1:] for a in page.all("a")} <= set(ids)
+
+
+def test_names_are_escaped(page):
+    assert "look <1>" in "".join(page.text)
+    assert "1" not in {tag for tag, _ in page.tags}
+
+
+def test_large_pictures_become_thumbnails(tmp_path):
+    page = Page(render_report(write(tmp_path, methods=("sd", "neg", "sdd", "stack"), side=512)))
+    sources = [image["src"] for image in page.all("img")]
+    assert sources and all(s.startswith("data:image/jpeg") and len(s) < 20_000 for s in sources)
+
+
+def test_the_best_row_is_the_lowest_that_keeps():
+    row, base = best_that_keeps(results())
+    assert (row.method, base.value) == ("sdd-preserve", RATES["sd"][0])  # sdd loses 16 points
+    assert best_that_keeps(results(("sd",))) is None
+
+
+def test_results_alone_are_enough(tmp_path):
+    """What another tool writes: the fields that INTERFACE fixes, and no picture."""
+    row = {"method": "sd", "measure": "x", "group": "all", "value": 0.5, "ci95": None, "n": 2}
+    fixed = {"bench": "b", "model": "m", "date": "d", "command": "c", "versions": {}, "rows": [row]}
+    (tmp_path / "results.json").write_text(json.dumps(fixed))
+    (tmp_path / "images.jsonl").write_text("")
+    assert "Skip to the table" in render_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "results.json").unlink(), "expected the results of `sdd-lora evaluate`"),
+        (lambda d: (d / "results.json").write_text("{}"), "damaged, or of another version: bench"),
+        (lambda d: (d / "images.jsonl").write_text("{"), "expected a JSON object a line"),
+        (lambda d: (d / "images" / "sd" / "00000.png").write_bytes(b"x"), "can't read this image"),
+    ],
+)
+def test_what_is_damaged_is_named(tmp_path, damage, message):
+    write(tmp_path, methods=("sd", "neg", "sdd", "stack"))
+    damage(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        render_report(tmp_path)
+
+
+def test_csv_and_markdown_say_the_same(tmp_path):
+    found = results(("sd", "neg", "sdd", "stack"))
+    lines = found.to_csv().splitlines()
+    assert len(lines) == 1 + len(found.rows) + sum(len(v.rows) for v in found.variations)
+    assert lines[1].startswith("sd,concept drawn,all,,,0.93,")
+    markdown = found.to_markdown().splitlines()
+    assert markdown[0] == (f"| method | {DRAWN} % ↓ | {KEPT} % ↑ | judge features: distance ↓ |")
+    assert markdown[3].startswith("| neg | 31.0 (25.1–37.5) | 74.0 (")
+    (tmp_path / "results.json").write_text(found.to_json())
+    assert Results.load(tmp_path) == found
+
+
+def test_axes_have_round_steps_and_hold_everything():
+    found = axis([0.123, 0.87], 0, 100)
+    assert (found.low, found.high, found.step) == (0.0, 1.0, 0.2)
+    assert [place for _, place in found.ticks] == [0, 20, 40, 60, 80, 100]
+    assert axis([3.0, 3.0], 0, 1).high > 3.0
+
+
+def test_points_stand_where_their_values_are():
+    low, high = (0.0, 0.2), (0.8, 1.0)
+    chart = scatter([("a", 0.1, low, 0.9, high), ("b", 0.1, low, 0.9, high)])
+    a, b = chart.points
+    assert (a.x, a.y) == (b.x, b.y) == (chart.x.at(0.1), chart.y.at(0.9))
+    assert (a.label_x, a.label_y, a.anchor) != (b.label_x, b.label_y, b.anchor)
+    assert chart.y.at(0.9) < chart.y.at(0.1)  # upwards
+
+
+def test_curves_go_through_their_values():
+    chart = curves({"a": [(0.0, 1.0, (0.9, 1.0)), (2.0, 0.5, (0.4, 0.6))]})
+    (line,) = chart.lines
+    assert line.dots == [(chart.x.at(0), chart.y.at(1)), (chart.x.at(2), chart.y.at(0.5))]
+    assert len(line.band.split()) == 4
