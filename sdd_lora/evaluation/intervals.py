@@ -1,6 +1,9 @@
 """Intervals, so that no rate stands alone."""
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 _Z95 = 1.959963984540054
 
@@ -27,3 +30,15 @@ def paired_difference(before: list[bool], after: list[bool]) -> tuple[float, flo
     difference = (gained - lost) / total
     half = _Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
     return (gained - lost) / max(count, 1), difference - half, difference + half
+
+
+def bootstrap_mean(
+    values: Sequence[float], resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of a mean (Efron 1979), from `resamples` draws with replacement."""
+    sample, generator = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    means = [
+        sample[generator.integers(len(sample), size=len(sample))].mean() for _ in range(resamples)
+    ]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)

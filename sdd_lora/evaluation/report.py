@@ -145,7 +145,7 @@ def best_that_keeps(results: Results) -> tuple[Row, Row] | None:
 
 def _headline_pair(results: Results) -> tuple[str, str] | None:
     """The first rate of what is erased (lower is better) and of what is kept (higher is better)."""
-    found = {}
+    found: dict[tuple[str, str], str] = {}
     for name in results.headline():
         info = results.info(name)
         if info.kind == "rate":
