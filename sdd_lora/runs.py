@@ -15,7 +15,7 @@ from PIL import Image
 
 import sdd_lora
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.card import render_card, write_sidecar
+from sdd_lora.adapter.card import METADATA_KEY, render_card, render_weights_card, write_sidecar
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation import before_after
@@ -24,11 +24,14 @@ from sdd_lora.model import TrainingParts, load_training_parts
 from sdd_lora.progress import say
 from sdd_lora.prompts import embed, join_concepts
 from sdd_lora.recipe import Recipe, parse_override
+from sdd_lora.safetensors_file import serialize
 from sdd_lora.training.trainer import Embeddings, Report, Trainer
 
 ADAPTER, PEFT_TWIN, SIDECAR = "adapter.safetensors", "adapter.peft.safetensors", "adapter.json"
+WEIGHTS = "weights.safetensors"
 CARD, RECIPE, METRICS, PICTURE = "README.md", "recipe.yaml", "metrics.json", "before-after.png"
 STATE, TRACKER_LOGS = "state", "tensorboard"
+_FILES = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, METRICS, RECIPE)
 _VERSIONS_OF = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors",
                 "bitsandbytes", "numpy")  # fmt: skip
 
@@ -36,12 +39,14 @@ _VERSIONS_OF = ("torch", "diffusers", "transformers", "peft", "accelerate", "saf
 def train(
     recipe: Recipe, out_dir: str | Path, *, resume: bool = False, keep_state: bool = False,
     force: bool = False, parts: TrainingParts | None = None,
-) -> Adapter:  # fmt: skip
+) -> Adapter | Path:  # fmt: skip
     """Train a recipe's adapter into a run's folder, measure it, and return it.
 
-    `resume` continues an unfinished run of the same recipe; `parts` is a base already loaded, which
-    comes back without adapters. Raises BadInput where the folder holds another run,
-    KeyboardInterrupt with advice on Ctrl-C.
+    With `parameters: full` there is no adapter: what changed of the UNet is written, in fp32 by
+    diffusers' names, and the file's path is returned. `resume` continues an unfinished run of the
+    same recipe; `parts` is a base already loaded, which comes back as it was. Raises BadInput where
+    the folder holds another run, SddLoraError where the training fails, KeyboardInterrupt with
+    advice on Ctrl-C.
     """
     folder = Path(out_dir)
     _check(folder, recipe, resume, force)
@@ -60,16 +65,21 @@ def train(
         if resume:
             trainer.resume()
         report = trainer.run()
-        adapter = _as_adapter(recipe, trainer, parts.fingerprint)
+        metadata = _metadata(recipe, parts.fingerprint)
+        made = _as_adapter(recipe, trainer, metadata) if recipe.parameters == "lora" else None
     finally:
         trainer.roles.remove()
     if processes.is_main_process:
         made_by = {"recipe_sha256": recipe.sha256}
-        adapter = _finish(adapter, folder, recipe, made_by, _training_numbers(report))
+        numbers = _training_numbers(report)
+        if made is None:
+            _finish_weights(trainer.teacher_tensors(), metadata, folder, recipe, made_by, numbers)
+        else:
+            made = _finish(made, folder, recipe, made_by, numbers)
         if not keep_state:
             shutil.rmtree(folder / STATE)
     processes.wait_for_everyone()
-    return adapter
+    return folder / WEIGHTS if made is None else made
 
 
 def measure(
@@ -145,7 +155,7 @@ def _claim(folder: Path, recipe: Recipe) -> None:
 
 def _clear(folder: Path) -> None:
     """An empty folder: what an earlier run left in it goes."""
-    earlier = [folder / name for name in (ADAPTER, PEFT_TWIN, SIDECAR, CARD, METRICS, RECIPE)]
+    earlier = [folder / name for name in _FILES]
     for path in [*earlier, *folder.glob("before-after*.png")]:
         path.unlink(missing_ok=True)
     for name in (STATE, TRACKER_LOGS):
@@ -156,12 +166,17 @@ def _clear(folder: Path) -> None:
         raise BadInput(f"{folder}: can't make this folder: {error.strerror}") from error
 
 
-def _as_adapter(recipe: Recipe, trainer: Trainer, base_fingerprint: str) -> Adapter:
+def _as_adapter(recipe: Recipe, trainer: Trainer, metadata: dict[str, Any]) -> Adapter:
     factors = {
         name: Factors(down.numpy(), up.numpy(), recipe.lora.alpha)
         for name, (down, up) in trainer.teacher_factors().items()
     }
-    metadata = {
+    return Adapter(factors, metadata)
+
+
+def _metadata(recipe: Recipe, base_fingerprint: str) -> dict[str, Any]:
+    """What a result says of itself."""
+    return {
         "name": recipe.name,
         "concepts": recipe.concepts,
         "recipe": recipe.model_dump(mode="json"),
@@ -170,7 +185,6 @@ def _as_adapter(recipe: Recipe, trainer: Trainer, base_fingerprint: str) -> Adap
         "tool": f"sdd_lora {sdd_lora.__version__}",
         "versions": versions(),
     }
-    return Adapter(factors, metadata)
 
 
 def _finish(
@@ -179,38 +193,76 @@ def _finish(
 ) -> Adapter:  # fmt: skip
     """Write the adapter, measure it as written, write it again with its numbers, and its card."""
     _write(adapter, folder)
-    transfer: list[dict[str, Any]] = []
-    measures: list[dict[str, Any]] = []
-    if before_after.wanted(recipe):
-        say("measuring before and after")
-        written = Adapter.load(folder / ADAPTER)
-        measured = before_after.measure(recipe, written, recipe.model)
-        _save_picture(measured.picture, folder / PICTURE)
-        measures = [asdict(row) for row in measured.rows]
-        for model in recipe.measure.transfer:
-            elsewhere = before_after.measure(recipe, written, model)
-            _save_picture(elsewhere.picture, folder / f"before-after-{_file_name(model)}.png")
-            rows = [asdict(row) for row in elsewhere.rows]
-            transfer.append({"model": model, "measures": rows})
-        adapter = Adapter(adapter.factors, adapter.metadata | {"measures": measures})
+    measured = _measured(recipe, folder, adapter=ADAPTER)
+    if measured["measures"]:
+        numbers = {"measures": measured["measures"]}
+        adapter = Adapter(adapter.factors, adapter.metadata | numbers)
         _write(adapter, folder)
+    result = {"adapter": _file_numbers(folder / ADAPTER, adapter.parameters)}
+    base = adapter.metadata.get("base", {})
+    metrics = _write_metrics(folder, made_by, base, result, training, measured)
+    write_text(folder / CARD, render_card(adapter, metrics))
+    return adapter
+
+
+def _finish_weights(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, Any], folder: Path, recipe: Recipe,
+    made_by: dict[str, Any], training: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write fully trained weights, measure them as written, and write their card."""
+    header = {"format": "pt", METADATA_KEY: json.dumps(metadata, ensure_ascii=False)}
+    with atomic_output(folder / WEIGHTS) as file:
+        for chunk in serialize({name: t.numpy() for name, t in tensors.items()}, header):
+            file.write(chunk)
+    measured = _measured(recipe, folder, weights=WEIGHTS)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    result = {"weights": _file_numbers(folder / WEIGHTS, parameters)}
+    metrics = _write_metrics(folder, made_by, metadata["base"], result, training, measured)
+    write_text(folder / CARD, render_weights_card(metadata, metrics))
+
+
+def _measured(
+    recipe: Recipe, folder: Path, adapter: str | None = None, weights: str | None = None
+) -> dict[str, Any]:
+    """Rows on the recipe's model and on those of `transfer`; their pictures go into the folder."""
+    if not before_after.wanted(recipe):
+        return {"measures": [], "transfer": []}
+    say("measuring before and after")
+    written = None if adapter is None else Adapter.load(folder / adapter)
+    file = None if weights is None else folder / weights
+    pictures = {recipe.model: PICTURE} | {
+        model: f"before-after-{_file_name(model)}.png" for model in recipe.measure.transfer
+    }
+    rows = {}
+    for model, picture in pictures.items():
+        measured = before_after.measure(recipe, written, model, file)
+        _save_picture(measured.picture, folder / picture)
+        rows[model] = [asdict(row) for row in measured.rows]
+    return {
+        "measures": rows.pop(recipe.model),
+        "transfer": [{"model": model, "measures": found} for model, found in rows.items()],
+    }
+
+
+def _file_numbers(path: Path, parameters: int) -> dict[str, Any]:
+    return {"sha256": sha256_of(path), "parameters": parameters, "bytes": path.stat().st_size}
+
+
+def _write_metrics(
+    folder: Path, made_by: dict[str, Any], base: dict[str, Any], result: dict[str, Any],
+    training: dict[str, Any], measured: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     metrics = {
         "tool": f"sdd_lora {sdd_lora.__version__}",
         "versions": versions(),
         **made_by,
-        "base": adapter.metadata.get("base", {}),
-        "adapter": {
-            "sha256": sha256_of(folder / ADAPTER),
-            "parameters": adapter.parameters,
-            "bytes": (folder / ADAPTER).stat().st_size,
-        },
+        "base": base,
+        **result,
         "training": training,
-        "measures": measures,
-        "transfer": transfer,
+        **measured,
     }
     write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / CARD, render_card(adapter, metrics))
-    return adapter
+    return metrics
 
 
 def _training_numbers(report: Report) -> dict[str, Any]:

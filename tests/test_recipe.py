@@ -47,21 +47,52 @@ def test_all_errors_come_at_once_with_their_lines():
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
-        "objective: {kind: esd-x}",
-        "parameters: full",
-        "preset: fast",
-        "training: {base_precision: nf4}",
-        "measure: {detector: nudenet}",
-        "rollout: {solver: dpmsolver++}",
-        "rollout: {points: 6}",
-        "rollout: {guidance_interval: [0.2, 0.8]}",
-    ],
+    "line", ["training: {base_precision: nf4}", "measure: {detector: nudenet}"]
 )
 def test_what_is_not_there_yet_is_refused_by_name(line):
     with pytest.raises(BadInput, match="not available in this version"):
         Recipe.parse(MINIMAL + line + "\n")
+
+
+def test_esd_keeps_no_average_and_has_an_eta():
+    recipe = Recipe.parse(MINIMAL + "preset: demo\nobjective: {kind: esd-x}\n")
+    assert (recipe.objective.eta, recipe.ema.decay, recipe.ema.warmup) == (1.0, 0.0, False)
+    assert recipe.rollout.steps == 20  # the preset's other fields stay
+    written = Recipe.parse(MINIMAL + "objective: {kind: esd-x, eta: 3}\nema: {decay: 0}\n")
+    assert written.objective.eta == 3.0
+    for again in (recipe, written):
+        assert Recipe.parse(again.to_yaml()) == again
+
+
+def test_full_training_starts_from_the_papers_learning_rate():
+    recipe = Recipe.parse(MINIMAL + "preset: demo\nparameters: full\n")
+    assert recipe.optimizer.learning_rate == 1e-5
+    assert Recipe.parse(recipe.to_yaml()) == recipe
+    faster = Recipe.parse(MINIMAL + "parameters: full\noptimizer: {learning_rate: 2e-4}\n")
+    assert faster.optimizer.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("objective: {eta: 1}", "eta belongs to esd-x and esd-u"),
+        ("objective: {kind: esd-x}\nema: {decay: 0.9}", "esd-x keeps no average"),
+        ("objective: {kind: esd-u}", "expected parameters: full, or esd-x"),
+        ("parameters: full\nlora: {rank: 8}", "leave lora away"),
+        ("rollout: {steps: 5, points: 5}", "5 points need more than 5 steps"),
+        ("rollout: {guidance_interval: [0.8, 0.2]}", "expected low before high"),
+        ("objective: {kind: [esd-x]}", "objective.kind"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_bad_input(lines, message):
+    with pytest.raises(BadInput) as caught:
+        Recipe.parse(MINIMAL + lines + "\n")
+    assert message in str(caught.value)
+
+
+def test_the_fast_preset_is_a_rollout_of_few_steps():
+    fast = Recipe.parse(MINIMAL + "preset: fast\n").rollout
+    assert fast.solver == "dpmsolver++" and fast.points > 1 and fast.steps < 20
 
 
 def test_a_written_field_wins_over_the_preset_and_set_wins_over_both():

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sdd_lora import Adapter, Recipe, train
 from sdd_lora.checkpoint.source import DEMO_FOLDER
@@ -114,6 +116,60 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
     assert start(tmp_path / "killed", "resume").wait() == 0
     for name in ("adapter.safetensors", "adapter.peft.safetensors"):
         assert sha256_of(tmp_path / "whole" / name) == sha256_of(tmp_path / "killed" / name)
+
+
+FULL = {
+    "esd-x": {"objective.kind": "esd-x", "objective.eta": 3.0, "parameters": "full"},
+    "esd-u": {"objective.kind": "esd-u", "parameters": "full"},
+    "sdd": {"parameters": "full"},
+}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_a_full_training_leaves_the_weights_that_it_changed(tmp_path, kind):
+    recipe = Recipe.parse(SHORT.replace("ema: {decay: 0.5}\n", ""), overrides=FULL[kind])
+    path = train(recipe, tmp_path / "run")
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "README.md", "metrics.json", "recipe.yaml", "weights.safetensors",
+    ]  # fmt: skip
+    metrics = json.loads((path.parent / "metrics.json").read_text())
+    tensors = load_file(path)
+    assert metrics["weights"] == {
+        "sha256": sha256_of(path),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "bytes": path.stat().st_size,
+    }
+    unet = load_training_parts("demo").unet.state_dict()
+    assert all(tensor.shape == unet[name].shape for name, tensor in tensors.items())
+    assert any(not torch.equal(tensor, unet[name]) for name, tensor in tensors.items())
+    assert all((".attn2." in name) == (kind != "esd-u") for name in tensors)
+    assert "weights.safetensors" in (path.parent / "README.md").read_text()
+    with pytest.raises(BadInput, match="holds another run"):
+        train(recipe, path.parent)
+
+
+def test_a_full_training_gives_a_shared_base_back(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        SHORT.replace("short", "a").replace("ema: {decay: 0.5}", "parameters: full")
+    )
+    (tmp_path / "b.yaml").write_text(SHORT.replace("short", "b"))
+    together = dict(train_recipes([tmp_path], tmp_path / "together", []))
+    ((_, alone),) = train_recipes([tmp_path / "b.yaml"], tmp_path / "alone", [])
+    second = together[tmp_path / "together" / "b"]
+    assert second["adapter"]["sha256"] == alone["adapter"]["sha256"]
+
+
+def test_weights_are_measured_as_they_were_written(tmp_path):
+    recipe = short(
+        parameters="full", optimizer__learning_rate=0.05, measure__detector="judge",
+        measure__images=2, measure__steps=3,
+        measure__prompts={"concept": ["a bomb"], "kept": ["a cat, noto style"]},
+    )  # fmt: skip
+    path = train(recipe, tmp_path / "run")
+    metrics = json.loads((path.parent / "metrics.json").read_text())
+    assert {m["name"] for m in metrics["measures"]} >= {"concept drawn", "noun kept"}
+    assert (path.parent / "before-after.png").exists()
+    assert "with the weights" in (path.parent / "README.md").read_text()
 
 
 def test_the_readmes_recipe_trains(tmp_path):

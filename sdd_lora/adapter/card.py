@@ -126,6 +126,17 @@ def render_card(adapter: "Adapter", metrics: Mapping[str, Any]) -> str:
 
     `metrics` follows `metrics.json`; its `measures` become a table with 95 % intervals.
     """
+    return _render(adapter.metadata, metrics, adapter)
+
+
+def render_weights_card(metadata: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """The README of a folder of fully trained weights, which belong to no adapter."""
+    return _render(metadata, metrics, None)
+
+
+def _render(
+    metadata: Mapping[str, Any], metrics: Mapping[str, Any], adapter: "Adapter | None"
+) -> str:
     from jinja2 import Environment, StrictUndefined
 
     template = resources.files("sdd_lora.adapter").joinpath("card.md.jinja").read_text("utf-8")
@@ -134,15 +145,16 @@ def render_card(adapter: "Adapter", metrics: Mapping[str, Any]) -> str:
     )
     environment.filters |= {"percent": _percent, "interval": _interval}
     return environment.from_string(template).render(
-        front_matter=_front_matter(adapter.metadata),
+        front_matter=_front_matter(metadata, _LORA_TAGS if adapter else ()),
         adapter=adapter,
-        parts=adapter.metadata.get("merged_from", []),
-        description=describe(adapter.metadata),
-        base=base_model(adapter.metadata),
-        modules=len(adapter.factors),
+        name=adapter.name if adapter else metadata["name"],
+        parts=metadata.get("merged_from", []),
+        description=describe(metadata),
+        base=base_model(metadata),
+        modules=len(adapter.factors) if adapter else 0,
         tables=_tables(metrics),
         training=metrics.get("training", {}),
-        file={"bytes": None, "sha256": None} | metrics.get("adapter", {}),
+        file={"bytes": None, "sha256": None} | metrics.get("adapter" if adapter else "weights", {}),
         versions=metrics.get("versions", {}),
     )
 
@@ -204,13 +216,17 @@ def _notes(adapter: "Adapter") -> Iterable[str]:
         yield f"{row['name']} ({row['group']}): {rates}"
 
 
-def _front_matter(metadata: Mapping[str, Any]) -> str:
+_LORA_TAGS = ("lora", "template:sd-lora")
+
+
+def _front_matter(metadata: Mapping[str, Any], tags: Iterable[str]) -> str:
     import yaml
 
+    first, last = (list(tags)[:1], list(tags)[1:])
     entries: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["lora", "stable-diffusion", "safety", "concept-erasure", "template:sd-lora"],
+        "tags": [*first, "stable-diffusion", "safety", "concept-erasure", *last],
     }
     if license := metadata.get("license"):
         entries["license"] = license

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -54,9 +55,12 @@ def check(recipe: Recipe, unet: UNet2DConditionModel) -> None:
         )
 
 
-def measure(recipe: Recipe, adapter: Adapter, model: str) -> Measured:
+def measure(
+    recipe: Recipe, adapter: Adapter | None, model: str, weights: Path | None = None
+) -> Measured:
     """Draw `measure.images` of each kind of prompt, before and after; judge; tabulate.
 
+    After: with the adapter, or with the UNet weights of the file `weights`.
     Verdicts on the embedded model without an adapter come from a cache that travels with it; what
     the cache lacks is drawn.
     """
@@ -67,7 +71,8 @@ def measure(recipe: Recipe, adapter: Adapter, model: str) -> Measured:
     pipeline = load_pipeline(model)
     cache = load_cache(pipeline, settings)
     before, before_images = verdicts_on(pipeline, jobs, sampling, cache, shown, "before")
-    pipeline = load_pipeline(model, [(adapter, 1.0)])
+    changed: dict[str, Any] = {"adapters": [(adapter, 1.0)]} if adapter else {"weights": weights}
+    pipeline = load_pipeline(model, **changed)
     after, after_images = verdicts_on(pipeline, jobs, sampling, {}, shown, "after")
     prompts = [job.prompt for job in jobs]
     rows = judging.rows(

@@ -23,6 +23,19 @@ def sdd(
     return F.mse_loss(e_s.float(), e_0.float())
 
 
+def esd(
+    student: NoiseEstimate, base: NoiseEstimate, z_t: torch.Tensor, t: torch.Tensor,
+    c_0: torch.Tensor, c: torch.Tensor, eta: float,
+) -> torch.Tensor:  # fmt: skip
+    """Erasing concepts (Gandikota et al. 2023), the target from the frozen base ε*:
+    ‖ ε_θ(z_t, t, c) − [ε*(z_t, t, ∅) − η (ε*(z_t, t, c) − ε*(z_t, t, ∅))] ‖².
+    """
+    with torch.no_grad():
+        e_0, e_c = base(z_t, t, c_0), base(z_t, t, c)
+        target = e_0 - eta * (e_c - e_0)
+    return F.mse_loss(student(z_t, t, c).float(), target.float())
+
+
 def preservation(
     student: NoiseEstimate, base: NoiseEstimate, z_t: torch.Tensor, t: torch.Tensor,
     c_k: torch.Tensor,

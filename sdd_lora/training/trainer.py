@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from sdd_lora.errors import BadInput, SddLoraError
@@ -24,7 +25,8 @@ from sdd_lora.recipe import Optimizer as OptimizerSettings
 from sdd_lora.recipe import Recipe
 from sdd_lora.training import objectives
 from sdd_lora.training.ema import decay_at, update_average
-from sdd_lora.training.roles import STUDENT, TEACHER, Roles
+from sdd_lora.training.memory import is_out_of_memory, keep_freed_memory
+from sdd_lora.training.roles import STUDENT, TEACHER, make_roles
 from sdd_lora.training.rollout import Points, Rollout, generator_for
 
 #: bitsandbytes keeps the states of smaller tensors in 32 bits unless told otherwise
@@ -61,7 +63,7 @@ class Report:
 
 
 class Trainer:
-    """Trains the student's factors; the teacher's, their average, are the result.
+    """Trains the student; the teacher, its average (for ESD the student itself), is the result.
 
     Everything that a resumed run needs is in `state_dict`; all randomness derives from
     (seed, iteration, global sample index).
@@ -73,10 +75,13 @@ class Trainer:
     ) -> None:  # fmt: skip
         training = recipe.training
         self.recipe, self.state_path = recipe, state_path
+        on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+        if training.precision == "fp16" and not on_gpu:
+            raise BadInput("training.precision: fp16 needs a GPU; expected bf16 or fp32 here")
         AcceleratorState._reset_state()  # else the first recipe's precision binds the process
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(training.precision, training.precision),
-            cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+            cpu=not on_gpu,
             log_with=None if state_path is None else _tracker(),
             project_dir=None if state_path is None else state_path.parent.parent,
         )
@@ -86,15 +91,19 @@ class Trainer:
         if training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()  # diffusers checkpoints in training mode only; SD 1.x has no dropout
-        self.roles = Roles(unet, recipe.lora, training.seed)
+        if device.type == "cpu":
+            keep_freed_memory()
+        self.roles = make_roles(unet, recipe)
         self.embeddings = embeddings.to(device)
         size = unet.config.sample_size
+        self.rollout_batch = recipe.rollout.batch
         self.rollout = Rollout(
             self.roles.teacher, scheduler, recipe.rollout, recipe.objective,
-            (unet.config.in_channels, size, size),
+            (unet.config.in_channels, size, size), training.seed,
+            self.rollout_batch * self.accelerator.num_processes * training.gradient_accumulation,
+            device,
         )  # fmt: skip
-        self.rollout_batch = recipe.rollout.batch
-        self.parameters = list(self.roles.factors(STUDENT).values())
+        self.parameters = self.roles.parameters
         self.optimizer = self.accelerator.prepare_optimizer(
             make_optimizer(recipe.optimizer, self.parameters)
         )
@@ -129,8 +138,9 @@ class Trainer:
             group["lr"] = settings.learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
-        decay = decay_at(self.iteration, self.recipe.ema.decay, self.recipe.ema.warmup)
-        update_average(self.roles.factors(TEACHER), self.roles.factors(STUDENT), decay)
+        if self.roles.averaged:
+            decay = decay_at(self.iteration, self.recipe.ema.decay, self.recipe.ema.warmup)
+            update_average(self.roles.trained(TEACHER), self.roles.trained(STUDENT), decay)
         self.iteration += 1
         return loss_sum
 
@@ -141,39 +151,38 @@ class Trainer:
         return list(range(first, first + self.rollout_batch))
 
     def _roll_out(self, samples: list[int]) -> Points:
-        """Paper: towards one concept each. Reference: towards the joined concepts."""
-        seed, embeddings = self.recipe.training.seed, self.embeddings
-        generators = [generator_for(seed, self.iteration, i) for i in samples]
-        paper = self.recipe.objective.variant == "paper"
-        prompts = self._in_turn(embeddings.concepts if paper else embeddings.joined, samples)
+        """Towards one concept each; in SDD's reference towards the joined concepts."""
+        objective, embeddings = self.recipe.objective, self.embeddings
+        joined = objective.kind == "sdd" and objective.variant == "reference"
+        prompts = embeddings.joined if joined else embeddings.concepts
         with self.accelerator.autocast():
-            return self.rollout.sample(embeddings.empty, prompts, generators)
+            return self.rollout.sample(self.iteration, samples, embeddings.empty, prompts)
+
+    def _prompts_of_loss(self, points: Points) -> torch.Tensor:
+        """SDD's paper: the joined concepts. Its reference: one concept at a time. ESD: the concept
+        that the latents were drawn for."""
+        objective, embeddings = self.recipe.objective, self.embeddings
+        joined = objective.kind == "sdd" and objective.variant == "paper"
+        prompts = embeddings.joined if joined else embeddings.concepts
+        turns = points.turns if objective.kind == "sdd" else points.trajectories
+        return prompts[[turn % len(prompts) for turn in turns]]
 
     def _loss(self, points: Points, samples: list[int]) -> torch.Tensor:
-        """Paper: c_s is the joined concepts. Reference: one concept at a time."""
-        embeddings = self.embeddings
-        paper = self.recipe.objective.variant == "paper"
-        c_s = self._in_turn(embeddings.joined if paper else embeddings.concepts, samples)
-        c_0 = embeddings.empty.expand_as(c_s)
-        loss = objectives.sdd(self._estimate, points.z_t, points.t, c_0, c_s)
-        self.training_passes += 2 * len(samples)
+        embeddings, objective = self.embeddings, self.recipe.objective
+        c = self._prompts_of_loss(points)
+        c_0 = embeddings.empty.expand_as(c)
+        if objective.eta is None:
+            loss = objectives.sdd(self._estimate, points.z_t, points.t, c_0, c)
+        else:
+            loss = objectives.esd(
+                self._estimate, self._base_estimate, points.z_t, points.t, c_0, c, objective.eta
+            )
         if embeddings.kept is not None and self.recipe.preserve.weight > 0:
             c_k = embeddings.kept[self._kept_choice(samples)]
             loss = loss + self.recipe.preserve.weight * objectives.preservation(
                 self._estimate, self._base_estimate, points.z_t, points.t, c_k
             )
-            self.training_passes += 2 * len(samples)
         return loss
-
-    def _in_turn(self, prompts: torch.Tensor, samples: list[int]) -> torch.Tensor:
-        """Iterate over prompts: `concepts[i % len(concepts)]`, i counting trajectories."""
-        per_iteration = (
-            self.rollout_batch
-            * self.accelerator.num_processes
-            * self.recipe.training.gradient_accumulation
-        )
-        rows = [(self.iteration * per_iteration + i) % len(prompts) for i in samples]
-        return prompts[rows]
 
     def _kept_choice(self, samples: list[int]) -> list[int]:
         assert self.embeddings.kept is not None
@@ -184,6 +193,7 @@ class Trainer:
     def _estimate(self, z_t: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """ε in the role that the UNet has now. One autocast block a forward: its cache of cast
         weights must not carry factors cast without gradients into a forward that needs them."""
+        self.training_passes += len(z_t)
         with self.accelerator.autocast():
             return self.roles.unet(z_t, t, prompt).sample.float()
 
@@ -218,29 +228,22 @@ class Trainer:
     # ── the run ──────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> Report:
-        """All iterations left, checkpointed; raises KeyboardInterrupt with advice on Ctrl-C."""
+        """All iterations left, checkpointed. Raises KeyboardInterrupt with advice on Ctrl-C,
+        SddLoraError with advice where memory runs out."""
         total = self.recipe.training.iterations
-        started, before, saved = time.monotonic(), self.seconds, time.monotonic()
         if self.state_path is not None:
             self.accelerator.init_trackers("tensorboard")
         try:
-            with progress("training", total, self.iteration) as advance, _whole_steps() as pause:
-                while self.iteration < total:
-                    loss = self.step()
-                    self.losses.append(loss)
-                    self.seconds = before + time.monotonic() - started
-                    rate = self.iteration / self.seconds
-                    advance(1, f"loss {loss:.4f}  {rate:.2f} it/s")
-                    self.accelerator.log({"loss": loss}, step=self.iteration)
-                    if time.monotonic() - saved > _CHECKPOINT_EVERY_S:
-                        self.save_state()
-                        saved = time.monotonic()
-                    pause()
+            self._iterate(total)
         except KeyboardInterrupt:
             self.save_state()
             raise KeyboardInterrupt(
                 f"interrupted at iteration {self.iteration} of {total}; --resume continues"
             ) from None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SddLoraError(self._memory_advice()) from error
         self.save_state()
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -252,36 +255,80 @@ class Trainer:
             final_loss=sum(self.losses[-20:]) / len(self.losses[-20:]),
         )
 
+    def _iterate(self, total: int) -> None:
+        started, before, saved = time.monotonic(), self.seconds, time.monotonic()
+        with progress("training", total, self.iteration) as advance, _whole_steps() as interrupted:
+            while self.iteration < total:
+                loss = self.step()
+                self.losses.append(loss)
+                self.seconds = before + time.monotonic() - started
+                rate = self.iteration / self.seconds
+                advance(1, f"loss {loss:.4f}  {rate:.2f} it/s")
+                self.accelerator.log({"loss": loss}, step=self.iteration)
+                due = time.monotonic() - saved > _CHECKPOINT_EVERY_S
+                due, stop = self._any_process(due, interrupted())
+                if due:
+                    self.save_state()
+                    saved = time.monotonic()
+                if stop:
+                    raise KeyboardInterrupt
+
+    def _any_process(self, *flags: bool) -> tuple[bool, ...]:
+        """Which flags some process has raised: saving and stopping are done together."""
+        if self.accelerator.num_processes == 1:
+            return flags
+        raised = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
+        return tuple(bool(count > 0) for count in self.accelerator.reduce(raised, "sum"))
+
+    def _memory_advice(self) -> str:
+        training, batch = self.recipe.training, self.recipe.rollout.batch
+        parts = 2 * training.gradient_accumulation
+        advice = [
+            (batch > 1, f"rollout.batch={batch // 2} (beside --set "
+             f"training.gradient_accumulation={parts} it learns the same)"),
+            (not training.gradient_checkpointing, "training.gradient_checkpointing=true"),
+            (training.base_precision == "fp32",
+             "training.precision=bf16 --set training.base_precision=bf16"),
+            (self.recipe.parameters == "full", "parameters=lora"),
+        ]  # fmt: skip
+        steps = [f"--set {step}" for applies, step in advice if applies]
+        return (
+            f"iteration {self.iteration}: out of memory at {peak_bytes() / 1e9:.1f} GB. "
+            + ("Try, in this order: " + "; ".join(steps) if steps else "Nothing here takes less")
+            + "; or close other programs that hold memory"
+        )
+
     def _total_passes(self) -> int:
         passes = torch.tensor(
             self.rollout.unet_passes + self.training_passes, device=self.accelerator.device
         )
         return int(self.accelerator.reduce(passes, "sum"))
 
+    def teacher_tensors(self) -> dict[str, torch.Tensor]:
+        """The result, fp32 on the CPU: factors by "module.lora_A" and "module.lora_B", or whole
+        weights by the UNet's own names."""
+        return {n: t.detach().cpu() for n, t in self.roles.trained(TEACHER).items()}
+
     def teacher_factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The result: (down [r, in], up [out, r]) fp32 on the CPU, by module name."""
-        factors = self.roles.factors(TEACHER)
-        return {
-            name: (
-                factors[f"{name}.lora_A"].detach().cpu(),
-                factors[f"{name}.lora_B"].detach().cpu(),
-            )
-            for name in self.roles.layers
-        }
+        """The result of a LoRA training: (down [r, in], up [out, r]), by module name."""
+        factors = self.teacher_tensors()
+        modules = [name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")]
+        return {name: (factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]) for name in modules}
 
     # ── state ────────────────────────────────────────────────────────────────────────────────
 
     def state_dict(self) -> dict[str, Any]:
-        """All there is to resume from."""
+        """All there is to resume from, gathered from all processes."""
         return {
             "recipe_sha256": self.recipe.sha256,
             "iteration": self.iteration,
             "seconds": self.seconds,
             "losses": self.losses,
-            "rollout_passes": self.rollout.unet_passes,
+            "rollouts": gather_object([self.rollout.state_dict()]),
             "training_passes": self.training_passes,
-            "student": {k: v.detach() for k, v in self.roles.factors(STUDENT).items()},
-            "teacher": {k: v.detach() for k, v in self.roles.factors(TEACHER).items()},
+            "student": {k: v.detach() for k, v in self.roles.trained(STUDENT).items()},
+            "teacher": {k: v.detach() for k, v in self.roles.trained(TEACHER).items()}
+            if self.roles.averaged else {},
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.accelerator.scaler is None
             else self.accelerator.scaler.state_dict(),
@@ -289,30 +336,39 @@ class Trainer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises BadInput where the state is another recipe's."""
+        """Raises BadInput where the state is another recipe's, or another number of processes'."""
         if state["recipe_sha256"] != self.recipe.sha256:
             raise BadInput(
                 f"{self.state_path}: belongs to another recipe (or other --set values); "
                 "train it in another folder, or start over with --force"
             )
+        processes = len(state["rollouts"])
+        if processes != self.accelerator.num_processes:
+            raise BadInput(
+                f"{self.state_path}: {processes} processes trained this, and "
+                f"{self.accelerator.num_processes} would go on; expected as many"
+            )
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.losses = list(state["losses"])
-        self.rollout.unet_passes = state["rollout_passes"]
+        self.rollout.load_state_dict(state["rollouts"][self.accelerator.process_index])
         self.training_passes = state["training_passes"]
         for role in (STUDENT, TEACHER):
-            for name, factor in self.roles.factors(role).items():
-                factor.copy_(state[role][name])
+            tensors = self.roles.trained(role)
+            for name, value in state[role].items():
+                tensors[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def save_state(self) -> None:
-        """Replace the checkpoint, whole, from the main process."""
-        if self.state_path is None or not self.accelerator.is_main_process:
+        """Replace the checkpoint, whole, by the main process. All processes call this together."""
+        if self.state_path is None:
             return
-        self.state_path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_output(self.state_path) as file:
-            torch.save(self.state_dict(), file)
+        state = self.state_dict()
+        if self.accelerator.is_main_process:
+            self.state_path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_output(self.state_path) as file:
+                torch.save(state, file)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one. Raises BadInput where it is damaged."""
@@ -361,9 +417,9 @@ def learning_rate_factor(iteration: int, iterations: int, settings: OptimizerSet
 
 
 @contextmanager
-def _whole_steps() -> Iterator[Callable[[], None]]:
+def _whole_steps() -> Iterator[Callable[[], bool]]:
     """Ctrl-C waits for the iteration under way, so that what is saved is whole: the function that
-    this yields raises it. A second Ctrl-C doesn't wait, and then nothing is saved."""
+    this yields says whether it came. A second Ctrl-C doesn't wait, and then nothing is saved."""
     waiting: list[int] = []
 
     def wait(*_: object) -> None:
@@ -371,16 +427,15 @@ def _whole_steps() -> Iterator[Callable[[], None]]:
             raise SddLoraError("interrupted twice; --resume continues from the last checkpoint")
         waiting.append(1)
 
-    def pause() -> None:
-        if waiting:
-            raise KeyboardInterrupt
+    def interrupted() -> bool:
+        return bool(waiting)
 
     if threading.current_thread() is not threading.main_thread():
-        yield pause
+        yield interrupted
         return
     before = signal.signal(signal.SIGINT, wait)
     try:
-        yield pause
+        yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -1,8 +1,9 @@
 """The losses against a closed-form noise estimate."""
 
+import pytest
 import torch
 
-from sdd_lora.training.objectives import preservation, sdd
+from sdd_lora.training.objectives import esd, preservation, sdd
 
 
 def linear_estimate(weight):
@@ -48,3 +49,19 @@ def test_preservation_is_the_distance_to_the_base():
     assert torch.allclose(loss, ((0.3 * 2 * z) ** 2).mean().float(), rtol=1e-5)
     loss.backward()
     assert student.grad is not None and base.grad is None
+
+
+@pytest.mark.parametrize("eta", [1.0, 3.0])
+def test_esds_target_is_the_frozen_bases(eta):
+    """With ε(z, t, c) = w · c · z + t, ∅ = 2 and c = 5 it is w* · (2 − 3η) · z + t."""
+    z, t = points()
+    student = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    base = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    loss = esd(
+        linear_estimate(student), linear_estimate(base), z, t, prompts(2), prompts(5), eta
+    )  # fmt: skip
+    residual = 0.7 * 5 - 0.4 * (2 - 3 * eta)
+    assert torch.allclose(loss, ((residual * z) ** 2).mean().float(), rtol=1e-5)
+    loss.backward()
+    assert base.grad is None
+    assert torch.allclose(student.grad, 2 * residual * 5 * (z**2).mean(), rtol=1e-4)

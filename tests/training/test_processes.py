@@ -11,20 +11,37 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def losses(tmp_path, processes, batch):
+ROLLOUTS = {
+    "paper": {"steps": 4},
+    "fast": {"steps": 6, "points": 3, "solver": "dpmsolver++", "guidance_interval": [0.2, 1.0]},
+}
+
+
+def start(tmp_path, processes, batch, rollout, *state):
     out = tmp_path / f"{processes}.json"
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(processes), "tests/training/losses_of_a_run.py", str(batch), str(out)],
+         str(processes), "tests/training/losses_of_a_run.py", str(batch),
+         json.dumps(ROLLOUTS[rollout]), str(out), *map(str, state)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
     )  # fmt: skip
-    return json.loads(out.read_text())
+    return json.loads(out.read_text()) if out.exists() else None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
-def test_two_processes_equal_one_of_twice_the_batch(tmp_path):
-    one, two = losses(tmp_path, 1, 2), losses(tmp_path, 2, 1)
+@pytest.mark.parametrize("rollout", ROLLOUTS)
+def test_two_processes_equal_one_of_twice_the_batch(tmp_path, rollout):
+    one, two = start(tmp_path, 1, 2, rollout), start(tmp_path, 2, 1, rollout)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert len(set(one["losses"])) == 4
     assert two["passes"] == one["passes"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
+def test_two_processes_resume_with_the_trajectories_of_both(tmp_path):
+    whole = start(tmp_path, 2, 1, "fast")
+    (tmp_path / "2.json").unlink()
+    state = tmp_path / "state" / "state.pt"
+    assert start(tmp_path, 2, 1, "fast", state) is None and state.exists()
+    assert start(tmp_path, 2, 1, "fast", state) == whole

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from sdd_lora.recipe import Lora
-from sdd_lora.training.roles import STUDENT, TEACHER, Roles
+from sdd_lora.recipe import Lora, Objective
+from sdd_lora.training.roles import BASE, STUDENT, TEACHER, LoraRoles, WeightRoles, is_trained
 from tests.small import small_unet
 
 
 @pytest.fixture
 def roles():
-    made = Roles(small_unet(), Lora(rank=2, targets=["to_q", "to_k", "to_v", "to_out"]), seed=0)
+    made = LoraRoles(small_unet(), Lora(rank=2, targets=["to_q", "to_k", "to_v", "to_out"]), seed=0)
     with torch.no_grad():
-        for name, factor in made.factors(STUDENT).items():
+        for name, factor in made.trained(STUDENT).items():
             if name.endswith("lora_B"):
                 factor.normal_()
     return made
@@ -34,7 +34,7 @@ def test_all_64_matrices_are_adapted(roles):
 
 def test_the_three_roles_give_three_outputs_and_the_base_is_the_untouched_unet(roles, inputs):
     with torch.no_grad():
-        for name, factor in roles.factors(TEACHER).items():
+        for name, factor in roles.trained(TEACHER).items():
             if name.endswith("lora_B"):
                 factor.normal_()
         with roles.student() as unet:
@@ -69,21 +69,21 @@ def test_gradients_reach_the_student_alone(roles, inputs, checkpointing):
         with torch.no_grad(), roles.base():
             target = estimate(unet, inputs)
         (estimate(unet, inputs) - target).pow(2).mean().backward()
-    assert all(f.grad is not None and f.grad.any() for f in roles.factors(STUDENT).values())
+    assert all(f.grad is not None and f.grad.any() for f in roles.trained(STUDENT).values())
     with_gradient = {id(p) for p in roles.unet.parameters() if p.grad is not None}
-    assert with_gradient == {id(f) for f in roles.factors(STUDENT).values()}
+    assert with_gradient == {id(f) for f in roles.trained(STUDENT).values()}
 
 
 def test_checkpointing_changes_no_gradient(inputs):
     gradients = []
     for checkpointing in (False, True):
-        roles = Roles(small_unet(), Lora(rank=2), seed=0)
+        roles = LoraRoles(small_unet(), Lora(rank=2), seed=0)
         if checkpointing:
             roles.unet.enable_gradient_checkpointing()
             roles.unet.train()
         with roles.student() as unet:
             estimate(unet, inputs).pow(2).mean().backward()
-        gradients.append(torch.cat([f.grad.flatten() for f in roles.factors(STUDENT).values()]))
+        gradients.append(torch.cat([f.grad.flatten() for f in roles.trained(STUDENT).values()]))
     assert gradients[0].any()
     assert torch.allclose(*gradients, atol=1e-7)
 
@@ -93,3 +93,118 @@ def test_removed_roles_leave_the_unet_as_it_was(roles, inputs):
     with torch.no_grad():
         assert torch.equal(estimate(roles.unet, inputs), estimate(small_unet(), inputs))
     assert roles.unet.state_dict().keys() == small_unet().state_dict().keys()
+
+
+ESD = {"eta": 1.0}
+
+
+@pytest.fixture(params=["sdd", "esd-u"])
+def weights(request):
+    """Roles by weights, the three of them different."""
+    objective = Objective(kind=request.param, **({} if request.param == "sdd" else ESD))
+    made = WeightRoles(small_unet(), objective)
+    with torch.no_grad():
+        for role in (STUDENT, TEACHER):
+            for value in made.trained(role).values():
+                value.add_(torch.randn(value.shape), alpha=0.1)
+    return made
+
+
+def test_which_weights_the_papers_train():
+    names = [name for name, _ in small_unet().named_parameters()]
+    cross = {name for name in names if is_trained(name, Objective())}
+    assert cross == {name for name in names if "attn2" in name} and len(cross) == 16 * 5
+    assert cross == {n for n in names if is_trained(n, Objective(kind="esd-x", **ESD))}
+    outside = {name for name in names if is_trained(name, Objective(kind="esd-u", **ESD))}
+    assert not outside & cross
+    assert {name.split(".")[0] for name in set(names) - outside - cross} == {
+        "time_embedding", "conv_norm_out", "conv_out",
+    }  # fmt: skip
+    for part in ("conv_in.weight", "resnets.0.time_emb_proj.weight", "attn1.to_q.weight"):
+        assert any(part in name for name in outside)
+
+
+@torch.no_grad()
+def test_roles_by_weights_give_three_outputs_over_one_unet(weights, inputs):
+    with weights.student() as unet:
+        student = estimate(unet, inputs)
+    with weights.teacher() as unet:
+        teacher = estimate(unet, inputs)
+    with weights.base() as unet:
+        base = estimate(unet, inputs)
+    assert torch.equal(base, estimate(small_unet(), inputs))
+    assert not torch.allclose(student, base, atol=1e-4)
+    assert not torch.allclose(teacher, base, atol=1e-4)
+    assert not torch.allclose(student, teacher, atol=1e-4)
+    with pytest.raises(RuntimeError), weights.base(), weights.teacher():
+        raise RuntimeError
+    assert torch.equal(student, estimate(weights.unet, inputs))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_weights_are_the_students(weights, inputs, checkpointing):
+    """Taking the base between forward and backward changes nothing."""
+    gradients = []
+    if checkpointing:
+        weights.unet.enable_gradient_checkpointing()
+        weights.unet.train()
+    for between in (False, True):
+        with weights.student() as unet:
+            loss = estimate(unet, inputs).pow(2).mean()
+            if between:
+                with weights.base():
+                    target = estimate(unet, inputs)
+                    assert not target.requires_grad
+            loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in weights.parameters]))
+        assert {id(p) for p in unet.parameters() if p.grad is not None} == {
+            id(p) for p in weights.parameters
+        }
+        for parameter in weights.parameters:
+            parameter.grad = None
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
+
+
+def test_an_optimizer_moves_the_students_weights_alone(weights, inputs):
+    before = {r: {n: v.clone() for n, v in weights.trained(r).items()} for r in (BASE, TEACHER)}
+    student = {name: value.clone() for name, value in weights.trained(STUDENT).items()}
+    with weights.student() as unet:
+        estimate(unet, inputs).pow(2).mean().backward()
+    torch.optim.SGD(weights.parameters, lr=1.0).step()
+    assert any(not torch.equal(student[n], v) for n, v in weights.trained(STUDENT).items())
+    for role, values in before.items():
+        assert all(torch.equal(values[n], v) for n, v in weights.trained(role).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_removed_weights_leave_the_unet_as_it_was(inputs, dtype):
+    roles = WeightRoles(small_unet().to(dtype), Objective())
+    with torch.no_grad():
+        for value in roles.trained(STUDENT).values():
+            assert value.dtype == torch.float32
+            value.add_(1)
+    roles.remove()
+    for name, parameter in small_unet().to(dtype).named_parameters():
+        found = roles.unet.get_parameter(name)
+        assert found.dtype == dtype and torch.equal(found, parameter)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_without_an_average_the_teacher_is_the_student(inputs, kind):
+    if kind == "lora":
+        roles = LoraRoles(small_unet(), Lora(rank=2), seed=0, averaged=False)
+    else:
+        roles = WeightRoles(small_unet(), Objective(), averaged=False)
+    with torch.no_grad():
+        for value in roles.trained(STUDENT).values():
+            value.normal_()
+        with roles.teacher() as unet:
+            teacher = estimate(unet, inputs)
+        with roles.student() as unet:
+            assert torch.equal(teacher, estimate(unet, inputs))
+        with roles.base() as unet:
+            assert torch.equal(estimate(unet, inputs), estimate(small_unet(), inputs))
+    assert len(
+        {t.data_ptr() for r in (STUDENT, TEACHER) for t in roles.trained(r).values()}
+    ) == len(roles.trained(STUDENT))

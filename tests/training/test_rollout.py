@@ -4,24 +4,50 @@ import contextlib
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
 from sdd_lora.recipe import Objective
 from sdd_lora.recipe import Rollout as Settings
 from sdd_lora.training.rollout import Rollout, generator_for
 from tests.small import ddim, embeddings, small_unet
 
+EVERY_OPTION = {
+    "plain": {},
+    "points": {"points": 3},
+    "dpmsolver++": {"solver": "dpmsolver++"},
+    "interval": {"guidance_interval": (0.3, 0.8)},
+    "all": {"points": 3, "solver": "dpmsolver++", "guidance_interval": (0.3, 0.8)},
+}
 
-def make(objective=None, steps=5, calls=None):
+
+def make(objective=None, samples=3, **settings):
     unet = small_unet()
 
     @contextlib.contextmanager
     def teacher():
-        if calls is not None:
-            calls.append(1)
         yield unet
 
-    settings, objective = Settings(steps=steps), objective or Objective()
-    return Rollout(teacher, ddim(), settings, objective, (4, 8, 8)), unet
+    settings = Settings(**({"steps": 5} | settings))
+    objective = objective or Objective()
+    return Rollout(teacher, ddim(), settings, objective, (4, 8, 8), 0, samples), unet
+
+
+def without_unet(*arguments, **settings):
+    """For what doesn't depend on the estimates."""
+    rollout, _ = make(*arguments, **settings)
+    rollout._estimate = lambda z, t, c: torch.zeros_like(z)
+    return rollout
+
+
+def counted(unet):
+    calls = []
+    unet.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    return calls
+
+
+def sample(rollout, iteration, samples=range(3)):
+    prompts = embeddings()
+    return rollout.sample(iteration, list(samples), prompts.empty, prompts.concepts)
 
 
 @torch.no_grad()
@@ -42,8 +68,7 @@ def plain_loop(unet, c_0, c_p, generator, steps=5, s_g=3.0):
 def test_each_trajectory_of_a_batch_is_the_pseudo_code():
     rollout, unet = make()
     prompts = embeddings()
-    generators = [generator_for(0, 7, i) for i in range(3)]
-    points = rollout.sample(prompts.empty, prompts.concepts, generators)
+    points = sample(rollout, 7)
     for i in range(3):
         z, t = plain_loop(unet, prompts.empty, prompts.concepts[i : i + 1], generator_for(0, 7, i))
         assert points.t[i] == t
@@ -52,39 +77,160 @@ def test_each_trajectory_of_a_batch_is_the_pseudo_code():
 
 def test_unet_passes_are_two_a_guided_step_and_trajectories_stop_at_their_own_depth():
     rollout, unet = make()
-    counted = []
-    unet.register_forward_pre_hook(lambda module, inputs: counted.append(len(inputs[0])))
-    prompts = embeddings()
-    generators = [generator_for(0, 1, i) for i in range(3)]
-    points = rollout.sample(prompts.empty, prompts.concepts, generators)
+    calls = counted(unet)
+    points = sample(rollout, 1)
     timesteps = rollout.scheduler.timesteps.tolist()
     steps = sum(timesteps.index(int(t)) for t in points.t)
-    assert rollout.unet_passes == sum(counted) == 2 * steps
+    assert rollout.unet_passes == sum(calls) == 2 * steps
 
 
-def test_t_covers_all_but_the_first_timestep_evenly():
-    rollout, _ = make(steps=4)
-    rollout._guided = lambda z, t, c_0, c_p: z  # the depth doesn't depend on the estimate
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
+def test_several_points_cost_the_steps_of_one_trajectory(solver):
+    """N points an iteration each: the passes of a trajectory to its deepest point, and no more."""
+    rollout, unet = make(points=4, steps=9, solver=solver, samples=1)
+    calls = counted(unet)
+    for iteration in range(8):
+        sample(rollout, iteration, [0])
+    deepest = [rollout._start(born, 0).stops[-1] for born in (0, 4)]
+    assert rollout.unet_passes == sum(calls) == 2 * sum(deepest)
+    assert 2 * sum(deepest) < 2 * 2 * 9
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.8), (0.5, 0.5)])
+def test_outside_the_guidance_interval_a_step_is_one_pass(interval):
+    rollout, unet = make(guidance_interval=interval, steps=9)
+    calls = counted(unet)
+    expected = 0
+    for iteration in range(3):
+        points = sample(rollout, iteration)
+        for t in points.t:
+            made = [int(x) for x in rollout.scheduler.timesteps if x > t]
+            expected += sum(2 if interval[0] <= x / 1000 <= interval[1] else 1 for x in made)
+    assert rollout.unet_passes == sum(calls) == expected
+
+
+@torch.no_grad()
+def test_outside_the_guidance_interval_the_estimate_is_the_conditional_one():
+    rollout, unet = make(guidance_interval=(0.3, 0.8))
     prompts = embeddings()
-    seen = [
-        int(rollout.sample(prompts.empty, prompts.concepts[:1], [generator_for(0, i, 0)]).t)
-        for i in range(300)
-    ]
+    z, t = torch.randn(3, 4, 8, 8), [901, 501, 101]
+    e_0 = unet(z, torch.tensor(t), prompts.empty.expand(3, -1, -1)).sample
+    e_p = unet(z, torch.tensor(t), prompts.concepts).sample
+    e = rollout._guided(z, t, prompts.empty, prompts.concepts)
+    assert not torch.allclose(e_0, e_p, atol=1e-4)
+    assert torch.allclose(e[[0, 2]], e_p[[0, 2]], atol=1e-5)
+    assert torch.allclose(e[1], e_0[1] + 3 * (e_p[1] - e_0[1]), atol=1e-5)
+
+
+@torch.no_grad()
+def test_several_points_lie_on_one_trajectory():
+    rollout, unet = make(points=3, steps=9, samples=1)
+    prompts = embeddings()
+    seen = [sample(rollout, iteration, [0]) for iteration in range(3)]
+    scheduler = ddim()
+    scheduler.set_timesteps(9)
+    generator = generator_for(0, 0, 0)
+    torch.randint(0, 8, (), generator=generator)
+    z = torch.randn((4, 8, 8), generator=generator).unsqueeze(0)
+    found = {}
+    for i, t in enumerate(scheduler.timesteps[:-1]):
+        e_0, e_p = unet(z, t, prompts.empty).sample, unet(z, t, prompts.concepts[:1]).sample
+        z = scheduler.step(e_0 + 3 * (e_p - e_0), t, z).prev_sample
+        found[int(scheduler.timesteps[i + 1])] = z[0]
+    assert len({int(point.t) for point in seen}) == 3
+    for point in seen:
+        assert torch.allclose(point.z_t[0], found[int(point.t)], atol=1e-5)
+    assert [point.trajectories for point in seen] == [[0]] * 3
+    assert [point.turns for point in seen] == [[0], [1], [2]]
+    assert sample(rollout, 3, [0]).trajectories == [1]
+
+
+@torch.no_grad()
+def test_dpm_solver_trajectories_are_the_librarys():
+    rollout, unet = make(solver="dpmsolver++", steps=6)
+    prompts = embeddings()
+    points = sample(rollout, 2)
+    for i in range(3):
+        ours = rollout._start(2, i)
+        scheduler = DPMSolverMultistepScheduler.from_config(ddim().config)
+        scheduler.set_timesteps(timesteps=ours.solver.timesteps.tolist())
+        z = ours.z.unsqueeze(0)
+        for t in scheduler.timesteps[: ours.stops[0]]:
+            e_0, e_p = unet(z, t, prompts.empty).sample, unet(z, t, prompts.concepts[i : i + 1])[0]
+            z = scheduler.step(e_0 + 3 * (e_p - e_0), t, z).prev_sample
+        assert torch.allclose(points.z_t[i], z[0], atol=1e-3, rtol=1e-3)
+        assert points.t[i] == scheduler.timesteps[ours.stops[0]]
+
+
+def timesteps_seen(rollout, iterations, samples=(0,)):
+    return [int(t) for i in range(iterations) for t in sample(rollout, i, samples).t]
+
+
+@pytest.mark.parametrize("points", [1, 3])
+def test_t_covers_all_but_the_first_timestep_evenly(points):
+    rollout = without_unet(steps=5, points=points)
+    seen = timesteps_seen(rollout, 300)
     expected = rollout.scheduler.timesteps[1:].tolist()
     assert set(seen) == set(expected)
-    assert all(60 <= seen.count(t) <= 140 for t in expected)
+    assert all(45 <= seen.count(t) <= 105 for t in expected)
+
+
+@pytest.mark.parametrize("points", [1, 4])
+def test_the_few_steps_of_dpm_solver_cover_the_whole_range_evenly(points):
+    rollout = without_unet(steps=6, points=points, solver="dpmsolver++")
+    seen = timesteps_seen(rollout, 600)
+    assert len(set(seen)) > 350 and min(seen) < 20 and max(seen) > 980
+    assert all(40 <= sum(100 * k <= t < 100 * (k + 1) for t in seen) <= 80 for k in range(10))
+    assert all(way.solver.timesteps[0] == 999 for way in [rollout._start(i, 0) for i in range(9)])
+
+
+def test_a_batch_with_several_points_is_spread_over_the_trajectory():
+    rollout = without_unet(steps=9, points=4, samples=4)
+    for iteration in range(5):
+        t = sorted(sample(rollout, iteration, range(4)).t.tolist())
+        assert t[0] < 333 and t[-1] > 555 and len(set(t)) == 4
+
+
+def test_every_concept_meets_every_part_of_the_trajectory():
+    """With as many concepts as points, counting iterations would tie them together."""
+    rollout = without_unet(steps=9, points=3, samples=1)
+    met = {(i % 3, sample(rollout, i, [0]).turns[0] % 3) for i in range(9)}
+    assert len(met) == 9
+    towards = {sample(rollout, i, [0]).trajectories[0] % 3 for i in range(9, 18)}
+    assert towards == {0, 1, 2}
 
 
 def test_the_reference_draws_t_inside_the_bin_of_z():
-    rollout, _ = make(Objective(variant="reference"), steps=4)
-    rollout._guided = lambda z, t, c_0, c_p: z
-    prompts = embeddings()
-    seen = [
-        int(rollout.sample(prompts.empty, prompts.concepts[:1], [generator_for(0, i, 0)]).t)
-        for i in range(300)
-    ]
+    rollout = without_unet(Objective(variant="reference"), steps=4)
+    seen = timesteps_seen(rollout, 300)
     assert len(set(seen)) > 100
     assert min(seen) >= 0 and max(seen) < 750  # never the noisiest bin: their bug at k = 0
+
+
+@pytest.mark.parametrize("option", EVERY_OPTION)
+def test_a_restored_stream_goes_on_to_the_same_bytes(option):
+    settings = {"steps": 9} | EVERY_OPTION[option]
+    whole, _ = make(**settings)
+    for iteration in range(4):
+        sample(whole, iteration)
+    restored, _ = make(**settings)
+    restored.load_state_dict(whole.state_dict())
+    assert restored.unet_passes == whole.unet_passes > 0
+    for iteration in range(4, 8):
+        a, b = sample(whole, iteration), sample(restored, iteration)
+        assert torch.equal(a.z_t, b.z_t) and torch.equal(a.t, b.t)
+        assert (a.turns, a.trajectories) == (b.turns, b.trajectories)
+    assert restored.unet_passes == whole.unet_passes
+
+
+def test_what_is_carried_ends_with_its_trajectory():
+    rollout = without_unet(steps=9, points=3, samples=1)
+    carried = []
+    for iteration in range(6):
+        sample(rollout, iteration, [0])
+        carried.append(len(rollout.state_dict()["carried"]))
+    assert carried == [1, 1, 0, 1, 1, 0]
+    assert without_unet().state_dict()["carried"] == {}
 
 
 @pytest.mark.parametrize("part", ["seed", "iteration", "sample"])

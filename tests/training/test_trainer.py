@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from accelerate.utils import AutocastKwargs
 
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.recipe import Optimizer, Recipe
@@ -32,17 +33,34 @@ def trainer(settings, path=None, **prompts):
 
 
 def result(trained):
-    return {name: torch.cat([down.flatten(), up.flatten()])
-            for name, (down, up) in trained.teacher_factors().items()}  # fmt: skip
+    return {name: tensor.clone() for name, tensor in trained.teacher_tensors().items()}
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("kind", ["adamw8bit", "adamw"])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, kind):
-    settings = recipe(optimizer={"kind": kind})
+ESD = {"ema": {"decay": 0.0}}
+FULL = {"parameters": "full", "lora": {}}
+WAYS = {
+    "8-bit": {},
+    "adamw": {"optimizer": {"kind": "adamw"}},
+    "points": {"rollout": {"steps": 7, "batch": 2, "points": 3}},
+    "dpmsolver++": {"rollout": {"steps": 7, "batch": 2, "points": 3, "solver": "dpmsolver++"}},
+    "interval": {"rollout": {"steps": 7, "batch": 2, "guidance_interval": (0.3, 0.8)}},
+    "accumulation": {
+        "rollout": {"steps": 7, "batch": 2, "points": 3},
+        "training": {"iterations": 6, "gradient_accumulation": 2},
+    },
+    "full": FULL | {"optimizer": {"learning_rate": 1e-4}},
+    "esd-x": ESD | {"objective": {"kind": "esd-x", "eta": 3.0}},
+    "esd-u": ESD | FULL | {"objective": {"kind": "esd-u", "eta": 1.0}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, way):
+    settings = recipe(**WAYS[way])
     whole = trainer(settings)
     whole.run()
     first = trainer(settings, tmp_path / "state" / "state.pt")
@@ -57,6 +75,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, kind):
     assert same(result(whole), result(second))
     start = trainer(settings)
     assert not same(result(whole), result(start))
+    assert whole._total_passes() == second._total_passes() > 0
 
 
 def test_ctrl_c_leaves_a_state_and_says_so(tmp_path, monkeypatch):
@@ -130,20 +149,61 @@ def test_the_teacher_follows_the_student_and_the_base_stays():
     after = trained.roles.unet.state_dict()
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved and all("lora" in k for k in moved)
-    student, teacher = trained.roles.factors(STUDENT), trained.roles.factors(TEACHER)
+    student, teacher = trained.roles.trained(STUDENT), trained.roles.trained(TEACHER)
     assert any(not torch.equal(student[k], teacher[k]) for k in student)
 
 
-def test_unet_passes_are_counted_as_made():
-    for prompts, expected in (({"kept": 2}, 4), ({"kept": 0}, 2)):
-        trained = trainer(recipe(), **prompts)
-        counted = []
-        trained.roles.unet.register_forward_pre_hook(
-            lambda module, inputs, counted=counted: counted.append(len(inputs[0]))
-        )
+@pytest.mark.parametrize(
+    ("way", "kept", "passes"),
+    [("8-bit", 2, 4), ("8-bit", 0, 2), ("full", 2, 4), ("esd-x", 0, 3), ("esd-u", 2, 5)],
+)
+def test_unet_passes_are_counted_as_made(way, kept, passes):
+    trained = trainer(recipe(**WAYS[way]), kept=kept)
+    counted = []
+    trained.roles.unet.register_forward_pre_hook(
+        lambda module, inputs: counted.append(len(inputs[0]))
+    )
+    trained.step()
+    assert trained.training_passes == passes * 2
+    assert trained.rollout.unet_passes + trained.training_passes == sum(counted)
+
+
+def test_full_training_changes_its_weights_alone_and_gives_the_base_back():
+    for way, part in (("full", ".attn2."), ("esd-u", "")):
+        trained = trainer(recipe(**WAYS[way]))
+        untouched = small_unet().state_dict()
         trained.step()
-        assert trained.training_passes == expected * 2
-        assert trained.rollout.unet_passes + trained.training_passes == sum(counted)
+        moved = {
+            k for k, v in trained.teacher_tensors().items() if not torch.equal(v, untouched[k])
+        }
+        assert moved and all(part in name for name in moved)
+        trained.roles.remove()
+        state = trained.roles.unet.state_dict()
+        assert state.keys() == untouched.keys()
+        assert all(torch.equal(state[name], untouched[name]) for name in untouched)
+
+
+def test_esds_latents_are_drawn_by_the_student_and_its_target_is_the_bases():
+    trained = trainer(recipe(**WAYS["esd-x"]), kept=0)
+    roles = []
+    trained.roles.unet.register_forward_pre_hook(
+        lambda module, inputs: roles.append(trained.roles._current)
+    )
+    trained.step()
+    assert roles[-3:] == ["base", "base", "student"] and set(roles[:-3]) == {"teacher"}
+    student, teacher = trained.roles.trained(STUDENT), trained.roles.trained(TEACHER)
+    assert all(student[name] is teacher[name] for name in student)
+
+
+def test_esds_loss_is_at_the_concept_that_the_latents_were_drawn_for():
+    rollout = {"steps": 7, "batch": 2, "points": 3}
+    trained = trainer(recipe(**WAYS["esd-x"] | {"rollout": rollout}))
+    for _ in range(4):
+        samples = trained._sample_indices(0)
+        points = trained._roll_out(samples)
+        drawn = trained.embeddings.concepts[[n % 3 for n in points.trajectories]]
+        assert torch.equal(trained._prompts_of_loss(points), drawn)
+        trained.iteration += 1
 
 
 def test_preservation_changes_what_is_learnt():
@@ -185,15 +245,127 @@ def test_a_loss_that_is_not_finite_stops_with_advice(monkeypatch):
         trained.step()
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_mixed_precision_trains_fp32_factors(precision):
-    trained = trainer(recipe(training={"iterations": 2, "precision": precision,
-                                       "base_precision": precision}))  # fmt: skip
+@pytest.mark.parametrize("way", ["8-bit", "full", "esd-u", "dpmsolver++"])
+def test_bf16_trains_fp32_parameters(way):
+    fields = WAYS[way] | {
+        "training": {"iterations": 2, "precision": "bf16", "base_precision": "bf16"}
+    }
+    trained = trainer(recipe(**fields))
     before = result(trained)
     trained.run()
     assert not same(before, result(trained))
     assert {f.dtype for f in trained.parameters} == {torch.float32}
-    assert trained.roles.unet.conv_in.weight.dtype == torch.bfloat16
+    assert trained.roles.unet.conv_out.weight.dtype == torch.bfloat16
+
+
+def test_fp16_without_a_gpu_is_bad_input():
+    with pytest.raises(BadInput, match="fp16 needs a GPU; expected bf16"):
+        trainer(recipe(training={"precision": "fp16"}))
+
+
+def with_scaler(trained, scale, autocast=False):
+    """What accelerate sets up for fp16 on a GPU, here on the CPU."""
+    accelerator = trained.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.autocast_handler = AutocastKwargs(enabled=autocast)
+    accelerator._optimizers.clear()
+    trained.optimizer = accelerator.prepare_optimizer(trained.optimizer.optimizer)
+
+
+@pytest.mark.parametrize("norm", [1e-4, 1e9])
+def test_a_scaled_gradient_is_unscaled_before_it_is_clipped(norm):
+    results = []
+    for scale in (None, 1024.0):
+        trained = trainer(recipe(optimizer={"kind": "adamw", "max_grad_norm": norm}))
+        if scale:
+            with_scaler(trained, scale)
+        caught = []
+        clip = trained.accelerator.clip_grad_norm_
+        trained.accelerator.clip_grad_norm_ = lambda p, n, c=caught, f=clip: (
+            c.append(f(p, n)) or c[-1]
+        )
+        for _ in range(3):
+            trained.step()
+        results.append((torch.stack(caught), result(trained)))
+    (norms, plain), (scaled_norms, scaled) = results
+    assert torch.allclose(norms, scaled_norms, rtol=1e-3)
+    assert all(torch.allclose(plain[name], scaled[name], atol=1e-5) for name in plain)
+
+
+def test_a_step_that_overflows_is_left_out_and_the_scale_shrinks():
+    trained = trainer(recipe(optimizer={"kind": "adamw"}))
+    with_scaler(trained, 1024.0)
+    before, backward = result(trained), trained.accelerator.backward
+
+    def overflowing(loss):
+        backward(loss)
+        trained.parameters[0].grad[0] = float("inf")
+
+    trained.accelerator.backward = overflowing
+    trained.step()
+    assert same(before, result(trained))
+    assert trained.accelerator.scaler.get_scale() == 512.0
+    trained.accelerator.backward = backward
+    trained.step()
+    assert not same(before, result(trained))
+
+
+def test_fp16_autocast_trains_fp32_factors():
+    trained = trainer(recipe(training={"iterations": 2}, optimizer={"kind": "adamw"}))
+    with_scaler(trained, 1024.0, autocast=True)
+    seen = []
+    trained.roles.unet.conv_in.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+    before = result(trained)
+    trained.run()
+    assert set(seen) == {torch.float16}
+    assert {f.dtype for f in trained.parameters} == {torch.float32}
+    assert not same(before, result(trained))
+    assert all(torch.isfinite(t).all() for t in result(trained).values())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+)  # fmt: skip
+def test_out_of_memory_gives_advice(monkeypatch, error):
+    trained = trainer(recipe())
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(trained, "_estimate", fails)
+    with pytest.raises(SddLoraError) as caught:
+        trained.run()
+    message = str(caught.value)
+    assert "iteration 0: out of memory" in message
+    for step in ("--set rollout.batch=1", "training.gradient_accumulation=2",
+                 "--set training.gradient_checkpointing=true",
+                 "--set training.base_precision=bf16"):  # fmt: skip
+        assert step in message
+    assert "parameters=lora" not in message
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    trained = trainer(recipe())
+
+    def fails(*_):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(trained, "_estimate", fails)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        trained.run()
+
+
+def test_another_number_of_processes_is_bad_input(tmp_path):
+    trained = trainer(recipe(), tmp_path / "state.pt")
+    trained.step()
+    state = trained.state_dict()
+    state["rollouts"] *= 2
+    with pytest.raises(BadInput, match="2 processes trained this, and 1 would go on"):
+        trainer(recipe(), tmp_path / "state.pt").load_state_dict(state)
 
 
 def test_accumulation_sees_each_trajectory_once():
