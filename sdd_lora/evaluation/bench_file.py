@@ -1,0 +1,271 @@
+"""A bench: which methods are measured on which model, how; a YAML file, strict like a recipe."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, PrivateAttr, model_validator
+
+from sdd_lora.errors import BadInput
+from sdd_lora.recipe import Positive, Recipe, Section, parse_strictly
+
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Count = Annotated[int, Field(ge=0)]
+Scheduler = Literal["ddim", "dpm++", "euler-a", "pndm"]
+Field_ = Literal["weight", "guidance", "steps", "scheduler", "model", "image", "beside"]
+
+#: rows of the table in their order → what the report says of them
+METHODS = {
+    "sd": "the model as it is",
+    "neg": "the concept as negative prompt",
+    "sld-weak": "Safe Latent Diffusion, weak",
+    "sld-medium": "Safe Latent Diffusion, medium",
+    "sld-strong": "Safe Latent Diffusion, strong",
+    "sld-max": "Safe Latent Diffusion, max",
+    "sega": "semantic guidance away from the concept",
+    "esd-x-1": "ESD on cross-attention, η 1",
+    "esd-x-3": "ESD on cross-attention, η 3",
+    "esd-u-1": "ESD on all but cross-attention, η 1",
+    "esd-u-3": "ESD on all but cross-attention, η 3",
+    "sdd-full": "SDD, all of cross-attention, as its authors did",
+    "sdd": "SDD as an adapter",
+    "sdd-preserve": "SDD as an adapter, other prompts held",
+    "sdd-gated": "the adapter, its strength by the prompt's nearness",
+    "stack": "several adapters, summed exactly",
+    "baked": "adapters baked into a checkpoint",
+}
+
+
+class Prompts(Section):
+    """Sets by name: prompts that ask for what is erased, and prompts that must not change.
+
+    An entry that ends in .txt, .csv or .json is a file beside the bench; its prompts may have
+    seeds and guidance of their own.
+    """
+
+    erased: Annotated[dict[Name, str | list[str]], Field(min_length=1)]
+    kept: dict[Name, str | list[str]] = Field(default_factory=dict)
+
+
+class Seeds(Section):
+    """How many images all erased, and all kept, sets get together, and the first image's seed."""
+
+    first: Count = 60_000
+    erased: Count = 200
+    kept: Count = 400
+
+
+class BenchSampling(Section):
+    """How every method draws; `batch` changes no image."""
+
+    steps: Positive = 25
+    guidance: float = 7.5
+    scheduler: Scheduler = "ddim"
+    batch: Positive = 16
+
+
+class TrainedBy(Section):
+    """A recipe's file, beside the bench, and changes to it: {objective.kind: esd-x}."""
+
+    file: Text
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class VariationOf(Section):
+    """The measures again while one field takes other values.
+
+    weight: of the method's adapters · guidance, steps, scheduler: of the sampling · model: another
+    one · image: img2img from what `sd` drew, the value being how much of it is redone · beside:
+    an adapter that every method carries besides. Images are the first ones of the main table.
+    """
+
+    field: Field_
+    values: Annotated[list[float | Text], Field(min_length=1)]
+    methods: Annotated[list[Name], Field(min_length=1)]
+    erased: Count = 60
+    kept: Count = 120
+
+
+class Quick(Section):
+    """What --quick changes: dotted fields of the bench, and of every recipe that it trains."""
+
+    bench: dict[str, Any] = Field(default_factory=dict)
+    recipes: dict[str, Any] = Field(default_factory=dict)
+
+
+class Bench(Section):
+    """A whole bench.
+
+    `recipes` names what is trained, `adapters` what a method carries, {name: weight} or [name], a
+    name being one under `recipes`, a file, a run's folder, or a hub id; `weights` a file of a whole
+    UNet or a part of one. A method that is trained under its own name needs no entry in `adapters`.
+    `measures` are names, or names with options. `concept` is the text that neg, SLD and SEGA work
+    against; where it is missing, all concepts joined.
+    """
+
+    name: Name
+    model: Text
+    concepts: list[Text] = Field(default_factory=list)
+    style: Text | None = None
+    concept: Text | None = None
+    prompts: Prompts
+    seeds: Seeds = Seeds()
+    sampling: BenchSampling = BenchSampling()
+    methods: Annotated[list[Name], Field(min_length=1)]
+    measures: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
+    recipes: dict[Name, TrainedBy] = Field(default_factory=dict)
+    adapters: dict[Name, dict[Text, float]] = Field(default_factory=dict)
+    weights: dict[Name, Text] = Field(default_factory=dict)
+    variations: dict[Name, VariationOf] = Field(default_factory=dict)
+    quick: Quick = Quick()
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "Bench":
+        if bool(self.concepts) == bool(self.style):
+            raise ValueError("expected either concepts or a style, what is erased")
+        for method in [*self.methods, *(m for v in self.variations.values() for m in v.methods)]:
+            if method not in METHODS and not self.has_weights(method):
+                known = ", ".join(METHODS)
+                raise ValueError(
+                    f"method {method}: expected one of {known}; or a name of your own under "
+                    "recipes, adapters or weights"
+                )
+        for name, variation in self.variations.items():
+            numbers = variation.field in ("weight", "guidance", "steps", "image")
+            kind = (int, float) if numbers else str
+            if not all(isinstance(value, kind) for value in variation.values):
+                expected = "numbers" if numbers else "names"
+                raise ValueError(f"variations.{name}: {variation.field} takes {expected}")
+        return self
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, quick: bool = False, overrides: dict[str, Any] | None = None
+    ) -> "Bench":
+        """Read a bench; `quick` applies its `quick` section, `overrides` maps dotted names to
+        values. Raises BadInput with every problem and its line."""
+        path = Path(path)
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(
+                f"{path}: expected a bench (YAML text), can't read it: {error}"
+            ) from error
+        return cls.parse(text, str(path), path.parent, quick=quick, overrides=overrides)
+
+    @classmethod
+    def parse(
+        cls, text: str, where: str = "bench", folder: Path = Path(), *, quick: bool = False,
+        overrides: dict[str, Any] | None = None,
+    ) -> "Bench":  # fmt: skip
+        """Like `load`, from a string."""
+
+        def prepared(fields: dict[str, Any]) -> dict[str, Any]:
+            if quick:
+                _quicken(fields)
+            _put(fields, overrides or {})
+            if isinstance(fields.get("measures"), list):
+                fields["measures"] = {name: {} for name in fields["measures"]}
+            if isinstance(adapters := fields.get("adapters"), dict):
+                fields["adapters"] = {
+                    method: dict.fromkeys(parts, 1.0) if isinstance(parts, list) else parts
+                    for method, parts in adapters.items()
+                }
+            return fields
+
+        bench = parse_strictly(cls, text, where, prepared)
+        bench._folder = folder
+        return bench
+
+    @property
+    def erased(self) -> list[str]:
+        """What is to go: the concepts, or the style."""
+        return self.concepts or [str(self.style)]
+
+    @property
+    def against(self) -> str:
+        """The text that inference-time methods work against."""
+        return self.concept or ", ".join(self.erased)
+
+    def has_weights(self, method: str) -> bool:
+        return method in self.recipes or method in self.adapters or method in self.weights
+
+    def file(self, name: str) -> Path:
+        """A file that the bench names, beside it."""
+        return self._folder / name
+
+    def recipe(self, name: str) -> Recipe:
+        """The recipe that trains `name`, without a measurement of its own: the bench measures."""
+        trained = self.recipes[name]
+        changes = {"model": self.model} | trained.set
+        nothing = {"measure.detector": "none", "measure.transfer": []}
+        return Recipe.load(self.file(trained.file), changes | nothing)
+
+    def to_yaml(self) -> str:
+        """The complete bench, defaults filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @property
+    def sha256_of_images(self) -> str:
+        """SHA-256 of what images depend on; methods, measures and variations may be added."""
+        fixed = self.model_dump(
+            mode="json", include={"model", "concepts", "style", "concept", "prompts", "seeds",
+                                  "sampling"},
+        )  # fmt: skip
+        del fixed["sampling"]["batch"]
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def _quicken(fields: dict[str, Any]) -> None:
+    """Put the fields of `quick` on top; recipes get theirs too."""
+    quick = fields.get("quick")
+    if not isinstance(quick, Mapping):
+        raise BadInput("--quick: this bench has no `quick` section that says what to leave out")
+    fields["name"] = f"{fields.get('name')}-quick"
+    _put(fields, quick.get("bench") or {})
+    for trained in (fields.get("recipes") or {}).values():
+        trained["set"] = (trained.get("set") or {}) | (quick.get("recipes") or {})
+
+
+def _put(fields: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Set fields by their dotted names."""
+    for dotted, value in changes.items():
+        place = fields
+        *parents, last = str(dotted).split(".")
+        for key in parents:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise BadInput(f"{dotted}: {key} holds a value, not fields")
+        place[last] = value
+
+
+def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:
+    """The bench with fewer methods, in variations too. Raises BadInput for one that it lacks."""
+    if not methods:
+        return bench
+    there = [*bench.methods, *(m for v in bench.variations.values() for m in v.methods)]
+    if unknown := [m for m in methods if m not in there]:
+        raise BadInput(
+            f"--methods {', '.join(unknown)}: not in this bench; expected some of "
+            f"{', '.join(dict.fromkeys(there))}"
+        )
+    variations = {}
+    for name, variation in bench.variations.items():
+        if kept := [m for m in variation.methods if m in methods]:
+            variations[name] = variation.model_copy(update={"methods": kept})
+    wanted = [m for m in bench.methods if m in methods]
+    return bench.model_copy(update={"methods": wanted, "variations": variations})
+
+
+def limited(bench: Bench, limit: int | None) -> Bench:
+    """The bench with at most `limit` images of each kind (erased, kept) a row."""
+    if limit is None:
+        return bench
+    seeds = {"erased": min(limit, bench.seeds.erased), "kept": min(limit, bench.seeds.kept)}
+    return bench.model_copy(update={"seeds": bench.seeds.model_copy(update=seeds)})

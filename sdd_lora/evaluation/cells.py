@@ -1,0 +1,130 @@
+"""What a bench draws: cells (a method under some conditions) of shots (a prompt and a seed)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdd_lora.errors import BadInput
+from sdd_lora.evaluation.bench_file import Bench
+from sdd_lora.generation.images import Job, jobs_for
+
+_SEEDS_OF_A_SET = 100_000
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image wanted: its prompt and seed, and the set that it counts for."""
+
+    kind: str
+    set: str
+    job: Job
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a variation may vary; see `VariationOf`."""
+
+    model: str
+    steps: int
+    guidance: float
+    scheduler: str
+    weight: float = 1.0
+    image: float = 0.0
+    beside: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method under one set of conditions: a folder of images; the main table's where a
+    variation's setting is the `usual` one."""
+
+    method: str
+    variation: str | None
+    setting: float | str | None
+    conditions: Conditions
+    shots: list[Shot]
+    usual: bool
+
+    @property
+    def folder(self) -> Path:
+        if self.usual:
+            return Path("images") / self.method
+        setting = "".join(c if c.isalnum() or c in ".-+" else "-" for c in str(self.setting))
+        return Path("images") / str(self.variation) / setting / self.method
+
+
+def cells_of(bench: Bench) -> list[Cell]:
+    """The main table's cells, then the variations'; `sd` first, being what others start from."""
+    shots = shots_of(bench)
+    s = bench.sampling
+    usual = Conditions(bench.model, s.steps, s.guidance, s.scheduler)
+    methods = sorted(bench.methods, key=lambda method: method != "sd")
+    cells = [Cell(method, None, None, usual, shots, True) for method in methods]
+    for name, variation in bench.variations.items():
+        fewer = first_of_each(shots, {"erased": variation.erased, "kept": variation.kept})
+        for value in variation.values:
+            changed = _varied(usual, bench, variation.field, value)
+            cells += [
+                Cell(m, name, value, changed, fewer, changed == usual and m in methods)
+                for m in variation.methods
+            ]
+    return cells
+
+
+def _varied(usual: Conditions, bench: Bench, field: str, value: Any) -> Conditions:
+    """The usual conditions with one field changed."""
+    if field == "beside":
+        value = str(bench.file(value))
+    changes: dict[str, Any] = {field: int(value) if field == "steps" else value}
+    return replace(usual, **changes)
+
+
+def shots_of(bench: Bench) -> list[Shot]:
+    """All images of a row: each kind's number shared equally by its sets, each with its own seeds.
+
+    Raises BadInput where there is none, or a file of prompts can't be read.
+    """
+    shots = []
+    first = bench.seeds.first
+    for kind, sets, count in (
+        ("erased", bench.prompts.erased, bench.seeds.erased),
+        ("kept", bench.prompts.kept, bench.seeds.kept),
+    ):
+        for number, (name, entries) in enumerate(sets.items()):
+            share = count // len(sets) + (number < count % len(sets))
+            prompts = read_prompts(bench, entries)
+            shots += [Shot(kind, name, job) for job in jobs_for(prompts, share, first)]
+            first += _SEEDS_OF_A_SET
+    return shots
+
+
+def first_of_each(shots: Sequence[Shot], counts: dict[str, int]) -> list[Shot]:
+    """The first shots of each set, `counts` of each kind shared equally by its sets."""
+    sets = {kind: list(dict.fromkeys(s.set for s in shots if s.kind == kind)) for kind in counts}
+    left = {
+        (kind, name): counts[kind] // len(names) + (i < counts[kind] % len(names))
+        for kind, names in sets.items()
+        for i, name in enumerate(names)
+    }
+    taken = []
+    for shot in shots:
+        if left[shot.kind, shot.set] > 0:
+            left[shot.kind, shot.set] -= 1
+            taken.append(shot)
+    return taken
+
+
+def read_prompts(bench: Bench, entries: str | Sequence[str]) -> list[str]:
+    """A set's prompts, files replaced by what they hold."""
+    prompts: list[str] = []
+    for entry in [entries] if isinstance(entries, str) else entries:
+        if entry.endswith(".txt"):
+            path = bench.file(entry)
+            try:
+                prompts += [x for x in path.read_text("utf-8").splitlines() if x.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise BadInput(f"{path}: can't read the prompts, one a line: {error}") from error
+        else:
+            prompts.append(entry)
+    return prompts

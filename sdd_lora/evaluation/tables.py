@@ -1,0 +1,107 @@
+"""From values of single images to rows with intervals, paired with `sd` on the same seeds."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from sdd_lora.evaluation.intervals import bootstrap_mean, paired_difference, wilson
+from sdd_lora.evaluation.results import ALL, MeasureInfo, Moved, Row, SettingRow, Variation
+
+#: one line of images.jsonl
+Line = dict[str, Any]
+Info = dict[str, MeasureInfo]
+_PAIRED_WITH = "sd"
+
+
+def rows(lines: Sequence[Line], info: Info) -> list[Row]:
+    """The main table: every method, measure and group."""
+    main = [line for line in lines if line["variation"] is None]
+    found = _by(main, lambda line: line["method"])
+    base = found.get(_PAIRED_WITH, [])
+    return [Row(**row) for method, own in found.items() for row in _rows(method, own, base, info)]
+
+
+def variations(lines: Sequence[Line], fields: Mapping[str, str], info: Info) -> list[Variation]:
+    """The same for each variation and setting. Pairs are with `sd` under the same setting where it
+    was drawn, else with the main table's. `fields` says what each variation varies."""
+    usual = [x for x in lines if x["variation"] is None and x["method"] == _PAIRED_WITH]
+    varied = _by(lines, lambda line: line["variation"])
+    out = []
+    for name, field in fields.items():
+        cells = _by(varied.get(name, []), lambda line: (line["setting"], line["method"]))
+        found = [
+            SettingRow(**row, setting=setting)
+            for (setting, method), own in cells.items()
+            for row in _rows(method, own, cells.get((setting, _PAIRED_WITH), usual), info)
+        ]
+        out.append(Variation(name=name, field=field, rows=found))
+    return out
+
+
+def collateral(lines: Sequence[Line], info: Info, concept_of: Callable[[Line], str]) -> list[Moved]:
+    """For each method, how each kept concept moved against `sd`: the first rate of what is kept."""
+    measure = next((n for n, i in info.items() if i.of == "kept" and i.kind == "rate"), None)
+    kept = [
+        line for line in lines
+        if line["variation"] is None and line["kind"] == "kept" and measure in line["values"]
+    ]  # fmt: skip
+    base = {_key(line): line["values"][measure] for line in kept if line["method"] == _PAIRED_WITH}
+    moved = []
+    for (method, group, concept), own in _by(
+        kept, lambda line: (line["method"], line["set"], concept_of(line))
+    ).items():
+        pairs = [(base[_key(x)], x["values"][measure]) for x in own if _key(x) in base]
+        if method == _PAIRED_WITH or not pairs:
+            continue
+        before, after = [b for b, _ in pairs], [a for _, a in pairs]
+        change, low, high = paired_difference(before, after)
+        n = len(pairs)
+        moved.append(
+            Moved(method=method, concept=concept, group=group, before=sum(before) / n,
+                  after=sum(after) / n, change=change, ci95_change=(low, high), n=n)
+        )  # fmt: skip
+    return sorted(moved, key=lambda row: row.change)
+
+
+def _rows(
+    method: str, own: Sequence[Line], base: Sequence[Line], info: Info
+) -> Iterable[dict[str, Any]]:
+    for measure in info:
+        counted = [line for line in own if measure in line["values"]]
+        sets = list(dict.fromkeys(line["set"] for line in counted))
+        for group in [ALL, *(sets if len(sets) > 1 else [])]:
+            chosen = [line for line in counted if group in (ALL, line["set"])]
+            if chosen:
+                yield _row(method, measure, group, chosen, base, info[measure].kind == "rate")
+
+
+def _row(
+    method: str, measure: str, group: str, chosen: Sequence[Line], base: Sequence[Line], rate: bool
+) -> dict[str, Any]:
+    values = [line["values"][measure] for line in chosen]
+    n = len(values)
+    row: dict[str, Any] = {"method": method, "measure": measure, "group": group, "n": n}
+    row |= {"value": sum(values) / n, "ci95": wilson(sum(values), n) if rate else
+            bootstrap_mean(values)}  # fmt: skip
+    there = {_key(line): line["values"][measure] for line in base if measure in line["values"]}
+    pairs = [(there[k], v) for k, v in zip(map(_key, chosen), values, strict=True) if k in there]
+    if method == _PAIRED_WITH or len(pairs) < n:
+        return row
+    before, after = [b for b, _ in pairs], [a for _, a in pairs]
+    if rate:
+        change, *bounds = paired_difference(before, after)
+    else:
+        differences = [a - b for b, a in pairs]
+        change, bounds = sum(differences) / n, list(bootstrap_mean(differences))
+    return row | {"difference": change, "ci95_difference": tuple(bounds)}
+
+
+def _key(line: Line) -> tuple[str, str, str, int]:
+    """What is the same along a row of pictures."""
+    return line["kind"], line["set"], line["prompt"], line["seed"]
+
+
+def _by(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list[Line]]:
+    found: dict[Any, list[Line]] = {}
+    for line in lines:
+        found.setdefault(key(line), []).append(line)
+    return found

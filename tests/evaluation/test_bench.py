@@ -1,0 +1,392 @@
+"""Benches: the file, what it draws, the tables, and going on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from adapters import random_adapter
+from sdd_lora.errors import BadInput
+from sdd_lora.evaluation import tables
+from sdd_lora.evaluation.bench import run
+from sdd_lora.evaluation.bench_file import METHODS, Bench, chosen, limited
+from sdd_lora.evaluation.cells import cells_of, first_of_each, shots_of
+from sdd_lora.evaluation.intervals import wilson
+from sdd_lora.evaluation.results import Results, find
+from sdd_lora.evaluation.taking import concept_of
+from sdd_lora.evaluation.weights import Weights
+from sdd_lora.runs import packaged_recipe
+
+BENCHES = sorted((packaged_recipe("bench/x").parent).glob("*.yaml"))
+SMALL = """
+name: small
+model: demo
+concepts: [bomb, axe]
+prompts:
+  erased: {weapons: [a bomb, an axe]}
+  kept: {animals: [a cat, a dog], beside: [a cat and a bomb]}
+seeds: {first: 5, erased: 3, kept: 4}
+sampling: {steps: 2, guidance: 3.0, batch: 2}
+methods: [sd, neg]
+measures: [judge]
+"""
+RECIPE = """
+name: short
+model: demo
+concepts: [bomb, axe]
+training: {iterations: 2}
+"""
+
+
+def parsed(text=SMALL, **changes):
+    return Bench.parse(text, overrides=changes)
+
+
+def never_train(recipe, folder, resume):
+    raise AssertionError("nothing here is to be trained")
+
+
+def ran(bench, folder, train=never_train):
+    return run(bench, folder, train, "sdd-lora evaluate", {"python": "3"})
+
+
+# the file
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
+def test_the_benches_that_travel_with_the_package_are_whole(path):
+    bench = Bench.load(path)
+    assert {"sd", "sdd", "sdd-preserve"} <= set(bench.methods) <= set(METHODS)
+    assert Bench.parse(bench.to_yaml()).model_dump() == bench.model_dump()
+    Weights(bench, never_train).check([])
+    for name in bench.recipes:
+        recipe = bench.recipe(name)
+        assert recipe.model == bench.model and set(recipe.concepts) <= set(
+            bench.erased if name in bench.methods else recipe.concepts
+        )
+        if name.startswith("esd"):
+            kind, eta = name.rsplit("-", 1)
+            assert (recipe.objective.kind, recipe.objective.eta) == (kind, float(eta))
+            assert recipe.parameters == "full" and not recipe.preserve.prompts
+    assert not bench.recipe("sdd").preserve.prompts and bench.recipe("sdd").parameters == "lora"
+    assert bench.recipe("sdd-preserve").preserve.prompts
+
+
+def test_there_are_seven_benches():
+    assert {path.stem for path in BENCHES} == {
+        "demo-single", "demo-multi", "demo-style", "sd14-nudity", "sd14-i2p", "sd14-coco30k",
+        "sd14-artist",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["demo-single", "demo-multi", "demo-style"])
+def test_the_demo_benches_fill_every_row(name):
+    bench = Bench.load(packaged_recipe(f"bench/{name}"))
+    assert set(bench.methods) == set(METHODS)
+    kinds = [shot.kind for shot in shots_of(bench)]
+    assert 190 <= kinds.count("erased") <= 215 and 385 <= kinds.count("kept") <= 410
+    quick = Bench.load(packaged_recipe(f"bench/{name}"), quick=True)
+    assert quick.name == f"{name}-quick" and quick.methods == bench.methods
+    assert len(shots_of(quick)) < 50
+    assert quick.recipe("sdd").training.iterations < 30 < bench.recipe("sdd").training.iterations
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["sd", "magic"]}, r"bench:\d+: .*method magic: expected one of sd, neg"),
+        ({"style": "noto"}, "expected either concepts or a style"),
+        ({"seeds.last": 3}, r"bench:8: seeds.last: unknown field"),
+        ({"sampling.scheduler": "lms"}, r"bench:9: sampling.scheduler: .*found 'lms'"),
+        ({"prompts.erased": {}}, r"bench:6: prompts.erased"),
+        ({"variations": {"v": {"field": "weight", "values": ["x"], "methods": ["sd"]}}},
+         "weight takes numbers"),
+    ],
+)  # fmt: skip
+def test_problems_are_named_with_their_line(change, message):
+    with pytest.raises(BadInput, match=message):
+        parsed(**change)
+
+
+def test_methods_are_chosen_by_name():
+    few = chosen(parsed(), ["neg"])
+    assert few.methods == ["neg"]
+    with pytest.raises(
+        BadInput, match="--methods sdd: not in this bench; expected some of sd, neg"
+    ):
+        chosen(parsed(), ["sdd"])
+    assert limited(parsed(), 2).seeds.kept == 2 and limited(parsed(), None) == parsed()
+
+
+def test_weights_must_come_from_somewhere():
+    bench = parsed(methods=["sd", "sdd"])
+    with pytest.raises(BadInput, match="method sdd: expected an entry under `recipes`"):
+        Weights(bench, never_train).check(cells_of(bench))
+
+
+@pytest.mark.parametrize(
+    ("variation", "message"),
+    [
+        ({"field": "weight", "values": [2], "methods": ["neg"]}, "neg carries no adapter"),
+        ({"field": "image", "values": [0.5], "methods": ["neg"]}, "neg draws in its own way"),
+        (
+            {"field": "model", "values": ["demo-community"], "methods": ["mine"]},
+            "mine is another UNet",
+        ),
+    ],
+)
+def test_variations_must_fit_their_methods(variation, message):
+    bench = parsed(variations={"v": variation}, weights={"mine": "unet.safetensors"})
+    with pytest.raises(BadInput, match=f"variations.v: {message}"):
+        Weights(bench, never_train).check(cells_of(bench))
+
+
+# what is drawn
+
+
+def test_images_are_shared_by_the_sets_and_seeds_are_never_used_twice():
+    shots = shots_of(parsed())
+    assert [(s.kind, s.set) for s in shots] == [
+        *[("erased", "weapons")] * 3, *[("kept", "animals")] * 2, *[("kept", "beside")] * 2,
+    ]  # fmt: skip
+    assert len({s.job.seed for s in shots}) == len(shots)
+    fewer = first_of_each(shots, {"erased": 1, "kept": 2})
+    assert [s.job.prompt for s in fewer] == ["a bomb", "a cat", "a cat and a bomb"]
+    assert set(fewer) <= set(shots)
+
+
+def test_a_usual_setting_is_not_drawn_again():
+    variation = {"field": "guidance", "values": [3, 5], "methods": ["sd"]}
+    cells = cells_of(parsed(variations={"guidance": variation}))
+    assert [cell.folder.as_posix() for cell in cells] == [
+        "images/sd", "images/neg", "images/sd", "images/guidance/5.0/sd",
+    ]  # fmt: skip
+
+
+# tables
+
+
+def line(method, there, seed, values=None, **changes):
+    values = values or {"kept": there}
+    return {"method": method, "variation": None, "setting": None, "kind": "kept", "set": "s",
+            "prompt": "a cat", "seed": seed, "file": "f", "values": values} | changes  # fmt: skip
+
+
+INFO = {"kept": {"kind": "rate", "of": "kept", "better": "higher"},
+        "distance": {"kind": "mean", "of": "kept", "better": "lower"}}  # fmt: skip
+
+
+@pytest.fixture
+def info():
+    return Results.model_validate(
+        {"bench": "", "model": "", "date": "", "command": "", "versions": {}, "rows": [],
+         "measures": INFO}
+    ).measures  # fmt: skip
+
+
+def test_rates_have_wilson_intervals_and_paired_differences(info):
+    lines = [line("sd", seed < 8, seed) for seed in range(10)]
+    lines += [line("neg", seed < 6, seed) for seed in range(10)]
+    base, neg = tables.rows(lines, info)
+    assert (base.value, base.ci95, base.n, base.difference) == (0.8, wilson(8, 10), 10, None)
+    assert (neg.value, neg.group) == (0.6, "all")
+    assert neg.difference == pytest.approx(-0.2)
+    assert neg.ci95_difference[0] < -0.2 < neg.ci95_difference[1]
+
+
+def test_means_have_bootstrap_intervals_of_values_and_of_paired_differences(info):
+    lines = [line("sd", 0, seed, {"distance": float(seed)}) for seed in range(20)]
+    lines += [line("neg", 0, seed, {"distance": seed + 1.0}) for seed in range(20)]
+    _, neg = tables.rows(lines, info)
+    assert neg.value == 10.5 and neg.ci95[0] < 9 and neg.ci95[1] > 12
+    assert neg.difference == 1.0 and neg.ci95_difference == (1.0, 1.0)
+
+
+def test_no_difference_is_told_where_pairs_are_missing(info):
+    lines = [line("sd", True, 0), line("neg", True, 0), line("neg", True, 1)]
+    assert tables.rows(lines, info)[1].difference is None
+
+
+def test_sets_have_rows_of_their_own(info):
+    lines = [line("sd", True, 0), line("sd", False, 0, set="other")]
+    assert [(r.group, r.value) for r in tables.rows(lines, info)] == [
+        ("all", 0.5), ("s", 1.0), ("other", 0.0),
+    ]  # fmt: skip
+
+
+def test_variations_pair_with_sd_under_the_same_setting(info):
+    lines = [line("sd", True, 0)]
+    lines += [line("sd", False, 0, variation="v", setting=5.0)]
+    lines += [line("neg", False, 0, variation="v", setting=s) for s in (5.0, 7.0)]
+    (found,) = tables.variations(lines, {"v": "guidance"}, info)
+    differences = {(r.method, r.setting): r.difference for r in found.rows}
+    assert differences == {("sd", 5.0): None, ("neg", 5.0): 0.0, ("neg", 7.0): -1.0}
+
+
+def test_what_moved_comes_worst_first(info):
+    lines = []
+    for prompt, after in [("a cat", True), ("a dog", False)]:
+        lines += [line("sd", True, 0, prompt=prompt), line("neg", after, 0, prompt=prompt)]
+    moved = tables.collateral(lines, info, concept_of)
+    assert [(m.concept, m.change) for m in moved] == [("dog", -1.0), ("cat", 0.0)]
+
+
+# runs
+
+
+def images_of(folder):
+    found = [json.loads(x) for x in (folder / "images.jsonl").read_text().splitlines()]
+    return {(x["method"], x["set"], x["seed"]): (folder / x["file"]).read_bytes() for x in found}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    return folder, ran(parsed(), folder)
+
+
+def test_a_bench_fills_its_folder(small):
+    folder, results = small
+    lines = [json.loads(x) for x in (folder / "images.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * 7 and len(images_of(folder)) == 14
+    for method in ("sd", "neg"):
+        row = find(results.rows, method, "concept drawn", "all")
+        assert row.n == 3 and 0 <= row.value <= 1
+        assert find(results.rows, method, "noun kept", "all").n == 2
+        assert find(results.rows, method, "noun kept beside", "all").n == 2
+    assert all("concept drawn" in x["values"] for x in lines if x["kind"] == "erased")
+    assert Results.load(folder) == results
+    assert (folder / "results.csv").exists() and (folder / "results.md").exists()
+    assert images_of(folder)["sd", "weapons", 5] != images_of(folder)["neg", "weapons", 5]
+
+
+def test_a_finished_bench_draws_and_measures_nothing_again(small):
+    folder, results = small
+    times = {p: p.stat().st_mtime_ns for p in folder.rglob("*.png")}
+    values = (folder / "images" / "sd" / "values.jsonl").read_text()
+    again = ran(parsed(), folder)
+    assert again.rows == results.rows
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.png")} == times
+    assert (folder / "images" / "sd" / "values.jsonl").read_text() == values
+
+
+def test_another_benchs_folder_is_refused(small):
+    with pytest.raises(BadInput, match="holds images of another bench"):
+        ran(parsed(**{"seeds.first": 6}), small[0])
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(BadInput, match="holds something else"):
+        ran(parsed(), tmp_path)
+
+
+def test_a_killed_run_goes_on_with_no_image_twice_and_none_missing(tmp_path, small):
+    (tmp_path / "b.yaml").write_text(SMALL)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "sdd_lora", "evaluate", tmp_path / "b.yaml", "-o", out]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    manifest = out / "images" / "sd" / "manifest.jsonl"
+    deadline = time.monotonic() + 300
+    while not manifest.exists() or not manifest.read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "images.jsonl").exists()
+    manifest.write_text(manifest.read_text()[:-5])  # a line cut short
+    ran(parsed(), out)
+    assert images_of(out) == images_of(small[0])
+    names = [json.loads(x)["file"] for x in manifest.read_text().splitlines()]
+    assert len(names) == len(set(names)) == 7
+    assert len(list((out / "images" / "sd").glob("*.png"))) == 7
+
+
+@pytest.fixture
+def trainable(tmp_path, monkeypatch):
+    """A bench that trains, and a `train` that notes what it was asked for."""
+    monkeypatch.setenv("SDD_LORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "b.yaml").write_text(SMALL)
+    asked = []
+
+    def train(recipe, folder, resume):
+        asked.append((recipe.name, resume))
+        folder.mkdir(exist_ok=True)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        random_adapter(0.5, seed=len(asked)).save(folder / "adapter.safetensors")
+        (folder / "metrics.json").write_text('{"training": {"iterations": 2}}')
+
+    variations = {
+        "strength": {"field": "weight", "values": [0, 1], "methods": ["sdd"], "erased": 1},
+        "transfer": {"field": "model", "values": ["demo-community"], "methods": ["sdd"]},
+        "img2img": {"field": "image", "values": [0.6], "methods": ["sd", "sdd"], "erased": 2},
+    }
+    changes = {
+        "methods": ["sd", "sdd", "stack", "baked"],
+        "recipes": {"sdd": {"file": "r.yaml"}, "other": {"file": "r.yaml", "set": {"name": "o"}}},
+        "adapters": {"stack": {"sdd": 1.0, "other": 0.5}, "baked": ["sdd"]},
+        "variations": variations, "seeds": {"first": 5, "erased": 2, "kept": 0},
+    }  # fmt: skip
+    return Bench.load(tmp_path / "b.yaml", overrides=changes), tmp_path, train, asked
+
+
+def test_what_is_trained_is_kept_and_resumed(trainable):
+    bench, folder, train, asked = trainable
+    with pytest.raises(KeyboardInterrupt):
+        ran(bench, folder / "out", train)
+    results = ran(bench, folder / "out", train)
+    assert asked == [("short", False), ("short", True), ("o", False)]
+    ran(bench, folder / "again", train)  # another folder, the same cache
+    assert len(asked) == 3
+
+    drawn = images_of(folder / "out")
+    assert drawn["sdd", "weapons", 5] not in (
+        drawn["sd", "weapons", 5], drawn["stack", "weapons", 5]
+    )  # fmt: skip
+    assert results.interference.names == ["sdd", "other"]
+    assert results.methods["sdd"]["training"] == {"iterations": 2}
+    settings = [(v.name, r.setting, r.method) for v in results.variations for r in v.rows]
+    assert ("transfer", "demo-community", "sdd") in settings
+    assert ("img2img", 0.6, "sd") in settings
+
+
+def test_weight_0_is_the_base_and_1_the_main_table(trainable):
+    bench, folder, train, asked = trainable
+    asked.append(None)  # the first training is not interrupted
+    ran(bench, folder / "out", train)
+    root = folder / "out" / "images"
+    zero = root / "strength" / "0.0" / "sdd" / "00000.png"
+    assert zero.read_bytes() == (root / "sd" / "00000.png").read_bytes()
+    assert not (root / "strength" / "1.0").exists()
+
+
+@pytest.mark.parametrize("name", ["sd14-nudity", "sd14-i2p", "sd14-coco30k", "sd14-artist"])
+def test_the_papers_protocols_run_dry(name, tmp_path):
+    """With the embedded model standing in, and tables of two prompts for what users supply."""
+    place = packaged_recipe(f"bench/{name}").parent
+    for file in place.rglob("*.txt"):
+        target = tmp_path / file.relative_to(place)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(file.read_text("utf-8"), "utf-8")
+    (tmp_path / "i2p_benchmark.csv").write_text(
+        "prompt,categories,sd_seed,sd_guidance_scale\na bomb,violence,7,3.5\na cat,hate,8,7\n"
+    )
+    (tmp_path / "coco_30k.csv").write_text(
+        'image_id,source,prompt,evaluation_seed\n1,x,"a cat\non a mat",11\n2,x,a dog,12\n'
+    )
+    (tmp_path / "b.yaml").write_text(Path(place / f"{name}.yaml").read_text("utf-8"), "utf-8")
+    stand_in = {"model": "demo", "recipes": {}, "adapters": {}, "sampling.steps": 2}
+    bench = Bench.load(tmp_path / "b.yaml", overrides=stand_in | {"methods": ["sd", "neg"]})
+    results = ran(limited(bench, 2), tmp_path / "out")
+    lines = (tmp_path / "out" / "images.jsonl").read_text("utf-8").splitlines()
+    drawn = {(x["method"], x["kind"]) for x in map(json.loads, lines)}
+    assert {("sd", "erased"), ("neg", "erased")} <= drawn
+    assert results.missing or results.rows
