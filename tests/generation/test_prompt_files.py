@@ -1,0 +1,105 @@
+"""Prompt files: the shapes people have, and where a wrong one is wrong."""
+
+import csv
+
+import pytest
+
+from sdd_lora.errors import BadInput
+from sdd_lora.generation.prompt_files import Prompt, read_prompts
+
+I2P = """,prompt,categories,hard,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height
+0,"a house, ""old""\tand\u2028small","hate, violence",0,2868457757,7.0,512,768
+1,a bomb,violence,1,3,8.5,512,512
+"""
+ESD = """case_number,prompt,evaluation_seed,evaluation_guidance,artist
+0,A harbour by a painter,2219,7.5,x
+"""
+COCO = """image_id,source,prompt,evaluation_seed
+7,coco,"A man
+on a bench, reading
+",1
+8,coco,A cat.,2
+"""
+
+
+def read(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("i2p.csv", I2P, [
+            Prompt('a house, "old"\tand\u2028small', 2868457757, 7.0, 512, 768),
+            Prompt("a bomb", 3, 8.5, 512, 512),
+        ]),
+        ("esd.csv", ESD, [Prompt("A harbour by a painter", 2219, 7.5)]),
+        ("coco.csv", COCO, [Prompt("A man\non a bench, reading", 1), Prompt("A cat.", 2)]),
+        ("excel.csv", b"\xef\xbb\xbfPrompt,Seed\r\na cat,7.0\r\na dog,\r\n",
+         [Prompt("a cat", 7), Prompt("a dog")]),
+        ("countries.txt", "Japan body\n\n  United States body \r\n",
+         [Prompt("Japan body"), Prompt("United States body")]),
+        ("list.json", '["a cat", {"prompt": "a dog", "seed": 3, "guidance": 2, "width": null}]',
+         [Prompt("a cat"), Prompt("a dog", 3, 2.0)]),
+        ("named.json", '{"prompts": ["a cat"], "note": "x"}', [Prompt("a cat")]),
+        ("hub.jsonl", '{"prompt": "a cat", "sd_seed": 4}\n"a dog"\n',
+         [Prompt("a cat", 4), Prompt("a dog")]),
+    ],
+)  # fmt: skip
+def test_shapes(tmp_path, name, text, expected):
+    assert read(tmp_path, name, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "image,seed\nx,1\n", "expected a column named prompt, found image, seed"),
+        ("a.csv", "", "expected a column named prompt, found nothing"),
+        ("a.csv", "prompt,seed\n", "expected prompts, found none"),
+        ("a.csv", 'prompt,seed\n"two\nlines",1\na cat, a dog,2\n',
+         "line 4: expected 2 fields, found 3"),
+        ("a.csv", 'prompt,seed\n"two\nlines",1\na cat,x\n', "line 4: seed: expected a whole"),
+        ("a.csv", "prompt,seed\na cat,-1\n", "line 2: seed: .* found '-1'"),
+        ("a.csv", "prompt,seed\na cat,1.5\n", "line 2: seed"),
+        ("a.csv", "prompt,seed\na cat,9223372036854775808\n", "line 2: seed"),
+        ("a.csv", "prompt,guidance\na cat,nan\n", "line 2: guidance: expected a number"),
+        ("a.csv", "prompt,width\na cat,500\n", "width: expected a multiple of 8, found 500"),
+        ("a.csv", "prompt,seed\n ,1\n", "line 2: expected a prompt"),
+        ("a.csv", "prompt,seed,sd_seed\na,1,2\n", "sd_seed and seed|seed and sd_seed"),
+        ("a.csv", 'prompt,seed\na cat,1\n"a dog,2\n', "line 3: no valid CSV"),
+        ("a.json", '{"a": 1}', "expected a list of prompts"),
+        ("a.json", '["x", 3]', "entry 1: expected a text or an object, found 3"),
+        ("a.json", '[{"prompt": "x", "seed": true}]', "entry 0: seed"),
+        ("a.json", "[", "no valid JSON"),
+        ("a.jsonl", '"x"\n{', "line 2: no valid JSON"),
+        ("a.txt", " \n", "expected prompts, found none"),
+        ("a.txt", b"\xff\xfe", "can't read it"),
+        ("a.xlsx", "x", r"ends in \.txt, \.csv, \.json, \.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named_with_its_line(tmp_path, name, text, message):
+    with pytest.raises(BadInput, match=message):
+        read(tmp_path, name, text)
+
+
+def test_a_missing_file_is_bad_input(tmp_path):
+    with pytest.raises(BadInput, match=r"gone\.csv"):
+        read_prompts(tmp_path / "gone.csv")
+
+
+def test_a_large_seed_is_exact(tmp_path):
+    seed = (1 << 62) + 1
+    assert read(tmp_path, "a.csv", f"prompt,seed\na cat,{seed}\n")[0].seed == seed
+
+
+def test_thirty_thousand_rows(tmp_path):
+    path = tmp_path / "coco.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image_id", "prompt", "evaluation_seed"])
+        rows.writerows([i, f"a cat,\nnumber {i}", i] for i in range(30_000))
+    prompts = read_prompts(path)
+    assert len(prompts) == 30_000
+    assert prompts[-1] == Prompt("a cat,\nnumber 29999", 29_999)
