@@ -134,11 +134,15 @@ def test_a_half_precision_base_needs_that_precision():
         Recipe.parse(MINIMAL + "training: {base_precision: bf16}\n")
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+TO_TRAIN = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "bench")
+
+
+@pytest.mark.parametrize("path", TO_TRAIN, ids=lambda path: path.stem)
 def test_every_recipe_that_ships_is_valid(path):
     recipe = Recipe.load(path)
     assert recipe.name.endswith(path.stem)
-    assert recipe.measure.prompts.concept and recipe.measure.prompts.kept
+    if recipe.model == "demo":
+        assert recipe.measure.prompts.concept and recipe.measure.prompts.kept
     assert not set(recipe.preserve.prompts) & set(recipe.measure.prompts.kept)
 
 

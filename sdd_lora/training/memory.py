@@ -19,7 +19,8 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    mapped = mallopt(_M_MMAP_THRESHOLD, 2**25)  # glibc's greatest
+    # older ones take no threshold above 32 MiB
+    mapped = mallopt(_M_MMAP_THRESHOLD, 2**30) or mallopt(_M_MMAP_THRESHOLD, 2**25)
     trimmed = mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     return bool(mapped and trimmed and mallopt(_M_TOP_PAD, 200_000_000))
 
