@@ -1,12 +1,13 @@
 """The stream of training points against a plain loop, as in the paper's pseudo-code."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from sdd_lora.recipe import Objective
+from sdd_lora.recipe import PRESETS, Objective
 from sdd_lora.recipe import Rollout as Settings
 from sdd_lora.training.rollout import Rollout, generator_for
 from tests.small import ddim, embeddings, small_unet
@@ -35,7 +36,8 @@ def make(objective=None, samples=3, **settings):
 def without_unet(*arguments, **settings):
     """For what doesn't depend on the estimates."""
     rollout, _ = make(*arguments, **settings)
-    rollout._estimate = lambda z, t, c: torch.zeros_like(z)
+    nothing = contextlib.nullcontext(lambda z, t, c: SimpleNamespace(sample=torch.zeros_like(z)))
+    rollout.teacher = lambda: nothing
     return rollout
 
 
@@ -160,6 +162,14 @@ def test_dpm_solver_trajectories_are_the_librarys():
             z = scheduler.step(e_0 + 3 * (e_p - e_0), t, z).prev_sample
         assert torch.allclose(points.z_t[i], z[0], atol=1e-3, rtol=1e-3)
         assert points.t[i] == scheduler.timesteps[ours.stops[0]]
+
+
+@pytest.mark.parametrize(("preset", "passes"), [("paper", 50), ("fast", 3.6)])
+def test_what_the_presets_rollouts_cost_a_point(preset, passes):
+    rollout = without_unet(**{"steps": 50} | PRESETS[preset].get("rollout", {}), samples=4)
+    for iteration in range(150):
+        sample(rollout, iteration, range(4))
+    assert rollout.unet_passes / 600 == pytest.approx(passes, rel=0.06)
 
 
 def timesteps_seen(rollout, iterations, samples=(0,)):
