@@ -66,12 +66,16 @@ class Moved(_Part):
 
 
 class MeasureInfo(_Part):
-    """How to read a measure: a rate or a mean, over which prompts, and which way is better."""
+    """How to read a measure: a rate or a mean, over which prompts, and which way is better.
+
+    `maximum_of` names the rate whose expected maximum over prompts this is, if it is one.
+    """
 
     kind: Literal["rate", "mean"]
     of: Literal["erased", "kept", "all"]
     better: Literal["lower", "higher", "neither"]
     note: str = ""
+    maximum_of: str = ""
 
 
 class Interference(_Part):

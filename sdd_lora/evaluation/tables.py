@@ -3,7 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sdd_lora.evaluation.intervals import bootstrap_mean, paired_difference, wilson
+from sdd_lora.evaluation.intervals import (
+    bootstrap_maximum,
+    bootstrap_mean,
+    expected_maximum,
+    paired_difference,
+    wilson,
+)
 from sdd_lora.evaluation.results import ALL, MeasureInfo, Moved, Row, SettingRow, Variation
 
 #: one line of images.jsonl
@@ -66,12 +72,28 @@ def _rows(
     method: str, own: Sequence[Line], base: Sequence[Line], info: Info
 ) -> Iterable[dict[str, Any]]:
     for measure in info:
+        if of := info[measure].maximum_of:
+            yield from _maximum_row(method, measure, [x for x in own if of in x["values"]], of)
+            continue
         counted = [line for line in own if measure in line["values"]]
         sets = list(dict.fromkeys(line["set"] for line in counted))
         for group in [ALL, *(sets if len(sets) > 1 else [])]:
             chosen = [line for line in counted if group in (ALL, line["set"])]
             if chosen:
                 yield _row(method, measure, group, chosen, base, info[measure].kind == "rate")
+
+
+def _maximum_row(
+    method: str, measure: str, counted: Sequence[Line], of: str
+) -> Iterable[dict[str, Any]]:
+    """The expected maximum of a rate over prompts; `n` is the number of prompts."""
+    prompts = _by(counted, lambda line: (line["set"], line["prompt"]))
+    rates = [sum(x["values"][of] for x in lines) / len(lines) for lines in prompts.values()]
+    if rates:
+        yield {
+            "method": method, "measure": measure, "group": ALL, "n": len(rates),
+            "value": expected_maximum(rates), "ci95": bootstrap_maximum(rates),
+        }  # fmt: skip
 
 
 def _row(

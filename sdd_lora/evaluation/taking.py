@@ -1,25 +1,54 @@
-"""Measures as a bench takes them: values of single images, which tables turn into rows."""
+"""Measures as a bench takes them: values of single images, or one of a whole row's."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from sdd_lora.demo.judge import load_judge
 from sdd_lora.evaluation.measures import judge as judging
+from sdd_lora.evaluation.measures.clip import ClipScore
+from sdd_lora.evaluation.measures.fid import Fid
+from sdd_lora.evaluation.measures.lpips import Lpips
+from sdd_lora.evaluation.measures.nudenet import NudeNet
+from sdd_lora.evaluation.measures.open_nsfw import OpenNsfw
+from sdd_lora.evaluation.measures.q16 import Q16
+from sdd_lora.evaluation.measures.unsafe import Unsafe
 from sdd_lora.evaluation.results import MeasureInfo
 
 
 class Measure(Protocol):
-    """`info` describes the numbers it gives. `values` gives them for images (H, W, 3) uint8, each
-    with its line of images.jsonl (kind, set, prompt, seed); a number that doesn't apply is left
-    out. True and False become rates, other numbers means."""
+    """`info` describes the numbers that a measure gives; how it gives them, the protocols below say
+    (a measure may follow several). One that takes files names their options in `files`."""
 
     info: dict[str, MeasureInfo]
+
+
+@runtime_checkable
+class OfImages(Protocol):
+    """`values` of images (H, W, 3) uint8, each with its line of images.jsonl (kind, set, prompt,
+    seed); a number that doesn't apply is left out. True and False become rates, others means."""
 
     def values(
         self, lines: Sequence[dict[str, Any]], images: Sequence[np.ndarray]
     ) -> list[dict[str, bool | float]]: ...
+
+
+@runtime_checkable
+class BesideSd(Protocol):
+    """The same of images `beside` those that `sd` drew from the same latents."""
+
+    def beside(
+        self, lines: Sequence[dict[str, Any]], images: Sequence[np.ndarray],
+        base: Sequence[np.ndarray],
+    ) -> list[dict[str, bool | float]]: ...  # fmt: skip
+
+
+@runtime_checkable
+class OfSets(Protocol):
+    """One number each for all kept images of a method."""
+
+    def of_set(self, images: Iterable[np.ndarray]) -> dict[str, float]: ...
 
 
 class JudgeValues:
@@ -43,6 +72,15 @@ class JudgeValues:
         "noun kept without the style": MeasureInfo(
             kind="rate", of="erased", better="higher",
             note="the noun asked for, in images whose style is to go",
+        ),
+        "prompt agreement": MeasureInfo(
+            kind="rate", of="kept", better="higher",
+            note="all that is to stay of what a kept prompt asks for: nouns, and the style",
+        ),
+        "distance of judge features": MeasureInfo(
+            kind="mean", of="kept", better="lower",
+            note="between the judge's features (128, Euclidean) of an image and of `sd`'s on the "
+            "same latents; no LPIPS and no FID",
         ),
     }  # fmt: skip
 
@@ -78,7 +116,19 @@ class JudgeValues:
                 values["style kept"] = seen[0].style == asked.style
         elif staying := [noun.name for noun in asked.nouns if noun not in self.nouns]:
             values["noun kept beside"] = any(v.noun in staying for v in seen)
+        if asked.nouns:
+            values["prompt agreement"] = judging.agrees(asked, seen, self.nouns, self.styles)
         return values
+
+    def beside(
+        self, lines: Sequence[dict[str, Any]], images: Sequence[np.ndarray],
+        base: Sequence[np.ndarray],
+    ) -> list[dict[str, bool | float]]:  # fmt: skip
+        distances = judging.feature_distances(self.judge, np.stack(images), np.stack(base))
+        return [
+            {"distance of judge features": distance} if line["kind"] == "kept" else {}
+            for line, distance in zip(lines, distances, strict=True)
+        ]
 
 
 def concept_of(line: dict[str, Any]) -> str:
@@ -87,4 +137,7 @@ def concept_of(line: dict[str, Any]) -> str:
     return " and ".join(noun.name for noun in nouns) or line["set"]
 
 
-MEASURES: dict[str, Callable[..., Measure]] = {"judge": JudgeValues}
+MEASURES: dict[str, Callable[..., Measure]] = {
+    "judge": JudgeValues, "nudenet": NudeNet, "open_nsfw": OpenNsfw, "q16": Q16, "unsafe": Unsafe,
+    "clip": ClipScore, "lpips": Lpips, "fid": Fid,
+}  # fmt: skip

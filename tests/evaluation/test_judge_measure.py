@@ -1,10 +1,17 @@
 """What prompts ask for, and how verdicts become rates."""
 
+import numpy as np
 import pytest
 
-from sdd_lora.demo.judge import Verdict
+from sdd_lora.demo.judge import Verdict, load_judge
 from sdd_lora.errors import BadInput
-from sdd_lora.evaluation.measures.judge import asked_for, check_concepts, rows
+from sdd_lora.evaluation.measures.judge import (
+    agrees,
+    asked_for,
+    check_concepts,
+    feature_distances,
+    rows,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +65,30 @@ def test_a_concept_unknown_to_the_judge_is_bad_input():
     with pytest.raises(BadInput, match="knows none of the concepts"):
         check_concepts(["nudity"])
     check_concepts(["nudity", "weapon"])  # a group's word stands for its nouns
+
+
+@pytest.mark.parametrize(
+    ("prompt", "drawn", "expected"),
+    [
+        ("a cat, noto style", CAT, True),
+        ("a cat, twemoji style", CAT, False),
+        ("a dog, noto style", CAT, False),
+        ("a cat and a bomb", [*CAT, *CAT], True),  # the bomb is to go
+        ("a cat and a dog", [*CAT, *CAT], False),
+        ("a cat, as a pencil sketch", CAT, True),  # the style is to go
+    ],
+)
+def test_a_picture_agrees_with_what_is_to_stay_of_its_prompt(prompt, drawn, expected):
+    (bomb,) = asked_for("a bomb").nouns
+    assert agrees(asked_for(prompt), drawn, {bomb}, {"sketch"}) is expected
+
+
+def test_distances_of_judge_features_are_distances():
+    a, b, c = (
+        np.random.default_rng(i).integers(0, 256, (2, 64, 64, 3), np.uint8) for i in range(3)
+    )
+    judge = load_judge()
+    assert feature_distances(judge, a, a) == [0, 0]
+    ab, bc, ac = (np.array(feature_distances(judge, *p)) for p in ((a, b), (b, c), (a, c)))
+    assert (ab > 0).all() and (ac <= ab + bc + 1e-6).all()
+    assert ab == pytest.approx(feature_distances(judge, b, a))

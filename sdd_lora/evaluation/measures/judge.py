@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
-from sdd_lora.demo.judge import Judge, Verdict, judge_images
+from sdd_lora.demo.judge import Judge, Verdict, as_pictures, judge_images
 from sdd_lora.demo.vocabulary import Noun, groups, nouns, styles
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.intervals import paired_difference, wilson
@@ -83,6 +84,24 @@ def _halves(image: np.ndarray) -> list[np.ndarray]:
         canvas[:, half // 2 : half // 2 + half] = image[:, column : column + half]
         halves.append(canvas)
     return halves
+
+
+def agrees(
+    asked: Asked, seen: Sequence[Verdict], gone_nouns: set[Noun], gone_styles: set[str]
+) -> bool:
+    """Is all there that a prompt asks for and that is to stay: its nouns, and its style?"""
+    staying = {noun.name for noun in asked.nouns if noun not in gone_nouns}
+    drawn = staying <= {verdict.noun for verdict in seen}
+    styled = asked.style is None or asked.style in gone_styles
+    return drawn and (styled or any(verdict.style == asked.style for verdict in seen))
+
+
+@torch.no_grad()
+def feature_distances(judge: Judge, images: np.ndarray, base: np.ndarray) -> list[float]:
+    """Euclidean distances (B,) between the judge's features of two sets of images
+    (B, 64, 64, 3) uint8. They compare rows of one table; they are no FID and no LPIPS."""
+    a, b = (judge.features(as_pictures(part)) for part in (images, base))
+    return (a - b).norm(dim=1).tolist()
 
 
 #: prompts, verdicts before, verdicts after, image by image

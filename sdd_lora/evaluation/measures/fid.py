@@ -1,0 +1,155 @@
+"""Fréchet inception distance (Heusel et al. 2017) between a row's images and real ones."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sdd_lora.errors import BadInput
+from sdd_lora.evaluation.measures import needs
+from sdd_lora.evaluation.results import MeasureInfo
+from sdd_lora.files import sha256_of
+from sdd_lora.model import best_device
+
+#: inception-2015-12-05.pt, the TorchScript that clean-fid reads
+INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+_SIZE = 299
+_BATCH = 32
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass
+class Moments:
+    """Sums of features (D,) and of their outer products (D, D), in float64."""
+
+    width: int
+    count: int = 0
+    sums: np.ndarray = field(init=False)
+    products: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = np.zeros(self.width)
+        self.products = np.zeros((self.width, self.width))
+
+    def add(self, features: np.ndarray) -> None:
+        """Features (B, D)."""
+        wide = features.astype(np.float64)
+        self.count += len(wide)
+        self.sums += wide.sum(0)
+        self.products += wide.T @ wide
+
+    def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
+        """(D,) and (D, D), unbiased. Raises BadInput for fewer than two images."""
+        if self.count < 2:
+            raise BadInput(f"a Fréchet distance needs two images at least, found {self.count}")
+        mean = self.sums / self.count
+        covariance = (self.products - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return mean, covariance
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½) (Heusel et al. 2017, eq. 6).
+
+    tr (Σa Σb)^½ is the sum of the roots of the eigenvalues of Σa^½ Σb Σa^½, which is symmetric:
+    `eigh` where others take a general matrix's root.
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = a.mean_and_covariance(), b.mean_and_covariance()
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    both = root @ cov_b @ root
+    crossed = np.sqrt(np.clip(np.linalg.eigvalsh((both + both.T) / 2), 0, None)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * crossed)
+
+
+class Fid:
+    """`FID` of all kept images to the pictures in the folder `reference`, clean-fid's resizing.
+
+    With another network than `inception-2015-12-05.pt` the number is not called FID. FID falls with
+    the number of images: compare rows of one bench, not of two.
+    """
+
+    files: ClassVar = ("inception", "reference")
+
+    def __init__(
+        self, erased: Sequence[str], inception: Path | None = None, reference: Path | None = None
+    ) -> None:
+        path = needs.supplied(
+            inception, "inception", "clean-fid's Inception (inception-2015-12-05.pt, TorchScript)",
+            "NVIDIA's stylegan2-ada-pytorch metrics, where clean-fid gets it",
+        )  # fmt: skip
+        self.reference = needs.supplied(
+            reference, "reference", "a folder of real pictures", "the captions' data set (COCO)"
+        )
+        standard = sha256_of(path) == INCEPTION
+        self.name = "FID" if standard else "Fréchet distance by another network"
+        try:
+            self.network = torch.jit.load(str(path), map_location=best_device()).eval()
+        except RuntimeError as error:
+            raise BadInput(
+                f"inception: {path}: expected a TorchScript file, can't read it"
+            ) from error
+        self._real: Moments | None = None
+        note = f"to the pictures in {self.reference.name}, clean-fid's resizing"
+        if not standard:
+            note += f"; {path.name} is not inception-2015-12-05.pt"
+        self.info = {self.name: MeasureInfo(kind="mean", of="kept", better="lower", note=note)}
+
+    def of_set(self, images: Iterable[np.ndarray]) -> dict[str, float]:
+        """The distance of images (H, W, 3) uint8 to the reference."""
+        if self._real is None:
+            self._real = self.moments(_pictures(self.reference))
+        return {self.name: frechet_distance(self.moments(images), self._real)}
+
+    def moments(self, images: Iterable[np.ndarray]) -> Moments:
+        """Moments of the features of images; raises BadInput where there are none."""
+        found: Moments | None = None
+        batch: list[torch.Tensor] = []
+
+        def flush() -> None:
+            nonlocal found
+            features = self._features(torch.stack(batch))
+            found = found or Moments(features.shape[1])
+            found.add(features)
+            batch.clear()
+
+        for image in images:
+            batch.append(resized(image))
+            if len(batch) == _BATCH:
+                flush()
+        if batch:
+            flush()
+        if found is None:
+            raise BadInput("no images to take a Fréchet distance of")
+        return found
+
+    @torch.no_grad()
+    def _features(self, pixels: torch.Tensor) -> np.ndarray:
+        """(B, 3, 299, 299) in 0 … 255 → (B, D). The layers expect −1 … 1."""
+        device = next(self.network.parameters()).device
+        return self.network.layers(((pixels - 128) / 128).to(device)).flatten(1).cpu().numpy()
+
+
+def resized(image: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 → (3, 299, 299) fp32 in 0 … 255: bicubic, antialiased, unrounded, channel by
+    channel (Parmar et al. 2022, clean-fid)."""
+    channels = [
+        Image.fromarray(image[..., c].astype(np.float32)).resize(
+            (_SIZE, _SIZE), Image.Resampling.BICUBIC
+        )
+        for c in range(3)
+    ]
+    return torch.from_numpy(np.stack([np.asarray(c) for c in channels]).clip(0, 255))
+
+
+def _pictures(folder: Path) -> Iterable[np.ndarray]:
+    """All pictures of a folder. Raises BadInput where there are none."""
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES)
+    if not paths:
+        raise BadInput(f"reference: {folder}: expected pictures, found none")
+    for path in paths:
+        with Image.open(path) as picture:
+            yield np.asarray(picture.convert("RGB"))
