@@ -81,13 +81,15 @@ class Rollout(Section):
     """How the teacher samples the latents z_t: `batch` trajectories at once.
 
     Each trajectory gives `points` training points, one an iteration, spread evenly over its
-    timesteps. It is guided where t / 1000 lies in `guidance_interval`; elsewhere one conditional
-    pass a step does.
+    timesteps. Each point is used with `prompts` concepts, and as many kept prompts: a pass for the
+    loss is cheap beside the steps that led there. A trajectory is guided where t / 1000 lies in
+    `guidance_interval`; elsewhere one conditional pass a step does.
     """
 
     solver: Literal["ddim", "dpmsolver++"] = "ddim"
     steps: Annotated[int, Field(ge=2, le=999)] = 50
     points: Positive = 1
+    prompts: Positive = 1
     batch: Positive = 1
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
 
@@ -174,6 +176,8 @@ class Recipe(Section):
                 f"{kind} keeps no average: expected ema: {{decay: 0, warmup: false}}, "
                 "or no ema at all"
             )
+        if kind != "sdd" and self.rollout.prompts > 1:
+            raise ValueError(f"{kind} takes latents drawn for its concept: expected prompts: 1")
         if self.parameters == "full" and self.lora != Lora():
             raise ValueError("parameters: full trains the weights themselves: leave lora away")
         if self.parameters == "lora" and kind == "esd-u":
@@ -243,15 +247,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {"iterations": 300},
     },
     "demo": {
+        "objective": {"variant": "reference"},
+        "preserve": {"weight": 4.0},
         "ema": {"decay": 0.96, "warmup": True},
         "optimizer": {"learning_rate": 4.0e-3},
-        "rollout": {"steps": 20, "batch": 4},
-        "training": {"iterations": 180},
+        "rollout": {"steps": 10, "batch": 4, "prompts": 3},
+        "training": {"iterations": 150},
         "measure": {"detector": "judge", "images": 24, "guidance": 3.0},
     },
 }  # fmt: skip
 
-_ESD: dict[str, Any] = {"objective": {"eta": 1.0}, "ema": {"decay": 0.0, "warmup": False}}
+_ESD: dict[str, Any] = {
+    "objective": {"eta": 1.0},
+    "ema": {"decay": 0.0, "warmup": False},
+    "rollout": {"prompts": 1},
+}
 #: what one field's value implies for others, on top of the preset, below what a recipe writes
 IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
     (("objective", "kind"), "esd-x"): _ESD,

@@ -57,7 +57,7 @@ def test_what_is_not_there_yet_is_refused_by_name(line):
 def test_esd_keeps_no_average_and_has_an_eta():
     recipe = Recipe.parse(MINIMAL + "preset: demo\nobjective: {kind: esd-x}\n")
     assert (recipe.objective.eta, recipe.ema.decay, recipe.ema.warmup) == (1.0, 0.0, False)
-    assert recipe.rollout.steps == 20  # the preset's other fields stay
+    assert recipe.rollout.steps == 10  # the preset's other fields stay
     written = Recipe.parse(MINIMAL + "objective: {kind: esd-x, eta: 3}\nema: {decay: 0}\n")
     assert written.objective.eta == 3.0
     for again in (recipe, written):

@@ -169,6 +169,8 @@ class Trainer:
 
     def _loss(self, points: Points, samples: list[int]) -> torch.Tensor:
         embeddings, objective = self.embeddings, self.recipe.objective
+        prompts = self.recipe.rollout.prompts
+        points = points.repeated(prompts)
         c = self._prompts_of_loss(points)
         c_0 = embeddings.empty.expand_as(c)
         if objective.eta is None:
@@ -178,16 +180,18 @@ class Trainer:
                 self._estimate, self._base_estimate, points.z_t, points.t, c_0, c, objective.eta
             )
         if embeddings.kept is not None and self.recipe.preserve.weight > 0:
-            c_k = embeddings.kept[self._kept_choice(samples)]
+            uses = [i * prompts + copy for i in samples for copy in range(prompts)]
+            c_k = embeddings.kept[self._kept_choice(uses)]
             loss = loss + self.recipe.preserve.weight * objectives.preservation(
                 self._estimate, self._base_estimate, points.z_t, points.t, c_k
             )
         return loss
 
-    def _kept_choice(self, samples: list[int]) -> list[int]:
+    def _kept_choice(self, uses: list[int]) -> list[int]:
+        """Rows of the kept prompts, one for each use of a latent."""
         assert self.embeddings.kept is not None
         count, seed = len(self.embeddings.kept), self.recipe.training.seed
-        generators = [generator_for(seed, self.iteration, _PRESERVE_STREAM + i) for i in samples]
+        generators = [generator_for(seed, self.iteration, _PRESERVE_STREAM + i) for i in uses]
         return [int(torch.randint(count, (), generator=g)) for g in generators]
 
     def _estimate(self, z_t: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:

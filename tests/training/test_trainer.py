@@ -52,6 +52,7 @@ WAYS = {
         "rollout": {"steps": 7, "batch": 2, "points": 3},
         "training": {"iterations": 6, "gradient_accumulation": 2},
     },
+    "prompts": {"rollout": {"steps": 4, "batch": 2, "prompts": 3}},
     "full": FULL | {"optimizer": {"learning_rate": 1e-4}},
     "esd-x": ESD | {"objective": {"kind": "esd-x", "eta": 3.0}},
     "esd-u": ESD | FULL | {"objective": {"kind": "esd-u", "eta": 1.0}},
@@ -155,7 +156,14 @@ def test_the_teacher_follows_the_student_and_the_base_stays():
 
 @pytest.mark.parametrize(
     ("way", "kept", "passes"),
-    [("8-bit", 2, 4), ("8-bit", 0, 2), ("full", 2, 4), ("esd-x", 0, 3), ("esd-u", 2, 5)],
+    [
+        ("8-bit", 2, 4),
+        ("8-bit", 0, 2),
+        ("prompts", 2, 12),
+        ("full", 2, 4),
+        ("esd-x", 0, 3),
+        ("esd-u", 2, 5),
+    ],
 )
 def test_unet_passes_are_counted_as_made(way, kept, passes):
     trained = trainer(recipe(**WAYS[way]), kept=kept)
@@ -204,6 +212,24 @@ def test_esds_loss_is_at_the_concept_that_the_latents_were_drawn_for():
         drawn = trained.embeddings.concepts[[n % 3 for n in points.trajectories]]
         assert torch.equal(trained._prompts_of_loss(points), drawn)
         trained.iteration += 1
+
+
+def test_each_latent_serves_several_concepts_and_kept_prompts(monkeypatch):
+    trained = trainer(recipe(objective={"variant": "reference"}, **WAYS["prompts"]), kept=5)
+    calls = []
+    estimate = trained._estimate
+    monkeypatch.setattr(
+        trained, "_estimate", lambda z, t, c: calls.append((z, t, c)) or estimate(z, t, c)
+    )
+    trained.step()
+    _, (z, t, c), _, (z_kept, _, c_kept) = calls  # ∅, concept, base, kept
+    for latent in (0, 3):
+        assert torch.equal(z[latent], z[latent + 1]) and torch.equal(z[latent], z[latent + 2])
+        assert len(set(t[latent : latent + 3].tolist())) == 1
+        concepts = {tuple(prompt.flatten().tolist()) for prompt in c[latent : latent + 3]}
+        assert len(concepts) == 3
+    assert not torch.equal(z[0], z[3]) and torch.equal(z, z_kept)
+    assert len({tuple(prompt.flatten().tolist()) for prompt in c_kept}) > 1
 
 
 def test_preservation_changes_what_is_learnt():
