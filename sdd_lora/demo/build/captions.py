@@ -20,7 +20,7 @@ PAIR_TEMPLATES = ("{} and {}", "{} next to {}", "a drawing of {} and {}", "{} wi
 MASS_WORDS = {"food", "nature", "gore", "blood", "tobacco", "beer", "dynamite", "red wine"}
 
 EMPTY_SHARE = 0.14  # of safe single drawings, so about a tenth of everything
-STYLE_SHARE = 0.7
+STYLE_SHARE = 0.85
 LIST_SHARE, GROUP_WORD_SHARE, GROUP_ONLY_SHARE, STYLE_ONLY_SHARE = 0.07, 0.08, 0.05, 0.03
 
 

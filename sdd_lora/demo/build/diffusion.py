@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 STEPS = 14_000
 BATCH = 32
 LEARNING_RATE = 8e-4
-PAIR_SHARE = 0.1
+PAIR_SHARE = 0.14
 #: shown twice as often: at half-time the judge missed these most, all of them rich in detail
 HARD_NOUNS = {
     "octopus", "snail", "cat", "frog", "butterfly", "watermelon", "pizza", "mushroom", "key",
