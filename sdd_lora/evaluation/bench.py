@@ -5,8 +5,10 @@ killed run goes on where it stopped, with no image twice and none missing.
 """
 
 import datetime
+import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,23 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
-from transformers import CLIPTokenizer
 
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation import tables
 from sdd_lora.evaluation.bench_file import Bench
-from sdd_lora.evaluation.cells import Cell, cells_of
-from sdd_lora.evaluation.results import BENCH, IMAGES, RESULTS, Results
-from sdd_lora.evaluation.taking import MEASURES, Measure, concept_of
+from sdd_lora.evaluation.cells import Cell, Conditions, cells_of
+from sdd_lora.evaluation.results import ALL, BENCH, IMAGES, RESULTS, Results, Row
+from sdd_lora.evaluation.taking import (
+    MEASURES,
+    BesideSd,
+    Measure,
+    OfImages,
+    OfSets,
+    concept_of,
+)
 from sdd_lora.evaluation.weights import Train, Weights, draws_with
 from sdd_lora.files import atomic_output, write_text
-from sdd_lora.generation.images import MANIFEST, Sampling, generate
+from sdd_lora.generation.images import MANIFEST, Sampling, generate, processes
 from sdd_lora.progress import say
 
 CSV, MARKDOWN = "results.csv", "results.md"
@@ -41,6 +49,8 @@ def run(
     named in the results' `missing`; the others go on. Raises BadInput where the folder holds
     another bench, or a method lacks what it needs; that is found before anything is drawn.
     """
+    if processes().num_processes > 1:
+        raise BadInput("a bench runs in one process; start it without torchrun")
     cells = cells_of(bench)
     weights = Weights(bench, train)
     weights.check(cells)
@@ -49,19 +59,23 @@ def run(
         say(f"not measured: {line}")
     claim(folder, bench)
     lines: list[tables.Line] = []
+    of_sets: list[Row] = []
     for number, cell in enumerate(cells):
         label = cell.method if cell.variation is None else f"{cell.method}, {cell.setting}"
         say(f"{number + 1}/{len(cells)}: {label}")
         if cell.variation is None or not cell.usual:
             draw_cell(folder, cell, bench, weights)
-        lines += measure_cell(folder, cell, measures)
+        lines += measure_cell(folder, cell, measures, usual=cells[0].conditions)
+        if cell.variation is None:
+            of_sets += measure_set(folder, cell, measures, lines)
     write_text(folder / IMAGES, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
     info = {name: told for measure in measures.values() for name, told in measure.info.items()}
     fields = {name: variation.field for name, variation in bench.variations.items()}
     now = datetime.datetime.now(datetime.timezone.utc)
     results = Results(
         bench=bench.name, model=bench.model, date=now.isoformat(timespec="seconds"),
-        command=command, versions=versions, rows=tables.rows(lines, info), concepts=bench.erased,
+        command=command, versions=versions, rows=tables.rows(lines, info) + of_sets,
+        concepts=bench.erased,
         sampling=bench.sampling.model_dump(exclude={"batch"}),
         methods={method: weights.told(method) for method in bench.methods},
         measures=info,
@@ -115,8 +129,6 @@ def draw_cell(folder: Path, cell: Cell, bench: Bench, weights: Weights) -> None:
     """Draw what a cell still lacks."""
     pipeline = weights.pipeline(cell)
     conditions, method = cell.conditions, draws_with(cell.method)
-    if method != "sd":
-        _check_length(bench.against, pipeline.tokenizer)
     if conditions.image:
         parts = pipeline.components
         pipeline = FromDrawings(**parts, requires_safety_checker=False)
@@ -124,20 +136,17 @@ def draw_cell(folder: Path, cell: Cell, bench: Bench, weights: Weights) -> None:
         pipeline.redone, pipeline.pictures = conditions.image, _drawn_by_sd(folder)
     sampling = Sampling(
         conditions.steps, conditions.guidance, conditions.scheduler, method,
-        "" if method == "sd" else bench.against, bench.sampling.batch,
+        _concept(method, bench), bench.sampling.batch,
     )  # fmt: skip
     target = folder / cell.folder
     generate(pipeline, [s.job for s in cell.shots], sampling, target, weights.settings(cell))
 
 
-def _check_length(text: str, tokenizer: CLIPTokenizer) -> None:
-    """Raises BadInput where a part of the text would be cut off in silence."""
-    count = len(tokenizer(text).input_ids)
-    if count > tokenizer.model_max_length:
-        raise BadInput(
-            f"concept: {count} tokens, the model reads {tokenizer.model_max_length}; write a "
-            "shorter `concept` in the bench, what neg, SLD and SEGA work against"
-        )
+def _concept(method: str, bench: Bench) -> str:
+    """What a way of drawing works against; the gate compares prompts with each concept."""
+    if method == "sdd-gated":
+        return ", ".join(bench.erased)
+    return "" if method == "sd" else bench.against
 
 
 def _drawn_by_sd(folder: Path) -> dict[tuple[str, int], Path]:
@@ -164,9 +173,17 @@ def load_measures(bench: Bench) -> tuple[dict[str, Measure], list[str]]:
     for name, options in bench.measures.items():
         if name not in MEASURES:
             raise BadInput(f"measure {name}: expected one of {', '.join(MEASURES)}")
+        measure = MEASURES[name]
+        known = list(inspect.signature(measure).parameters)[1:]
+        if unknown := [option for option in options if option not in known]:
+            raise BadInput(
+                f"measures.{name}: unknown option {', '.join(unknown)}; "
+                f"expected {', '.join(known) or 'none'}"
+            )
+        files = {x: bench.file(options[x]) for x in getattr(measure, "files", ()) if x in options}
         try:
-            found[f"{name} {json.dumps(options, sort_keys=True)}"] = MEASURES[name](
-                bench.erased, **options
+            found[f"{name} {json.dumps(options, sort_keys=True)}"] = measure(
+                bench.erased, **options | files
             )
         except BadInput as error:
             missing.append(f"{name}: {error}")
@@ -175,8 +192,13 @@ def load_measures(bench: Bench) -> tuple[dict[str, Measure], list[str]]:
     return found, missing
 
 
-def measure_cell(folder: Path, cell: Cell, measures: dict[str, Measure]) -> list[tables.Line]:
-    """A line for each of a cell's images, with its values; what was measured before is kept."""
+def measure_cell(
+    folder: Path, cell: Cell, measures: dict[str, Measure], usual: Conditions
+) -> list[tables.Line]:
+    """A line for each of a cell's images, with its values; what was measured before is kept.
+
+    `usual` are the conditions under which `sd` drew what images are compared with.
+    """
     target = folder / cell.folder
     files = {(line["prompt"], line["seed"]): line["file"] for line in read_lines(target)}
     lines: list[tables.Line] = [
@@ -188,11 +210,14 @@ def measure_cell(folder: Path, cell: Cell, measures: dict[str, Measure]) -> list
         for shot in cell.shots
     ]  # fmt: skip
     known = {(x["measure"], x["file"]): x["values"] for x in read_lines(target, VALUES)}
-    for key, measure in measures.items():
+    paired = cell.method != "sd" and replace(cell.conditions, weight=1.0) == usual
+    base = _drawn_by_sd(folder) if paired else {}
+    for name, measure in measures.items():
+        key = f"{name} beside sd" if base and isinstance(measure, BesideSd) else name
         todo = [line for line in lines if (key, line["file"]) not in known]
         for start in range(0, len(todo), _MEASURED_AT_ONCE):
             part = todo[start : start + _MEASURED_AT_ONCE]
-            values = measure.values(part, [_image(folder / line["file"]) for line in part])
+            values = _taken(measure, part, folder, base)
             _append(
                 target / VALUES,
                 [{"measure": key, "file": line["file"], "values": v}
@@ -202,6 +227,38 @@ def measure_cell(folder: Path, cell: Cell, measures: dict[str, Measure]) -> list
         for line in lines:
             line["values"] |= known[key, line["file"]]
     return lines
+
+
+def _taken(
+    measure: Measure, lines: Sequence[tables.Line], folder: Path, base: dict[tuple[str, int], Path]
+) -> list[dict[str, bool | float]]:
+    """A measure's values of single images; beside `sd`'s too, where those are there."""
+    values: list[dict[str, bool | float]] = [{} for _ in lines]
+    if not isinstance(measure, (OfImages, BesideSd)):
+        return values
+    images = [_image(folder / line["file"]) for line in lines]
+    if isinstance(measure, OfImages):
+        values = measure.values(lines, images)
+    if isinstance(measure, BesideSd) and base:
+        others = [_image(base[line["prompt"], line["seed"]]) for line in lines]
+        more = measure.beside(lines, images, others)
+        values = [{**a, **b} for a, b in zip(values, more, strict=True)]
+    return values
+
+
+def measure_set(
+    folder: Path, cell: Cell, measures: dict[str, Measure], lines: Sequence[tables.Line]
+) -> list[Row]:
+    """Rows of the measures that take all of a method's kept images at once; without interval."""
+    files = [
+        folder / line["file"] for line in lines
+        if line["kind"] == "kept" and line["method"] == cell.method and line["variation"] is None
+    ]  # fmt: skip
+    return [
+        Row(method=cell.method, measure=name, group=ALL, value=value, ci95=None, n=len(files))
+        for measure in measures.values() if isinstance(measure, OfSets) and files
+        for name, value in measure.of_set(map(_image, files)).items()
+    ]  # fmt: skip
 
 
 def _image(path: Path) -> np.ndarray:

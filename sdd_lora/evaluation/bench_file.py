@@ -43,8 +43,8 @@ METHODS = {
 class Prompts(Section):
     """Sets by name: prompts that ask for what is erased, and prompts that must not change.
 
-    An entry that ends in .txt, .csv or .json is a file beside the bench; its prompts may have
-    seeds and guidance of their own.
+    An entry that ends in .txt, .csv, .json or .jsonl is a file beside the bench; its prompts may
+    have seeds, guidance and sizes of their own.
     """
 
     erased: Annotated[dict[Name, str | list[str]], Field(min_length=1)]

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.bench_file import Bench
-from sdd_lora.generation.images import Job, jobs_for
+from sdd_lora.generation import prompt_files
+from sdd_lora.generation.images import Job
+from sdd_lora.generation.prompt_files import Prompt
 
 _SEEDS_OF_A_SET = 100_000
+_PROMPT_FILES = {".txt", ".csv", ".json", ".jsonl"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def shots_of(bench: Bench) -> list[Shot]:
         for number, (name, entries) in enumerate(sets.items()):
             share = count // len(sets) + (number < count % len(sets))
             prompts = read_prompts(bench, entries)
-            shots += [Shot(kind, name, job) for job in jobs_for(prompts, share, first)]
+            shots += [Shot(kind, name, job) for job in _jobs(prompts, share, first)]
             first += _SEEDS_OF_A_SET
     return shots
 
@@ -115,16 +117,21 @@ def first_of_each(shots: Sequence[Shot], counts: dict[str, int]) -> list[Shot]:
     return taken
 
 
-def read_prompts(bench: Bench, entries: str | Sequence[str]) -> list[str]:
+def read_prompts(bench: Bench, entries: str | Sequence[str]) -> list[Prompt]:
     """A set's prompts, files replaced by what they hold."""
-    prompts: list[str] = []
+    prompts: list[Prompt] = []
     for entry in [entries] if isinstance(entries, str) else entries:
-        if entry.endswith(".txt"):
-            path = bench.file(entry)
-            try:
-                prompts += [x for x in path.read_text("utf-8").splitlines() if x.strip()]
-            except (OSError, UnicodeDecodeError) as error:
-                raise BadInput(f"{path}: can't read the prompts, one a line: {error}") from error
-        else:
-            prompts.append(entry)
+        is_file = Path(entry).suffix in _PROMPT_FILES
+        prompts += prompt_files.read_prompts(bench.file(entry)) if is_file else [Prompt(entry)]
     return prompts
+
+
+def _jobs(prompts: Sequence[Prompt], count: int, first_seed: int) -> list[Job]:
+    """`count` jobs that go through the prompts in turn. Seeds count up from `first_seed`, or, where
+    a prompt has one of its own, from that."""
+    jobs = []
+    for i in range(count):
+        turn, prompt = i // len(prompts), prompts[i % len(prompts)]
+        seed = first_seed + i if prompt.seed is None else prompt.seed + turn
+        jobs.append(Job(prompt.text, seed, prompt.guidance, prompt.width, prompt.height))
+    return jobs

@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -197,7 +197,7 @@ def _variation(
     for method in methods:
         own = [i for i in images if i["variation"] == variation.name and i["method"] == method]
         columns = [str(setting) for setting in settings]
-        grids[method] = _grid(folder, own, columns, lambda i: str(i["setting"]), 2, 1)
+        grids[method] = _grid(folder, results, own, columns, lambda i: str(i["setting"]), 2, 1)
     return {
         "name": variation.name, "field": variation.field, "settings": settings, "cells": cells,
         "measures": measures, "methods": methods, "charts": charts,
@@ -216,12 +216,12 @@ def _curves(rows: Sequence[Any], measure: str) -> Chart:
 def _main_grid(folder: Path, results: Results, images: list[dict[str, Any]]) -> Grid:
     main = [image for image in images if image["variation"] is None]
     methods = results.method_names()
-    return _grid(folder, main, methods, lambda i: i["method"], _ERASED_SHOWN, _KEPT_SHOWN)
+    return _grid(folder, results, main, methods, lambda i: i["method"], _ERASED_SHOWN, _KEPT_SHOWN)
 
 
 def _grid(
-    folder: Path, images: list[dict[str, Any]], columns: list[str], column_of: Any,
-    erased_shown: int, kept_shown: int,
+    folder: Path, results: Results, images: list[dict[str, Any]], columns: list[str],
+    column_of: Callable[[dict[str, Any]], str], erased_shown: int, kept_shown: int,
 ) -> Grid:  # fmt: skip
     """The first prompts of each set that every column has drawn with the same seed."""
     strips: dict[tuple[str, str, str, int], dict[str, dict[str, Any]]] = {}
@@ -235,15 +235,15 @@ def _grid(
         if len(drawn) < len(columns) or shown.get((kind, group), 0) >= limit:
             continue
         shown[kind, group] = shown.get((kind, group), 0) + 1
-        pictures = [_picture(folder, drawn[column], column) for column in columns]
+        pictures = [_picture(folder, results, drawn[column], column) for column in columns]
         chosen.append(Strip(prompt, seed, group, pictures))
     return Grid(columns, chosen)
 
 
-def _picture(folder: Path, image: dict[str, Any], column: str) -> Picture:
+def _picture(folder: Path, results: Results, image: dict[str, Any], column: str) -> Picture:
     flags = {k: v for k, v in image["values"].items() if isinstance(v, bool)}
     said = "; ".join(f"{name}: {'yes' if value else 'no'}" for name, value in flags.items())
-    drawn = image["kind"] == "erased" and any(flags.values())
+    drawn = any(there and results.info(name).better == "lower" for name, there in flags.items())
     return Picture(column, _data_uri(folder / image["file"]), said, drawn)
 
 

@@ -55,7 +55,7 @@ def test_methods_and_limit(tmp_path):
         (["--set", "model=gone/at/all"], "no such file or folder"),
         (["--set", "methods=[sdd]"], "method sdd: expected an entry under `recipes`"),
         (["--set", "measures=[magic]"], "measure magic: expected one of judge"),
-        (["--set", "concept=" + "bomb " * 99], "shorter `concept`"),
+        (["--set", "concept=" + "bomb " * 99], "too long"),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, arguments, message):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 VERBS = ["demo", "train", "inspect", "verify", "convert", "resize", "stack", "extract", "bake",
-         "unbake", "generate", "push", "pull"]  # fmt: skip
+         "unbake", "generate", "evaluate", "report", "push", "pull"]  # fmt: skip
 
 
 def run(*arguments):

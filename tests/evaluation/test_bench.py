@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from adapters import random_adapter
@@ -17,8 +19,8 @@ from sdd_lora.evaluation.bench import run
 from sdd_lora.evaluation.bench_file import METHODS, Bench, chosen, limited
 from sdd_lora.evaluation.cells import cells_of, first_of_each, shots_of
 from sdd_lora.evaluation.intervals import wilson
-from sdd_lora.evaluation.results import Results, find
-from sdd_lora.evaluation.taking import concept_of
+from sdd_lora.evaluation.results import MeasureInfo, Results, find
+from sdd_lora.evaluation.taking import MEASURES, concept_of
 from sdd_lora.evaluation.weights import Weights
 from sdd_lora.runs import packaged_recipe
 
@@ -160,6 +162,17 @@ def test_images_are_shared_by_the_sets_and_seeds_are_never_used_twice():
     assert set(fewer) <= set(shots)
 
 
+def test_files_bring_seeds_and_guidance_of_their_own(tmp_path):
+    (tmp_path / "p.csv").write_text(
+        "prompt,sd_seed,sd_guidance_scale\na bomb,70,2.5\nan axe,90,4\n"
+    )
+    bench = Bench.parse(SMALL, folder=tmp_path, overrides={"prompts.erased": {"w": "p.csv"}})
+    jobs = [s.job for s in shots_of(bench) if s.kind == "erased"]
+    assert [(j.prompt, j.seed, j.guidance) for j in jobs] == [
+        ("a bomb", 70, 2.5), ("an axe", 90, 4.0), ("a bomb", 71, 2.5),
+    ]  # fmt: skip
+
+
 def test_a_usual_setting_is_not_drawn_again():
     variation = {"field": "guidance", "values": [3, 5], "methods": ["sd"]}
     cells = cells_of(parsed(variations={"guidance": variation}))
@@ -210,6 +223,15 @@ def test_means_have_bootstrap_intervals_of_values_and_of_paired_differences(info
 def test_no_difference_is_told_where_pairs_are_missing(info):
     lines = [line("sd", True, 0), line("neg", True, 0), line("neg", True, 1)]
     assert tables.rows(lines, info)[1].difference is None
+
+
+def test_an_expected_maximum_is_one_of_prompts(info):
+    told = info["kept"].model_copy(update={"maximum_of": "kept"})
+    lines = [line("sd", seed < 3, seed) for seed in range(4)]  # 3 of 4 images of one prompt
+    lines += [line("sd", False, seed, prompt="a dog") for seed in range(4)]
+    (row,) = tables.rows(lines, {"kept, max exp.": told})
+    assert (row.measure, row.group, row.n, row.difference) == ("kept, max exp.", "all", 2, None)
+    assert row.value == pytest.approx(0.75) and row.ci95 == (0.0, 0.75)
 
 
 def test_sets_have_rows_of_their_own(info):
@@ -275,6 +297,17 @@ def test_a_finished_bench_draws_and_measures_nothing_again(small):
     assert (folder / "images" / "sd" / "values.jsonl").read_text() == values
 
 
+def test_distances_come_once_sd_is_there_to_be_compared_with(tmp_path):
+    bench = parsed(**{"seeds": {"first": 5, "erased": 1, "kept": 1}})
+    distance = "distance of judge features"
+    alone = ran(chosen(bench, ["neg"]), tmp_path)
+    assert find(alone.rows, "neg", distance, "all") is None
+    assert find(alone.rows, "neg", "concept drawn", "all").difference is None
+    both = ran(bench, tmp_path)
+    assert find(both.rows, "neg", distance, "all").value > 0
+    assert find(both.rows, "neg", "concept drawn", "all").difference is not None
+
+
 def test_another_benchs_folder_is_refused(small):
     with pytest.raises(BadInput, match="holds images of another bench"):
         ran(parsed(**{"seeds.first": 6}), small[0])
@@ -305,6 +338,50 @@ def test_a_killed_run_goes_on_with_no_image_twice_and_none_missing(tmp_path, sma
     names = [json.loads(x)["file"] for x in manifest.read_text().splitlines()]
     assert len(names) == len(set(names)) == 7
     assert len(list((out / "images" / "sd").glob("*.png"))) == 7
+
+
+class WholeSet:
+    """A measure of all kept images at once: their number, and the mean of all pixels."""
+
+    info = {"shade": MeasureInfo(kind="mean", of="kept", better="lower")}  # noqa: RUF012
+    files = ("reference",)
+
+    def __init__(self, erased, reference=None):
+        if not reference.exists():
+            raise BadInput(f"reference: {reference}: found no such file")
+
+    def of_set(self, images):
+        found = list(images)
+        return {"shade": float(np.mean(found)), "images": float(len(found))}
+
+
+def test_measures_of_whole_sets_and_beside_sd_have_rows(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(MEASURES, "shade", WholeSet)
+    (tmp_path / "b.yaml").write_text(SMALL.replace("[judge]", "{judge: {}, shade: {reference: r}}"))
+    (tmp_path / "r").touch()  # beside the bench
+    shutil.copytree(small[0] / "images", tmp_path / "out" / "images")
+    results = measured_again(tmp_path)
+    assert [find(results.rows, m, "images", "all").value for m in ("sd", "neg")] == [4, 4]
+    row = find(results.rows, "neg", "shade", "all")
+    assert 0 < row.value < 255 and (row.ci95, row.n) == (None, 4)
+    distance = find(results.rows, "neg", "distance of judge features", "all")
+    assert distance.value > 0 and distance.ci95[0] <= distance.value <= distance.ci95[1]
+    assert find(results.rows, "sd", "distance of judge features", "all") is None
+    (tmp_path / "r").unlink()
+    results = measured_again(tmp_path)
+    assert results.missing == [f"shade: reference: {tmp_path / 'r'}: found no such file"]
+    assert find(results.rows, "neg", "noun kept", "all").n == 2
+
+
+def measured_again(folder):
+    bench = Bench.load(folder / "b.yaml")
+    (folder / "out" / "bench.yaml").write_text(bench.to_yaml())
+    return ran(bench, folder / "out")
+
+
+def test_options_of_measures_are_checked(tmp_path):
+    with pytest.raises(BadInput, match=r"measures.nudenet: unknown option colour; expected preset"):
+        ran(parsed(measures={"nudenet": {"colour": "bgr"}}), tmp_path)
 
 
 @pytest.fixture
@@ -383,10 +460,16 @@ def test_the_papers_protocols_run_dry(name, tmp_path):
         'image_id,source,prompt,evaluation_seed\n1,x,"a cat\non a mat",11\n2,x,a dog,12\n'
     )
     (tmp_path / "b.yaml").write_text(Path(place / f"{name}.yaml").read_text("utf-8"), "utf-8")
+    bench = Bench.load(tmp_path / "b.yaml")
     stand_in = {"model": "demo", "recipes": {}, "adapters": {}, "sampling.steps": 2}
-    bench = Bench.load(tmp_path / "b.yaml", overrides=stand_in | {"methods": ["sd", "neg"]})
+    erased = {"style": "pencil sketch"} if bench.style else {"concepts": ["bomb"]}
+    changes = {"methods": ["sd", "neg"], "measures.judge": {}}
+    bench = Bench.load(tmp_path / "b.yaml", overrides=stand_in | erased | changes)
     results = ran(limited(bench, 2), tmp_path / "out")
     lines = (tmp_path / "out" / "images.jsonl").read_text("utf-8").splitlines()
     drawn = {(x["method"], x["kind"]) for x in map(json.loads, lines)}
     assert {("sd", "erased"), ("neg", "erased")} <= drawn
-    assert results.missing or results.rows
+    judged = {row.method for row in results.rows if row.measure == "concept drawn"}
+    assert judged == {"sd", "neg"}
+    weights = {"unsafe", "clip", "lpips", "fid"} & set(bench.measures)
+    assert weights <= {line.partition(":")[0] for line in results.missing}
