@@ -1,5 +1,6 @@
 """`sdd-lora generate`."""
 
+import logging
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +30,13 @@ def generate(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for images and manifest.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file of prompts, one a line.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of prompts: .txt (one a line), .csv, .json or .jsonl (I2P's, COCO's and "
+            "ESD's columns are known); its seeds, guidance and sizes are used."
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -38,16 +45,34 @@ def generate(
             metavar="A[:w]",
         ),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="A UNet's weights, whole or partial, instead of the model's."),
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="How to draw: sd (as is), or neg (--concept as negative prompt).")
+        str,
+        typer.Option(
+            help="How to draw: sd (as is), neg (--concept as negative prompt), sld-weak, "
+            "sld-medium, sld-strong, sld-max, sega, or sdd-gated (adapters by the prompt's "
+            "nearness to --concept)."
+        ),
     ] = "sd",
-    concept: Annotated[str, typer.Option(help="The concept that --method works against.")] = "",
+    concept: Annotated[
+        str,
+        typer.Option(help="What --method works against; for sdd-gated several, with commas."),
+    ] = "",
     images: Annotated[int, typer.Option(help="Images a prompt.", min=1)] = 1,
     seed: Annotated[
-        int, typer.Option(help="Seed of the first image; the others count up.", min=0)
+        int,
+        typer.Option(
+            help="Seed of the first image; the others count up. Not for prompts with their own.",
+            min=0,
+        ),
     ] = 0,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1, max=1000)] = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
     scheduler: Annotated[Scheduler, typer.Option(help="Sampler.")] = Scheduler.ddim,
     batch: Annotated[int, typer.Option(help="Images drawn at once; changes no image.", min=1)] = 8,
 ) -> Result:
@@ -59,38 +84,44 @@ def generate(
 
         sdd-lora generate demo --prompt "a cat and a bomb" -o out
 
-        sdd-lora generate demo --prompts prompts.txt --adapter runs/demo-weapons:0.8 -o out
+        sdd-lora generate demo --prompts prompts.csv --adapter runs/demo-weapons:0.8 -o out
+
+        sdd-lora generate demo --prompt "a bomb" --method sld-strong --concept bomb -o out
+
+    Several processes share the images: `torchrun --nproc-per-node 2 -m sdd_lora generate …`.
     """  # fmt: skip
-    texts = [*(prompt or []), *(_lines(prompts) if prompts else [])]
+    from sdd_lora.generation.prompt_files import Prompt, read_prompts
+
+    texts = [*map(Prompt, prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not texts:
         raise BadInput("no prompt: give --prompt TEXT or --prompts FILE")
     adapters = [weighted(a) for a in adapter or []]
 
-    from sdd_lora.generation.images import Job, Sampling, check_sampling
+    from sdd_lora.files import sha256_of
+    from sdd_lora.generation.images import Sampling, check_sampling, jobs_of, processes
     from sdd_lora.generation.images import generate as draw_images
     from sdd_lora.generation.pipeline import load_adapters, load_pipeline
 
-    sampling = Sampling(steps, guidance, scheduler.value, method, concept, batch)
-    check_sampling(sampling)
+    sampling = Sampling(
+        steps, guidance, scheduler.value, method, concept, batch, width=width, height=height
+    )
+    jobs = jobs_of(texts, images, seed)
+    check_sampling(sampling, jobs)
+    is_main = processes().is_main_process
+    if not is_main:
+        logging.getLogger("sdd_lora").setLevel(logging.WARNING)  # one process speaks for all
     loaded = load_adapters(adapters)
-    pipeline = load_pipeline(model, loaded)
-    jobs = [Job(text, seed + i * images + k) for i, text in enumerate(texts) for k in range(images)]
+    pipeline = load_pipeline(model, loaded, weights=weights)
     settings = {
         "model": model,
         "adapters": [
             {"adapter": name, "weight": w, "identity": a.identity}
             for (name, w), (a, _) in zip(adapters, loaded, strict=True)
         ],
+        "weights": None if weights is None else sha256_of(weights),
     }
     drawn = draw_images(pipeline, jobs, sampling, output, settings)
+    if not is_main:
+        raise typer.Exit
     text = f"{drawn} images drawn, {len(jobs)} in {output}"
     return Result({"folder": str(output), "images": len(jobs), "drawn": drawn}, text)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"{path}: expected a text file of prompts, can't read it: {error}"
-        ) from error

@@ -2,36 +2,50 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from sdd_lora.errors import BadInput
-from sdd_lora.files import atomic_output
-from sdd_lora.generation.methods import METHODS
+from sdd_lora.files import atomic_output, locked, write_text
+from sdd_lora.generation.methods import METHODS, gated
 from sdd_lora.generation.pipeline import set_scheduler
-from sdd_lora.progress import progress
+from sdd_lora.generation.prompt_files import Prompt
+from sdd_lora.progress import progress, warn
+from sdd_lora.prompts import cut_off
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "settings.json"
+#: where processes write before all are done; the first one writes the manifest itself
+_PART = "manifest.{}.jsonl"
+_WAIT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One image to draw."""
+    """One image to draw; what is None is as the sampling has it. Sizes are in pixels."""
 
     prompt: str
     seed: int
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn; `method` is one of the method ids, `concept` what it works against."""
+    """How images are drawn; `method` is one of the method ids, `concept` what it works against.
+
+    Width and height count pixels, a multiple of 8; None is the model's own size.
+    """
 
     steps: int = 25
     guidance: float = 7.5
@@ -39,17 +53,37 @@ class Sampling:
     method: str = "sd"
     concept: str = ""
     batch: int = 8
+    width: int | None = None
+    height: int | None = None
+
+    def for_job(self, job: Job) -> "Sampling":
+        """With what the job has of its own."""
+        own: dict[str, Any] = {
+            "guidance": job.guidance, "width": job.width, "height": job.height
+        }  # fmt: skip
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raises BadInput for a method that is not there, or that lacks its concept."""
+def check_sampling(sampling: Sampling, jobs: Sequence[Job] = ()) -> None:
+    """Raises BadInput for a method that is not there, lacks its concept, or would do nothing; and
+    for sizes that can't be drawn."""
     if sampling.method not in METHODS:
         known = ", ".join(METHODS)
         raise BadInput(f"--method {sampling.method}: not available; expected one of: {known}")
-    if sampling.method != "sd" and not sampling.concept:
+    if sampling.method != "sd" and not sampling.concept.strip(", "):
         raise BadInput(f"--method {sampling.method}: needs --concept, what it works against")
     if sampling.method == "sd" and sampling.concept:
         raise BadInput("--concept: nothing works against it; give a --method, such as neg")
+    every = {sampling.for_job(job) for job in jobs} or {sampling}
+    lowest = min(own.guidance for own in every)
+    if sampling.method == "neg" and lowest <= 1:
+        raise BadInput(
+            f"--method neg: a negative prompt does nothing without guidance; expected a guidance "
+            f"above 1, found {lowest:g}"
+        )
+    for side in (side for own in every for side in (own.width, own.height)):
+        if side is not None and (side <= 0 or side % 8):
+            raise BadInput(f"width and height: expected multiples of 8, found {side}")
 
 
 def jobs_for(prompts: Sequence[str], count: int, first_seed: int) -> list[Job]:
@@ -57,24 +91,51 @@ def jobs_for(prompts: Sequence[str], count: int, first_seed: int) -> list[Job]:
     return [Job(prompts[i % len(prompts)], first_seed + i) for i in range(count)]
 
 
+def jobs_of(prompts: Sequence[Prompt], images: int, first_seed: int) -> list[Job]:
+    """`images` jobs for each prompt; seeds count up from the prompt's own where it has one, and
+    from `first_seed` through all prompts where not."""
+    jobs = []
+    for number, prompt in enumerate(prompts):
+        start = first_seed + number * images if prompt.seed is None else prompt.seed
+        own = (prompt.guidance, prompt.width, prompt.height)
+        jobs += [Job(prompt.text, start + k, *own) for k in range(images)]
+    return jobs
+
+
 def draw(
     pipeline: StableDiffusionPipeline, jobs: Sequence[Job], sampling: Sampling, description: str
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (index of the job, image (H, W, 3) uint8) for each job, in order.
+    """Yield (index of the job, image (H, W, 3) uint8) for each job.
 
-    Each image's noise comes from its own seed, drawn on the CPU, so that neither the batch nor the
-    device changes it.
+    They come in the jobs' order, unless some have a guidance or size of their own: a batch has one
+    of each. Each image's noise comes from its own seed, drawn on the CPU, so that neither the batch
+    nor the device changes it.
     """
     method = METHODS[sampling.method]
     set_scheduler(pipeline, sampling.scheduler)
     with progress(description, len(jobs)) as advance:
-        for start in range(0, len(jobs), sampling.batch):
-            part = jobs[start : start + sampling.batch]
+        for indices, own in _batches(jobs, sampling):
+            part = [jobs[index] for index in indices]
             generators = [torch.Generator().manual_seed(job.seed) for job in part]
-            images = method(pipeline, [job.prompt for job in part], generators, sampling)
-            for offset, image in enumerate(images):
-                yield start + offset, image
+            images = method(pipeline, [job.prompt for job in part], generators, own)
+            yield from zip(indices, images, strict=True)
             advance(len(part))
+
+
+def _batches(jobs: Sequence[Job], sampling: Sampling) -> Iterator[tuple[list[int], Sampling]]:
+    """Indices of the jobs that are drawn at once, with what they are drawn with."""
+    alike: dict[Sampling, list[int]] = {}
+    for index, job in enumerate(jobs):
+        alike.setdefault(sampling.for_job(job), []).append(index)
+    for own, indices in alike.items():
+        for start in range(0, len(indices), own.batch):
+            yield indices[start : start + own.batch], own
+
+
+def processes() -> PartialState:
+    """The processes that torchrun or accelerate started, which share the images; often just one."""
+    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return PartialState(cpu=not on_gpu, timeout=_WAIT)
 
 
 def generate(
@@ -83,33 +144,97 @@ def generate(
 ) -> int:  # fmt: skip
     """Draw what is still missing into `folder`; returns how many images were drawn now.
 
-    The manifest has one line an image: file, prompt, seed. `settings` (model, adapters) and the
-    sampling are kept beside it. Raises BadInput where the folder holds another run.
+    The manifest has one line an image, in the jobs' order: file, prompt, seed, and the guidance and
+    size that are its own. `settings` (model, adapters) and the sampling are kept beside it. Several
+    processes share the images; all return when all are drawn. Raises BadInput where the folder
+    holds another run, or another process draws into it.
     """
+    state = processes()
+    _check_fit(pipeline, sampling)
+    if state.is_main_process:
+        _tell_of_long_prompts(pipeline, jobs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: can't make this folder: {error.strerror}") from error
     settings = settings | asdict(sampling)
     del settings["batch"]
-    _claim(folder, settings)
-    done = _done(folder)
-    wanted = [(f"{i:05d}.png", job) for i, job in enumerate(jobs)]
-    for name, job in wanted:
-        if name in done and done[name] != job:
-            raise BadInput(
-                f"{folder / MANIFEST}: {name} is {done[name].prompt!r} with seed "
-                f"{done[name].seed}, not {job.prompt!r} with seed {job.seed}; choose another folder"
-            )
-    missing = [(name, job) for name, job in wanted if name not in done]
-    with open(folder / MANIFEST, "a", encoding="utf-8") as manifest:
+    with locked(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            _claim(folder, settings)
+            _tidy(folder)
+        state.wait_for_everyone()
+        missing = _missing(folder, jobs)
+        state.wait_for_everyone()  # nobody writes before all have read
+        mine = missing[state.process_index :: state.num_processes]
+        index = state.process_index
+        _draw_into(
+            folder, MANIFEST if index == 0 else _PART.format(index), pipeline, mine, sampling
+        )
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _tidy(folder)
+        state.wait_for_everyone()
+    return len(missing)
+
+
+def _draw_into(
+    folder: Path, manifest: str, pipeline: StableDiffusionPipeline,
+    missing: Sequence[tuple[str, Job]], sampling: Sampling,
+) -> None:  # fmt: skip
+    """Draw into the named files; an image is there before its line is."""
+    with open(folder / manifest, "a", encoding="utf-8") as lines:
         for index, image in draw(pipeline, [job for _, job in missing], sampling, "drawing"):
             name, job = missing[index]
             with atomic_output(folder / name) as file:
                 Image.fromarray(image).save(file, "PNG")
-            manifest.write(json.dumps({"file": name} | asdict(job), ensure_ascii=False) + "\n")
-            manifest.flush()
-    return len(missing)
+            lines.write(_line({"file": name} | asdict(job)))
+            lines.flush()
+
+
+def _missing(folder: Path, jobs: Sequence[Job]) -> list[tuple[str, Job]]:
+    """File names and jobs that the manifest lacks. Raises BadInput where it has other ones."""
+    path = folder / MANIFEST
+    done = {entry["file"]: _job(entry) for entry in _entries(path)} if path.exists() else {}
+    wanted = [(f"{i:05d}.png", job) for i, job in enumerate(jobs)]
+    for name, job in wanted:
+        if name in done and done[name] != job:
+            raise BadInput(
+                f"{path}: {name} is {_told(done[name])}, not {_told(job)}; choose another folder"
+            )
+    return [(name, job) for name, job in wanted if name not in done]
+
+
+def _job(entry: dict[str, Any]) -> Job:
+    return Job(**{name: value for name, value in entry.items() if name != "file"})
+
+
+def _told(job: Job) -> str:
+    own = {k: v for k, v in asdict(job).items() if v is not None and k != "prompt"}
+    return f"{job.prompt!r} with " + ", ".join(f"{name} {value}" for name, value in own.items())
+
+
+def _line(entry: dict[str, Any]) -> str:
+    told = {name: value for name, value in entry.items() if value is not None}
+    return json.dumps(told, ensure_ascii=False) + "\n"
+
+
+def _check_fit(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
+    """Raises BadInput where a method can't work with the pipeline: before anything is written."""
+    concepts = [sampling.concept]
+    if sampling.method == "sdd-gated":
+        gated.gated_layers(pipeline)
+        concepts = gated.concepts_of(sampling.concept)
+    for concept in concepts:
+        if lost := cut_off(pipeline.tokenizer, concept):
+            raise BadInput(f"--concept: too long: the model would not read {lost!r}")
+
+
+def _tell_of_long_prompts(pipeline: StableDiffusionPipeline, jobs: Sequence[Job]) -> None:
+    prompts = dict.fromkeys(job.prompt for job in jobs)
+    if long := sum(bool(cut_off(pipeline.tokenizer, prompt)) for prompt in prompts):
+        most = pipeline.tokenizer.model_max_length
+        warn(f"{long} of {len(prompts)} prompts are over {most} tokens; the rest is not read")
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
@@ -128,19 +253,33 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         file.write(json.dumps(settings, indent=2, ensure_ascii=False).encode())
 
 
-def _done(folder: Path) -> dict[str, Job]:
-    """Images that the manifest names and that are there; a line cut short by a kill is dropped."""
+def _tidy(folder: Path) -> None:
+    """Make the manifest one file with one line for each image that is there, in their order.
+
+    Lines that a kill cut short are dropped, and those of all processes' parts put in.
+    """
     path = folder / MANIFEST
-    if not path.exists():
-        return {}
-    lines = path.read_text("utf-8").split("\n")
-    entries = [_parsed(line, path) for line in lines[:-1]]
-    if lines[-1]:
-        with atomic_output(path) as file:
-            file.write(("\n".join(lines[:-1]) + "\n").encode() if entries else b"")
-    return {
-        e["file"]: Job(e["prompt"], e["seed"]) for e in entries if (folder / e["file"]).exists()
-    }
+    parts = sorted(folder.glob(_PART.format("*")))
+    entries = {
+        entry["file"]: entry
+        for file in [path, *parts] if file.exists()
+        for entry in _entries(file)
+    }  # fmt: skip
+    there = sorted(name for name in entries if (folder / name).exists())
+    text = "".join(_line(entries[name]) for name in there)
+    if not path.exists() or path.read_text("utf-8") != text:
+        write_text(path, text)
+    for part in parts:
+        part.unlink()
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """A manifest's whole lines. Raises BadInput for one that is damaged."""
+    entries = [_parsed(line, path) for line in path.read_text("utf-8").split("\n")[:-1]]
+    for number, entry in enumerate(entries, 1):
+        if not {"file", "prompt", "seed"} <= entry.keys() <= {"file", *Job.__dataclass_fields__}:
+            raise BadInput(f"{path}: line {number}: damaged; draw into another folder")
+    return entries
 
 
 def _parsed(text: str, path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""A diffusers pipeline of a MODEL with adapters on its UNet and text encoder."""
+"""A diffusers pipeline of a MODEL with adapters on its UNet and text encoder, or other weights."""
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -14,6 +15,7 @@ from diffusers import (
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.errors import BadInput
+from sdd_lora.generation.weights import apply_weights
 from sdd_lora.model import best_device, load_base_pipeline
 
 _SCHEDULERS = {
@@ -37,16 +39,20 @@ def load_adapters(named: Sequence[tuple[str, float]]) -> list[tuple[Adapter, flo
 def load_pipeline(
     model: str, adapters: Sequence[tuple[Adapter, float]] = (),
     dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+    weights: str | Path | None = None,
 ) -> StableDiffusionPipeline:  # fmt: skip
     """A `StableDiffusionPipeline` of MODEL; the adapters are live, not merged.
 
+    `weights` is a file of a UNet's weights, whole or partial, that take the place of the model's.
     The device is CUDA, MPS or the CPU, whichever there is; the dtype fp16 on CUDA, else fp32.
-    Raises BadInput for a model that is no SD 1.x and for adapters that don't fit it.
+    Raises BadInput for a model that is no SD 1.x and for adapters or weights that don't fit it.
     """
     device = torch.device(device) if device is not None else best_device()
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     pipeline = load_base_pipeline(model, dtype)
     pipeline.set_progress_bar_config(disable=True)
+    if weights is not None:
+        apply_weights(pipeline.unet, Path(weights))
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for name, (adapter, _) in zip(names, adapters, strict=True):
         _check_fit(pipeline, adapter, model)

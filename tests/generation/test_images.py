@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 
 from sdd_lora.errors import BadInput
-from sdd_lora.generation.images import Job, Sampling, check_sampling, draw, generate, jobs_for
+from sdd_lora.files import locked
+from sdd_lora.generation.images import (
+    Job,
+    Sampling,
+    check_sampling,
+    draw,
+    generate,
+    jobs_for,
+    jobs_of,
+)
+from sdd_lora.generation.methods import METHODS
 from sdd_lora.generation.pipeline import load_pipeline
+from sdd_lora.generation.prompt_files import Prompt
+from tests.adapters import random_adapter
 
 SAMPLING = Sampling(steps=3, guidance=4.0, batch=4)
 JOBS = jobs_for(["a cat", "a bomb, noto style", "a bus"], 5, first_seed=7)
@@ -31,6 +43,95 @@ def test_an_image_does_not_depend_on_its_batch(pipeline):
         assert difference.max() <= 1
         assert (difference > 0).mean() <= 1e-3
     assert np.abs(together[0].astype(int) - together[3]).max() > 20  # another seed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_image_does_not_depend_on_its_batch(method):
+    adapters = [(random_adapter(0.3), 1.0)] if method == "sdd-gated" else []
+    pipeline = load_pipeline("demo", adapters)
+
+    def images(jobs, batch):
+        concept = "" if method == "sd" else "bomb"
+        sampling = Sampling(16, 4.0, method=method, concept=concept, batch=batch)
+        return np.stack([image for _, image in draw(pipeline, jobs, sampling, "test")])
+
+    jobs = JOBS[:3]
+    difference = np.abs(images(jobs, 3).astype(int) - images(jobs[::-1], 1)[::-1])
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 1e-3
+
+
+def test_guidance_and_size_of_a_jobs_own(pipeline):
+    jobs = [
+        Job("a cat", 1), Job("a cat", 1, guidance=9.0), Job("a bus", 2),
+        Job("a bus", 2, width=192, height=64), Job("a cat", 1, guidance=4.0),
+    ]  # fmt: skip
+    found = dict(draw(pipeline, jobs, SAMPLING, "test"))
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    assert found[3].shape == (64, 192, 3)
+    assert np.array_equal(found[0], found[4])
+    assert np.abs(found[0].astype(int) - found[1]).max() > 20
+    (alone,) = drawn(pipeline, [Job("a bus", 2)], 1)
+    assert np.abs(found[2].astype(int) - alone).max() <= 1
+
+
+def test_the_manifest_says_what_an_image_has_of_its_own(pipeline, tmp_path):
+    jobs = [Job("a cat", 1, guidance=9.0), Job("a bus", 2), Job("a cat", 3, width=64, height=64)]
+    assert generate(pipeline, jobs, SAMPLING, tmp_path, {}) == 3
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"file": "00000.png", "prompt": "a cat", "seed": 1, "guidance": 9.0},
+        {"file": "00001.png", "prompt": "a bus", "seed": 2},
+        {"file": "00002.png", "prompt": "a cat", "seed": 3, "width": 64, "height": 64},
+    ]
+    assert generate(pipeline, jobs, SAMPLING, tmp_path, {}) == 0
+    with pytest.raises(BadInput, match=r"with seed 1, guidance 9\.0, not 'a cat' with seed 1;"):
+        generate(pipeline, [Job("a cat", 1)], SAMPLING, tmp_path, {})
+
+
+def test_a_lost_image_is_drawn_again_and_named_once(pipeline, tmp_path):
+    generate(pipeline, JOBS[:2], SAMPLING, tmp_path, {})
+    whole = (tmp_path / "manifest.jsonl").read_text()
+    (tmp_path / "00000.png").unlink()
+    assert generate(pipeline, JOBS[:2], SAMPLING, tmp_path, {}) == 1
+    assert (tmp_path / "manifest.jsonl").read_text() == whole
+
+
+def test_another_processs_part_is_put_in(pipeline, tmp_path):
+    generate(pipeline, JOBS[:2], SAMPLING, tmp_path, {})
+    manifest = tmp_path / "manifest.jsonl"
+    whole = manifest.read_text()
+    lines = whole.splitlines(keepends=True)
+    # a kill between putting the part in and removing it; then one before it was put in
+    for main in (whole, lines[0]):
+        manifest.write_text(main)
+        (tmp_path / "manifest.1.jsonl").write_text(lines[1] + lines[0][:7])
+        assert generate(pipeline, JOBS[:2], SAMPLING, tmp_path, {}) == 0
+        assert manifest.read_text() == whole
+        assert not (tmp_path / "manifest.1.jsonl").exists()
+
+
+def test_a_folder_that_is_being_drawn_into_is_refused(pipeline, tmp_path):
+    with locked(tmp_path), pytest.raises(BadInput, match="another process"):
+        generate(pipeline, JOBS[:1], SAMPLING, tmp_path, {})
+
+
+def test_jobs_of_prompts():
+    prompts = [Prompt("a"), Prompt("b", 9, 2.0, 64, 72), Prompt("c")]
+    assert jobs_of(prompts, 2, 100) == [
+        Job("a", 100), Job("a", 101), Job("b", 9, 2.0, 64, 72), Job("b", 10, 2.0, 64, 72),
+        Job("c", 104), Job("c", 105),
+    ]  # fmt: skip
+
+
+def test_what_a_method_cannot_work_with_is_refused_before_anything_is_written(pipeline, tmp_path):
+    sampling = Sampling(1, 4.0, method="sega", concept="bomb " * 90)
+    with pytest.raises(BadInput, match="too long: the model would not read"):
+        generate(pipeline, JOBS[:1], sampling, tmp_path / "out", {})
+    sampling = Sampling(1, 4.0, method="sdd-gated", concept="bomb")
+    with pytest.raises(BadInput, match="no adapter to gate"):
+        generate(pipeline, JOBS[:1], sampling, tmp_path / "out", {})
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompt_and_seed_change_the_image(pipeline):
@@ -74,3 +175,8 @@ def test_a_method_needs_its_concept_and_must_exist():
         check_sampling(Sampling(method="neg"))
     with pytest.raises(BadInput, match="not available; expected one of: sd, neg"):
         check_sampling(Sampling(method="magic"))
+    with pytest.raises(BadInput, match=r"above 1, found 0\.5"):
+        check_sampling(Sampling(method="neg", concept="bomb"), [Job("a", 1, guidance=0.5)])
+    check_sampling(Sampling(method="neg", concept="bomb", guidance=1), [Job("a", 1, guidance=2)])
+    with pytest.raises(BadInput, match="multiples of 8, found 100"):
+        check_sampling(Sampling(height=100))

@@ -1,0 +1,111 @@
+"""generate from the command line: prompt files, kills, several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = """case_number,prompt,evaluation_seed,evaluation_guidance
+0,a cat,5,4.0
+1,"a bomb,
+noto style",6,9.5
+2,a bus,7,4.0
+3,a dog,8,4.0
+4,an axe,9,9.5
+"""
+
+
+def command(folder, *arguments, launcher=()):
+    (folder / "prompts.csv").write_text(PROMPTS)
+    return [
+        sys.executable, "-m", *launcher, "sdd_lora", "generate", "demo", "--prompts",
+        str(folder / "prompts.csv"), "--steps", "3", *map(str, arguments),
+    ]  # fmt: skip
+
+
+def run(folder, *arguments, launcher=()):
+    return subprocess.run(
+        command(folder, *arguments, launcher=launcher), capture_output=True, text=True, check=False,
+        cwd=ROOT,
+    )  # fmt: skip
+
+
+def manifest(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def images(folder):
+    return {p.name: np.asarray(Image.open(p)).astype(int) for p in folder.glob("*.png")}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
+def test_two_processes_draw_what_one_does(tmp_path):
+    one = run(tmp_path, "-o", tmp_path / "one", "--json")
+    assert one.returncode == 0, one.stderr
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    two = run(tmp_path, "-o", tmp_path / "two", "--json", launcher=launcher)
+    assert two.returncode == 0, two.stderr
+    assert json.loads(two.stdout) == {"folder": str(tmp_path / "two"), "images": 5, "drawn": 5}
+    assert manifest(tmp_path / "two") == manifest(tmp_path / "one")
+    assert manifest(tmp_path / "one")[1] == {
+        "file": "00001.png", "prompt": "a bomb,\nnoto style", "seed": 6, "guidance": 9.5
+    }  # fmt: skip
+    left = sorted(p.name for p in (tmp_path / "two").iterdir() if p.suffix != ".png")
+    assert left == ["manifest.jsonl", "settings.json"]
+    first, second = images(tmp_path / "one"), images(tmp_path / "two")
+    assert first.keys() == second.keys() and len(first) == 5
+    for name, image in first.items():
+        difference = np.abs(image - second[name])
+        assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_after_a_kill_no_image_is_missing_and_none_twice(tmp_path):
+    out = tmp_path / "out"
+    arguments = ("-o", out, "--batch", "1", "--images", "4")
+    running = subprocess.Popen(
+        command(tmp_path, *arguments), cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    path = out / "manifest.jsonl"
+    while running.poll() is None and not (path.exists() and path.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    before = path.read_text().count("\n")
+    assert 2 <= before < 20
+    again = run(tmp_path, *arguments, "--json")
+    assert again.returncode == 0, again.stderr
+    drawn = json.loads(again.stdout)["drawn"]
+    assert drawn in (20 - before, 20 - before + 1)  # the kill may have left half a line
+    assert [line["file"] for line in manifest(out)] == [f"{i:05d}.png" for i in range(20)]
+    assert len(images(out)) == 20
+    assert sorted(p.suffix for p in out.iterdir()) == sorted([".png"] * 20 + [".json", ".jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "wrong.csv"], "wrong.csv: line 3: seed: expected a whole number"),
+        (["--prompt", "x", "--weights", "gone.safetensors"], "gone.safetensors: can't be read"),
+        (["--prompt", "x", "--method", "sdd", "--concept", "y"], "expected one of: sd, neg, sld-"),
+        (["--prompt", "x", "--method", "sdd-gated", "--concept", "y"], "no adapter to gate"),
+        (["--prompt", "x", "--width", "100"], "multiples of 8, found 100"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, message):
+    (tmp_path / "wrong.csv").write_text("prompt,seed\na cat,1\na dog,one\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "sdd_lora", "generate", "demo", "-o", "out", *arguments],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
