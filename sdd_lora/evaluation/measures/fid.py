@@ -1,7 +1,8 @@
 """Fréchet inception distance (Heusel et al. 2017) between a row's images and real ones."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,27 +27,20 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 class Moments:
     """Sums of features (D,) and of their outer products (D, D), in float64."""
 
-    width: int
     count: int = 0
-    sums: np.ndarray = field(init=False)
-    products: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sums = np.zeros(self.width)
-        self.products = np.zeros((self.width, self.width))
+    sums: np.ndarray | float = 0.0
+    products: np.ndarray | float = 0.0
 
     def add(self, features: np.ndarray) -> None:
         """Features (B, D)."""
         wide = features.astype(np.float64)
         self.count += len(wide)
-        self.sums += wide.sum(0)
-        self.products += wide.T @ wide
+        self.sums = self.sums + wide.sum(0)
+        self.products = self.products + wide.T @ wide
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """(D,) and (D, D), unbiased. Raises BadInput for fewer than two images."""
-        if self.count < 2:
-            raise BadInput(f"a Fréchet distance needs two images at least, found {self.count}")
-        mean = self.sums / self.count
+        """(D,) and (D, D), unbiased, of two images at least."""
+        mean = np.asarray(self.sums) / self.count
         covariance = (self.products - self.count * np.outer(mean, mean)) / (self.count - 1)
         return mean, covariance
 
@@ -81,9 +75,10 @@ class Fid:
             inception, "inception", "clean-fid's Inception (inception-2015-12-05.pt, TorchScript)",
             "NVIDIA's stylegan2-ada-pytorch metrics, where clean-fid gets it",
         )  # fmt: skip
-        self.reference = needs.supplied(
+        folder = needs.supplied(
             reference, "reference", "a folder of real pictures", "the captions' data set (COCO)"
         )
+        self.real_files = _pictures_in(folder)
         standard = sha256_of(path) == INCEPTION
         self.name = "FID" if standard else "Fréchet distance by another network"
         try:
@@ -93,37 +88,25 @@ class Fid:
                 f"inception: {path}: expected a TorchScript file, can't read it"
             ) from error
         self._real: Moments | None = None
-        note = f"to the pictures in {self.reference.name}, clean-fid's resizing"
+        note = f"to {len(self.real_files)} pictures in {folder.name}, clean-fid's resizing"
         if not standard:
             note += f"; {path.name} is not inception-2015-12-05.pt"
         self.info = {self.name: MeasureInfo(kind="mean", of="kept", better="lower", note=note)}
 
     def of_set(self, images: Iterable[np.ndarray]) -> dict[str, float]:
-        """The distance of images (H, W, 3) uint8 to the reference."""
+        """The distance of images (H, W, 3) uint8 to the reference; none for a single image."""
+        drawn = self.moments(images)
+        if drawn.count < 2:
+            return {}
         if self._real is None:
-            self._real = self.moments(_pictures(self.reference))
-        return {self.name: frechet_distance(self.moments(images), self._real)}
+            self._real = self.moments(map(_read, self.real_files))
+        return {self.name: frechet_distance(drawn, self._real)}
 
     def moments(self, images: Iterable[np.ndarray]) -> Moments:
-        """Moments of the features of images; raises BadInput where there are none."""
-        found: Moments | None = None
-        batch: list[torch.Tensor] = []
-
-        def flush() -> None:
-            nonlocal found
-            features = self._features(torch.stack(batch))
-            found = found or Moments(features.shape[1])
-            found.add(features)
-            batch.clear()
-
-        for image in images:
-            batch.append(resized(image))
-            if len(batch) == _BATCH:
-                flush()
-        if batch:
-            flush()
-        if found is None:
-            raise BadInput("no images to take a Fréchet distance of")
+        """Moments of the features of images."""
+        found, left = Moments(), iter(images)
+        while batch := [resized(image) for image in islice(left, _BATCH)]:
+            found.add(self._features(torch.stack(batch)))
         return found
 
     @torch.no_grad()
@@ -145,11 +128,14 @@ def resized(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(c) for c in channels]).clip(0, 255))
 
 
-def _pictures(folder: Path) -> Iterable[np.ndarray]:
-    """All pictures of a folder. Raises BadInput where there are none."""
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES)
-    if not paths:
-        raise BadInput(f"reference: {folder}: expected pictures, found none")
-    for path in paths:
-        with Image.open(path) as picture:
-            yield np.asarray(picture.convert("RGB"))
+def _pictures_in(folder: Path) -> list[Path]:
+    """All pictures of a folder. Raises BadInput where there are fewer than two."""
+    found = sorted(p for p in folder.glob("*") if p.suffix.lower() in _PICTURES)
+    if len(found) < 2:
+        raise BadInput(f"reference: {folder}: expected two pictures at least, found {len(found)}")
+    return found
+
+
+def _read(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))

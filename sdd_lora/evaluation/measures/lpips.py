@@ -1,5 +1,6 @@
 """LPIPS (Zhang et al. 2018) with AlexNet: how far is an image from the one that `sd` drew?"""
 
+import pickle
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,6 +28,7 @@ _HEADS = {
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _EPS = 1e-10
 _BATCH = 16
+_DAMAGED = (KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 class Distance(nn.Module):
@@ -83,9 +86,10 @@ class Lpips:
             alexnet, "alexnet", "torchvision's AlexNet (alexnet-owt-7be5be79.pth)",
             "download.pytorch.org/models",
         )  # fmt: skip
+        heads = _weights(heads_file())
         try:
-            self.network = Distance(_weights(path), _weights(heads_file())).to(best_device())
-        except (KeyError, RuntimeError) as error:
+            self.network = Distance(_weights(path), heads).to(best_device())
+        except _DAMAGED as error:
             raise BadInput(f"alexnet: {path}: expected AlexNet's weights: {error}") from error
         standard = sha256_of(path).startswith(ALEXNET)
         self.name = "LPIPS" if standard else "LPIPS's heads on another trunk"

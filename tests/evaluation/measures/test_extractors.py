@@ -33,7 +33,7 @@ def lines(count, kind="kept"):
 
 
 def moments_of(features):
-    moments = Moments(features.shape[1])
+    moments = Moments()
     for part in np.array_split(features, 3):
         moments.add(part)
     return moments
@@ -60,10 +60,9 @@ def test_the_distance_is_that_of_the_matrix_root(count):
 
 
 def test_the_distance_of_diagonal_gaussians_has_a_closed_form():
-    a, b = Moments(2, count=2), Moments(2, count=2)
-    a.products, b.products = np.diag([1.0, 4.0]), np.diag([9.0, 16.0])
-    b.sums = np.array([2.0, 0.0])
-    b.products += np.outer(b.sums, b.sums) / 2
+    shift = np.array([2.0, 0.0])  # of two images: the means lie 1 apart
+    a = Moments(2, np.zeros(2), np.diag([1.0, 4.0]))
+    b = Moments(2, shift, np.diag([9.0, 16.0]) + np.outer(shift, shift) / 2)
     assert frechet_distance(a, b) == pytest.approx(1 + (1 - 3) ** 2 + (2 - 4) ** 2)
 
 
@@ -124,8 +123,9 @@ def test_fid_says_what_is_missing(inception, tmp_path):
     with pytest.raises(BadInput, match=r"broken.pt: expected a TorchScript file"):
         Fid([], tmp_path / "broken.pt", inception[1])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInput, match="empty: expected pictures, found none"):
-        Fid([], inception[0], tmp_path / "empty").of_set(pictures(2))
+    with pytest.raises(BadInput, match="empty: expected two pictures at least, found 0"):
+        Fid([], inception[0], tmp_path / "empty")
+    assert Fid([], *inception).of_set(pictures(1)) == {}
 
 
 # LPIPS
@@ -194,6 +194,10 @@ def test_lpips_says_what_is_missing(alexnet, tmp_path, monkeypatch):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(BadInput, match=r"other.safetensors: expected AlexNet's weights"):
         Lpips([], tmp_path / "other.safetensors")
+    for name in ("broken.safetensors", "broken.pth"):
+        (tmp_path / name).write_bytes(b"x" * 100)
+        with pytest.raises(BadInput, match=f"{name}: expected AlexNet's weights"):
+            Lpips([], tmp_path / name)
     monkeypatch.setattr(lpips, "find_spec", lambda _: None)
     with pytest.raises(BadInput, match=r"heads, .*sdd_lora\[lpips\]"):
         Lpips([], alexnet)
