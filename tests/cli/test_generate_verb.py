@@ -53,7 +53,8 @@ def test_two_processes_draw_what_one_does(tmp_path):
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
     two = run(tmp_path, "-o", tmp_path / "two", "--json", launcher=launcher)
     assert two.returncode == 0, two.stderr
-    assert json.loads(two.stdout) == {"folder": str(tmp_path / "two"), "images": 5, "drawn": 5}
+    result = two.stdout[two.stdout.index("{") :]  # gloo may say hello on stdout before it
+    assert json.loads(result) == {"folder": str(tmp_path / "two"), "images": 5, "drawn": 5}
     assert manifest(tmp_path / "two") == manifest(tmp_path / "one")
     assert manifest(tmp_path / "one")[1] == {
         "file": "00001.png", "prompt": "a bomb,\nnoto style", "seed": 6, "guidance": 9.5
@@ -84,8 +85,7 @@ def test_after_a_kill_no_image_is_missing_and_none_twice(tmp_path):
     assert 2 <= before < 20
     again = run(tmp_path, *arguments, "--json")
     assert again.returncode == 0, again.stderr
-    drawn = json.loads(again.stdout)["drawn"]
-    assert drawn in (20 - before, 20 - before + 1)  # the kill may have left half a line
+    assert json.loads(again.stdout)["drawn"] == 20 - before
     assert [line["file"] for line in manifest(out)] == [f"{i:05d}.png" for i in range(20)]
     assert len(images(out)) == 20
     assert sorted(p.suffix for p in out.iterdir()) == sorted([".png"] * 20 + [".json", ".jsonl"])
