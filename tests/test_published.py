@@ -1,0 +1,100 @@
+"""The adapters under adapters/demo: sound, as labelled, and as good as their cards say.
+
+`python -m tests.test_published` prints the table of adapters/README.md.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.describe import describe
+from sdd_lora.adapter.loaders import verdicts
+from sdd_lora.checkpoint.fitting import misfits
+from sdd_lora.checkpoint.source import locate
+from sdd_lora.evaluation import before_after
+from sdd_lora.files import sha256_of
+from sdd_lora.recipe import Recipe
+
+ADAPTERS = Path(__file__).parent.parent / "adapters"
+FOLDERS = sorted(path.parent for path in ADAPTERS.glob("demo/*/metrics.json"))
+PARTS = ("weapons", "substances", "gore")
+pytestmark = pytest.mark.skipif(not FOLDERS, reason="adapters/demo is empty: none published yet")
+
+
+def table() -> list[str]:
+    """One line an adapter: what it erases, and what it keeps, from its metrics.json."""
+    lines = [
+        "| adapter | erases | drawn | worst kept group | style kept | kB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for folder in FOLDERS:
+        metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+        rows = metrics["measures"]
+        erased = [row for row in rows if row["name"] == "concept drawn"]
+        kept = [row for row in rows if row["name"] == "noun kept"]
+        styles = [row for row in rows if row["name"] == "style kept"]
+        worst = min(kept, key=lambda row: row["after"] - row["before"])
+        lines.append(
+            f"| [`{folder.name}`](demo/{folder.name}/) | "
+            f"{', '.join(row['group'] for row in erased)} | "
+            f"{', '.join(_change(row) for row in erased)} | {worst['group']}: {_change(worst)} | "
+            f"{_change(styles[0])} | {metrics['adapter']['bytes'] / 1000:.0f} |"
+        )
+    return lines
+
+
+def _change(row: dict) -> str:
+    return f"{100 * row['before']:.1f} → {100 * row['after']:.1f} %"
+
+
+def test_the_index_lists_them_with_their_numbers():
+    index = (ADAPTERS / "README.md").read_text("utf-8").splitlines()
+    assert {folder.name for folder in FOLDERS} >= {*PARTS, "unsafe", "style-sketch", "stack"}
+    for line in table():
+        assert line in index
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_each_is_sound_complete_and_as_its_metrics_say(folder):
+    metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+    path = folder / "adapter.safetensors"
+    assert sha256_of(path) == metrics["adapter"]["sha256"]
+    adapter = Adapter.load(path)
+    assert adapter.metadata["measures"] == metrics["measures"]
+    assert misfits(locate("demo"), adapter) == []
+    loads = {v.loader: v.loads for v in verdicts(describe(path))}
+    assert all(loads[name] for name in ("A1111", "ComfyUI", "InvokeAI", "diffusers"))
+    twin = Adapter.load(folder / "adapter.peft.safetensors")
+    for module in adapter.factors:
+        difference = adapter.delta(module) - twin.delta(module)
+        assert difference.norm() <= 1e-3 * adapter.delta(module).norm()
+    for name in ("README.md", "adapter.json", "before-after.png"):
+        assert (folder / name).stat().st_size > 0
+    if metrics["training"]:
+        assert Recipe.load(folder / "recipe.yaml").sha256 == metrics["recipe_sha256"]
+
+
+def test_the_stack_is_the_sum_of_its_parts():
+    stack = Adapter.load(ADAPTERS / "demo" / "stack")
+    parts = [Adapter.load(ADAPTERS / "demo" / name) for name in PARTS]
+    for module in stack.factors:
+        expected = np.sum([part.factors[module].delta() for part in parts], axis=0)
+        error = np.linalg.norm(stack.factors[module].delta() - expected)
+        assert error <= 1e-3 * np.linalg.norm(expected)
+
+
+def test_weapons_measured_again():
+    """A small sample on other seeds: far apart, as the card says."""
+    overrides = {"measure.images": 40, "measure.seed": 7_000_000, "measure.prompts.kept": []}
+    recipe = Recipe.load(ADAPTERS / "demo" / "weapons" / "recipe.yaml", overrides)
+    adapter = Adapter.load(ADAPTERS / "demo" / "weapons")
+    row = before_after.measure(recipe, adapter, "demo").rows[0]
+    assert (row.name, row.group, row.n) == ("concept drawn", "weapons", 40)
+    assert row.before >= 0.7 and row.after <= 0.2
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
