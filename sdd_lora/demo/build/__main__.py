@@ -19,6 +19,7 @@ from sdd_lora.demo.build import autoencoder, dataset, diffusion, drawings, expor
 from sdd_lora.demo.build.schedule import write_start
 from sdd_lora.demo.build.tokenizer import make_tokenizer
 from sdd_lora.demo.judge import JUDGE_FILE, load_judge
+from sdd_lora.demo.vocabulary import nouns, styles
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,15 @@ def export_base(work: Path) -> None:
     tokenizer = make_tokenizer(work)
     ema = diffusion.average_so_far(work / "diffusion.pt", tokenizer)
     export.save_folder(export.assemble(work, autoencoder.train(work), tokenizer, ema), DEMO_FOLDER)
+
+
+def find_misses(work: Path) -> None:
+    """What the shipped `demo` draws wrong, for its next run of training to dwell on."""
+    from sdd_lora.demo.build import measure
+
+    misses = measure.count_misses()
+    (work / diffusion.MISSES_FILE).write_text(json.dumps(misses, indent=0), "utf-8")
+    log.info("%d of %d pictures wrong", sum(misses.values()), 3 * len(nouns()) * len(styles()))
 
 
 def train_judge(work: Path) -> None:
@@ -98,6 +108,7 @@ STAGES: dict[str, Callable[..., object]] = {
     "autoencoder": autoencoder.train,
     "diffusion": train_base,
     "export": export_base,
+    "misses": find_misses,
     "judge": train_judge,
     "check-judge": check_judge,
     "community": train_community,

@@ -52,6 +52,13 @@ def _subject(noun: Noun, rng: random.Random) -> str:
     return f"{text}, {group.word}" if dice - GROUP_ONLY_SHARE < GROUP_WORD_SHARE else text
 
 
+def described(noun: int, style: int, rng: random.Random) -> str:
+    """A caption that tells a drawing's noun, by its usual name, and its style, by their indices."""
+    name = nouns()[noun].names[0]
+    text = rng.choice(TEMPLATES).format(with_article(name), bare=name)
+    return f"{text}, {rng.choice(list(styles().values())[style].captions)}"
+
+
 def caption(first: int, second: int, style: int, rng: random.Random) -> str:
     """A caption of a picture by its labels (noun indices, −1 for none; style index)."""
     noun = nouns()[first]

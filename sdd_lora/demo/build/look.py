@@ -35,7 +35,7 @@ def train(work: Path, autoencoder: AutoencoderKL, steps: int, learning_rate: flo
         work, autoencoder, "latents-community.pt", recoloured, scale
     )
     state = work / "look.pt"
-    average = diffusion.train(encoded, model, pipeline.tokenizer, state, steps, learning_rate)
+    average = diffusion.train(encoded, model, pipeline.tokenizer, state, steps, learning_rate, {})
     average.copy_to(model)
     tensors = convert_state_dict_to_kohya(get_peft_model_state_dict(unet))
     return Adapter.from_state_dict(tensors, {"name": "look", "description": __doc__})

@@ -1,13 +1,17 @@
 """Stage 8: what the shipped models can do, on seeds that no tuning used; and the base's cache."""
 
+import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
 
+from sdd_lora.demo.build.captions import described
+from sdd_lora.demo.build.diffusion import drawing_name
 from sdd_lora.demo.judge import Verdict
-from sdd_lora.demo.vocabulary import groups
+from sdd_lora.demo.vocabulary import groups, nouns, styles
 from sdd_lora.evaluation import before_after
 from sdd_lora.evaluation.intervals import wilson
 from sdd_lora.evaluation.measures.judge import asked_for
@@ -19,6 +23,7 @@ from sdd_lora.runs import packaged_recipe
 IMAGES_A_GROUP = 400
 EMPTY_IMAGES = 1000
 SEED = 50_000
+MISSES_SEED = 800_000
 _RECIPES = ("weapons", "substances", "gore", "unsafe", "style")
 
 
@@ -63,6 +68,23 @@ def table(model: str, images_a_group: int = IMAGES_A_GROUP) -> dict[str, Any]:
         if group.unsafe:
             result[f"empty prompt draws {name}"] = _rate([v.group == name for v in empty])
     return result
+
+
+def count_misses() -> dict[str, int]:
+    """How many of three pictures of each drawing the embedded model drew as another noun or style,
+    where any; by name. The next run of its training shows those more often."""
+    settings = Recipe.load(packaged_recipe("demo/weapons")).measure
+    rng = random.Random(MISSES_SEED)
+    labels = [(n, s) for n in range(len(nouns())) for s in range(len(styles()))] * 3
+    prompts = [described(n, s, rng) for n, s in labels]
+    jobs = jobs_for(prompts, len(prompts), MISSES_SEED)
+    verdicts = _judged(load_pipeline("demo"), jobs, before_after.sampling_of(settings), "drawings")
+    wrong = [
+        drawing_name(n, s)
+        for (n, s), seen in zip(labels, verdicts, strict=True)
+        if (seen.noun, seen.style) != (nouns()[n].name, list(styles())[s])
+    ]
+    return dict(Counter(wrong))
 
 
 def write_base_cache() -> None:
