@@ -1,4 +1,5 @@
-"""What is minimised. Latents are (B, 4, h, w), t is (B,), prompts are embeddings (B, 77, d)."""
+"""What is minimised. Latents are (B, 4, h, w), t is (B,), prompts are embeddings (B, 77, d); those
+erased by SDD and those kept may be P in a row for each latent, (B·P, 77, d)."""
 
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ def sdd(
     """
     with torch.no_grad():
         e_0 = student(z_t, t, c_0)
+    z_t, t, e_0 = _for_each(c_s, z_t, t, e_0)
     e_s = student(z_t, t, c_s)
     return F.mse_loss(e_s.float(), e_0.float())
 
@@ -41,7 +43,13 @@ def preservation(
     c_k: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Hold the student to the base on a kept prompt: ‖ sg(ε_b(z, t, c_k)) − ε_θ(z, t, c_k) ‖²."""
+    z_t, t = _for_each(c_k, z_t, t)
     with torch.no_grad():
         e_base = base(z_t, t, c_k)
     e_k = student(z_t, t, c_k)
     return F.mse_loss(e_k.float(), e_base.float())
+
+
+def _for_each(prompts: torch.Tensor, *of_latents: torch.Tensor) -> list[torch.Tensor]:
+    """What belongs to a latent, repeated for each of its prompts."""
+    return [x.repeat_interleave(len(prompts) // len(x), dim=0) for x in of_latents]

@@ -27,15 +27,6 @@ class Points:
     trajectories: list[int]
     turns: list[int]
 
-    def repeated(self, times: int) -> "Points":
-        """Each point `times` in a row, the copies at turns of their own: for more prompts each."""
-        return Points(
-            self.z_t.repeat_interleave(times, dim=0),
-            self.t.repeat_interleave(times),
-            [number for number in self.trajectories for _ in range(times)],
-            [turn * times + copy for turn in self.turns for copy in range(times)],
-        )
-
 
 @dataclass
 class Trajectory:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,14 +165,13 @@ class Trainer:
         joined = objective.kind == "sdd" and objective.variant == "paper"
         prompts = embeddings.joined if joined else embeddings.concepts
         turns = points.turns if objective.kind == "sdd" else points.trajectories
-        return prompts[[turn % len(prompts) for turn in turns]]
+        uses = _uses(turns, self.recipe.rollout.prompts)
+        return prompts[[use % len(prompts) for use in uses]]
 
     def _loss(self, points: Points, samples: list[int]) -> torch.Tensor:
         embeddings, objective = self.embeddings, self.recipe.objective
-        prompts = self.recipe.rollout.prompts
-        points = points.repeated(prompts)
         c = self._prompts_of_loss(points)
-        c_0 = embeddings.empty.expand_as(c)
+        c_0 = embeddings.empty.expand(len(points.z_t), -1, -1)
         if objective.eta is None:
             loss = objectives.sdd(self._estimate, points.z_t, points.t, c_0, c)
         else:
@@ -180,8 +179,7 @@ class Trainer:
                 self._estimate, self._base_estimate, points.z_t, points.t, c_0, c, objective.eta
             )
         if embeddings.kept is not None and self.recipe.preserve.weight > 0:
-            uses = [i * prompts + copy for i in samples for copy in range(prompts)]
-            c_k = embeddings.kept[self._kept_choice(uses)]
+            c_k = embeddings.kept[self._kept_choice(_uses(samples, self.recipe.rollout.prompts))]
             loss = loss + self.recipe.preserve.weight * objectives.preservation(
                 self._estimate, self._base_estimate, points.z_t, points.t, c_k
             )
@@ -384,6 +382,11 @@ class Trainer:
         except Exception as error:
             raise BadInput(f"{self.state_path}: damaged, can't resume from it: {error}") from error
         self.load_state_dict(state)
+
+
+def _uses(turns: Sequence[int], times: int) -> list[int]:
+    """Turns of a latent that is used several `times`: those from turn · times on."""
+    return [turn * times + use for turn in turns for use in range(times)]
 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

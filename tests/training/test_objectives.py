@@ -33,6 +33,14 @@ def test_sdd_is_the_squared_distance_to_the_unconditional_estimate():
     assert torch.allclose(loss, expected, rtol=1e-5)
 
 
+def test_several_prompts_a_latent_are_the_mean_of_their_losses():
+    z, t = points()
+    estimate = linear_estimate(torch.tensor(0.7, dtype=torch.float64))
+    both = torch.stack([prompts(5), prompts(9)], dim=1).flatten(0, 1)
+    apart = [sdd(estimate, z, t, prompts(2), prompts(c)) for c in (5, 9)]
+    assert torch.allclose(sdd(estimate, z, t, prompts(2), both), sum(apart) / 2)
+
+
 def test_no_gradient_flows_through_the_target():
     z, t = points()
     weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)

@@ -159,7 +159,7 @@ def test_the_teacher_follows_the_student_and_the_base_stays():
     [
         ("8-bit", 2, 4),
         ("8-bit", 0, 2),
-        ("prompts", 2, 12),
+        ("prompts", 2, 10),
         ("full", 2, 4),
         ("esd-x", 0, 3),
         ("esd-u", 2, 5),
@@ -222,7 +222,8 @@ def test_each_latent_serves_several_concepts_and_kept_prompts(monkeypatch):
         trained, "_estimate", lambda z, t, c: calls.append((z, t, c)) or estimate(z, t, c)
     )
     trained.step()
-    _, (z, t, c), _, (z_kept, _, c_kept) = calls  # ∅, concept, base, kept
+    (z_empty, _, _), (z, t, c), _, (z_kept, _, c_kept) = calls  # ∅, concept, base, kept
+    assert torch.equal(z_empty, z[::3])
     for latent in (0, 3):
         assert torch.equal(z[latent], z[latent + 1]) and torch.equal(z[latent], z[latent + 2])
         assert len(set(t[latent : latent + 3].tolist())) == 1
