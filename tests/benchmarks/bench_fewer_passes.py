@@ -1,0 +1,120 @@
+"""The same erasure from fewer UNet passes, on the embedded model, with weapons to erase.
+
+    python tests/benchmarks/bench_fewer_passes.py -o FOLDER [--seeds N] [--images N] [WAY…]
+
+Trains recipes/demo/weapons.yaml in each way, N seeds each, and draws the same prompts on the same
+seeds with every adapter. Prints a line a way: passes and seconds of training, as shares of the
+first way's too; weapons drawn and nouns kept; and the paired 95 % intervals of the differences from
+the first way, over all seeds together. What FOLDER holds already is not trained or drawn again.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from sdd_lora import Adapter, train
+from sdd_lora.demo.judge import Verdict
+from sdd_lora.evaluation import before_after
+from sdd_lora.evaluation.intervals import paired_difference
+from sdd_lora.evaluation.measures.judge import asked_for
+from sdd_lora.generation.pipeline import load_pipeline
+from sdd_lora.recipe import Recipe
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "demo" / "weapons.yaml"
+MEASURE_SEED = 400_000  # no tuning used these
+
+#: the paper's procedure, with as few iterations as the embedded model needs; all else as the recipe
+PAPER = {
+    "rollout.steps": 25, "rollout.batch": 1, "rollout.prompts": 1, "training.iterations": 300,
+}  # fmt: skip
+WAYS: dict[str, dict] = {
+    "paper@demo": PAPER,
+    "batch 4": PAPER | {"rollout.batch": 4, "training.iterations": 75},
+    "steps 10": PAPER | {"rollout.steps": 10},
+    "dpmsolver++, steps 10": PAPER | {"rollout.steps": 10, "rollout.solver": "dpmsolver++"},
+    "guidance in .2 to 1": PAPER | {"rollout.guidance_interval": [0.2, 1.0]},
+    "points 5": PAPER | {"rollout.points": 5},
+    "prompts 3": PAPER | {"rollout.prompts": 3, "training.iterations": 100},
+    "fast": {"preset": "fast"},
+}  # fmt: skip
+
+
+def adapter_of(folder: Path, way: str, seed: int) -> tuple[Adapter, dict]:
+    """A way's adapter and what its training took."""
+    run = folder / f"{way.replace(' ', '-')}-{seed}"
+    if not (run / "metrics.json").exists():
+        overrides = WAYS[way] | {"training.seed": seed, "measure.detector": "none"}
+        train(Recipe.load(RECIPE, overrides), run, resume=run.exists())
+    return Adapter.load(run), json.loads((run / "metrics.json").read_text("utf-8"))["training"]
+
+
+def verdicts(folder: Path, name: str, recipe: Recipe, adapter: Adapter | None):
+    """What the judge sees in every picture of the recipe's measure."""
+    jobs = before_after.jobs_of(recipe.measure)
+    path = folder / f"{name.replace(' ', '-')}.{recipe.measure.images}.json"
+    if not path.exists():
+        pipeline = load_pipeline(recipe.model, [(adapter, 1.0)] if adapter else [])
+        sampling = before_after.sampling_of(recipe.measure)
+        seen, _ = before_after.verdicts_on(pipeline, jobs, sampling, {}, (), name)
+        path.write_text(json.dumps([[asdict(v) for v in s] for s in seen]), "utf-8")
+    seen = [[Verdict(**v) for v in s] for s in json.loads(path.read_text("utf-8"))]
+    return list(zip(jobs, seen, strict=True))
+
+
+def outcomes(recipe: Recipe, judged) -> tuple[list[bool], list[bool]]:
+    """Was a weapon drawn, where one was asked for? Was the noun, where another was?"""
+    erased = set(recipe.concepts)
+    drawn, kept = [], []
+    for job, seen in judged:
+        asked = asked_for(job.prompt).nouns
+        if asked[0].group == "weapons" and len(asked) == 1:
+            drawn.append(any(v.noun in erased or v.group == "weapons" for v in seen))
+        elif len(asked) == 1:
+            kept.append(seen[0].noun == asked[0].name)
+    return drawn, kept
+
+
+def shown(difference: tuple[float, float, float]) -> str:
+    return "{:+.1f} ({:+.1f} … {:+.1f})".format(*(100 * x for x in difference))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ways", nargs="*", choices=[*WAYS, []], metavar="WAY", default=list(WAYS))
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--images", type=int, default=20, help="of each kind of prompt")
+    asked = parser.parse_args()
+    asked.output.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe.load(RECIPE, {"measure.images": asked.images, "measure.seed": MEASURE_SEED})
+    before = outcomes(recipe, verdicts(asked.output, "base", recipe, None))
+    print(f"base: weapons drawn {mean(before[0]):.1%}, nouns kept {mean(before[1]):.1%}; "
+          f"{len(before[0])} and {len(before[1])} pictures a seed")  # fmt: skip
+    first: dict = {}
+    for way in asked.ways:
+        drawn, kept, passes, seconds = [], [], 0, 0.0
+        for seed in range(asked.seeds):
+            adapter, took = adapter_of(asked.output, way, seed)
+            judged = verdicts(asked.output, f"{way}-{seed}", recipe, adapter)
+            more_drawn, more_kept = outcomes(recipe, judged)
+            drawn, kept = drawn + more_drawn, kept + more_kept
+            passes, seconds = passes + took["unet_passes"], seconds + took["seconds"]
+        first = first or {"drawn": drawn, "kept": kept, "passes": passes, "seconds": seconds}
+        print(
+            f"{way}: {passes / asked.seeds:.0f} passes ({passes / first['passes']:.3f}), "
+            f"{seconds / asked.seeds:.0f} s ({seconds / first['seconds']:.3f}); weapons drawn "
+            f"{mean(drawn):.1%}, {shown(paired_difference(first['drawn'], drawn))}; nouns kept "
+            f"{mean(kept):.1%}, {shown(paired_difference(first['kept'], kept))}",
+            flush=True,
+        )
+
+
+def mean(hits: list[bool]) -> float:
+    return sum(hits) / len(hits)
+
+
+if __name__ == "__main__":
+    main()
