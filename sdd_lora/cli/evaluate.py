@@ -67,13 +67,14 @@ def evaluate(
         raise KeyboardInterrupt(
             f"stopped; run the same command again to go on in {folder}"
         ) from None
-    text = f"{_table(results)}\n\n{folder / MARKDOWN}; sdd-lora report {folder} shows it all"
+    text = f"{_tables(results)}\n\n{folder / MARKDOWN}; sdd-lora report {folder} shows it all"
     return Result({"folder": str(folder)} | results.model_dump(mode="json"), text)
 
 
-def _table(results: "Results") -> str:
+def _tables(results: "Results") -> str:
     from sdd_lora.cli.tables import table
 
     measures = results.headline()
     rows = [[m, *(results.cell(m, name) for name in measures)] for m in results.method_names()]
-    return table(["method", *(results.heading(name) for name in measures)], rows)
+    main = table(["method", *(results.heading(name) for name in measures)], rows)
+    return "\n\n".join([main, *(table(*attacks) for attacks in results.attack_tables())])

@@ -19,8 +19,10 @@ from PIL import Image
 
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation import tables
+from sdd_lora.evaluation.attacks.running import Attacking
 from sdd_lora.evaluation.bench_file import Bench
-from sdd_lora.evaluation.cells import Cell, Conditions, cells_of
+from sdd_lora.evaluation.cells import Cell, Conditions, cells_of, draws_with
+from sdd_lora.evaluation.lines import append_lines, read_lines
 from sdd_lora.evaluation.results import ALL, BENCH, IMAGES, RESULTS, Results, Row
 from sdd_lora.evaluation.taking import (
     MEASURES,
@@ -30,8 +32,8 @@ from sdd_lora.evaluation.taking import (
     OfSets,
     concept_of,
 )
-from sdd_lora.evaluation.weights import Train, Weights, draws_with
-from sdd_lora.files import atomic_output, write_text
+from sdd_lora.evaluation.weights import Train, Weights
+from sdd_lora.files import write_text
 from sdd_lora.generation.images import MANIFEST, Sampling, generate, processes
 from sdd_lora.progress import say
 
@@ -54,17 +56,24 @@ def run(
     cells = cells_of(bench)
     weights = Weights(bench, train)
     weights.check(cells)
+    attacking = Attacking(bench, weights, folder)
+    attacking.check(cells)
     measures, missing = load_measures(bench)
     for line in missing:
         say(f"not measured: {line}")
     claim(folder, bench)
     lines: list[tables.Line] = []
     of_sets: list[Row] = []
-    for number, cell in enumerate(cells):
+    costs: dict[tuple[str, str], tuple[float, float]] = {}
+    for number, planned in enumerate(cells):
+        cell, words = planned, dict[str, torch.Tensor]()
         label = cell.method if cell.variation is None else f"{cell.method}, {cell.setting}"
         say(f"{number + 1}/{len(cells)}: {label}")
+        if attack := cell.conditions.attack:
+            costs[attack, cell.method] = attacking.cost(cell)
+            cell, words = attacking.attacked(cell)
         if cell.variation is None or not cell.usual:
-            draw_cell(folder, cell, bench, weights)
+            draw_cell(folder, cell, bench, weights, words)
         lines += measure_cell(folder, cell, measures, usual=cells[0].conditions)
         if cell.variation is None:
             of_sets += measure_set(folder, cell, measures, lines)
@@ -80,6 +89,7 @@ def run(
         methods={method: weights.told(method) for method in bench.methods},
         measures=info,
         variations=tables.variations(lines, fields, info),
+        attacks=tables.attacks(lines, info, costs),
         collateral=tables.collateral(lines, info, concept_of),
         interference=weights.interference(), missing=missing,
     )  # fmt: skip
@@ -125,9 +135,13 @@ class FromDrawings(StableDiffusionImg2ImgPipeline):
         )
 
 
-def draw_cell(folder: Path, cell: Cell, bench: Bench, weights: Weights) -> None:
-    """Draw what a cell still lacks."""
+def draw_cell(
+    folder: Path, cell: Cell, bench: Bench, weights: Weights, words: dict[str, torch.Tensor]
+) -> None:
+    """Draw what a cell still lacks; `words` are new ones in its prompts, with embeddings (d,)."""
     pipeline = weights.pipeline(cell)
+    if words:
+        pipeline.load_textual_inversion(list(words.values()), token=list(words))
     conditions, method = cell.conditions, draws_with(cell.method)
     if conditions.image:
         parts = pipeline.components
@@ -151,16 +165,8 @@ def _concept(method: str, bench: Bench) -> str:
 
 def _drawn_by_sd(folder: Path) -> dict[tuple[str, int], Path]:
     usual = folder / "images" / "sd"
-    return {(line["prompt"], line["seed"]): usual / line["file"] for line in read_lines(usual)}
-
-
-def read_lines(folder: Path, name: str = MANIFEST) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; what a kill cut short is left out."""
-    path = folder / name
-    if not path.exists():
-        return []
-    text = path.read_text("utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = read_lines(usual, MANIFEST)
+    return {(line["prompt"], line["seed"]): usual / line["file"] for line in lines}
 
 
 def load_measures(bench: Bench) -> tuple[dict[str, Measure], list[str]]:
@@ -200,13 +206,13 @@ def measure_cell(
     `usual` are the conditions under which `sd` drew what images are compared with.
     """
     target = folder / cell.folder
-    files = {(line["prompt"], line["seed"]): line["file"] for line in read_lines(target)}
+    files = {(line["prompt"], line["seed"]): line["file"] for line in read_lines(target, MANIFEST)}
     lines: list[tables.Line] = [
         {
             "method": cell.method, "variation": cell.variation, "setting": cell.setting,
-            "kind": shot.kind, "set": shot.set, "prompt": shot.job.prompt, "seed": shot.job.seed,
+            "kind": shot.kind, "set": shot.set, "prompt": shot.prompt, "seed": shot.job.seed,
             "file": (cell.folder / files[shot.job.prompt, shot.job.seed]).as_posix(), "values": {},
-        }
+        } | ({"asked": shot.job.prompt} if shot.wanted else {})
         for shot in cell.shots
     ]  # fmt: skip
     known = {(x["measure"], x["file"]): x["values"] for x in read_lines(target, VALUES)}
@@ -218,7 +224,7 @@ def measure_cell(
         for start in range(0, len(todo), _MEASURED_AT_ONCE):
             part = todo[start : start + _MEASURED_AT_ONCE]
             values = _taken(measure, part, folder, base)
-            _append(
+            append_lines(
                 target / VALUES,
                 [{"measure": key, "file": line["file"], "values": v}
                  for line, v in zip(part, values, strict=True)],
@@ -264,14 +270,3 @@ def measure_set(
 def _image(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
-
-
-def _append(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Lines at the end of a file; a line that a kill cut short goes first."""
-    if path.exists():
-        whole = path.read_bytes()
-        if not whole.endswith(b"\n"):
-            with atomic_output(path) as file:
-                file.write(whole[: whole.rfind(b"\n") + 1])
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, PrivateAttr, model_validator
 
 from sdd_lora.errors import BadInput
+from sdd_lora.evaluation.attacks.settings import Attacks
 from sdd_lora.recipe import Positive, Recipe, Section, parse_strictly
 
 Text = Annotated[str, Field(min_length=1)]
@@ -18,6 +19,8 @@ Count = Annotated[int, Field(ge=0)]
 Scheduler = Literal["ddim", "dpm++", "euler-a", "pndm"]
 Field_ = Literal["weight", "guidance", "steps", "scheduler", "model", "image", "beside"]
 
+#: what the attacks' images go by where variations have their names
+ATTACKS = "attacks"
 #: rows of the table in their order → what the report says of them
 METHODS = {
     "sd": "the model as it is",
@@ -104,7 +107,7 @@ class Bench(Section):
     name being one under `recipes`, a file, a run's folder, or a hub id; `weights` a file of a whole
     UNet or a part of one. A method that is trained under its own name needs no entry in `adapters`.
     `measures` are names, or names with options. `concept` is the text that neg, SLD and SEGA work
-    against; where it is missing, all concepts joined.
+    against; where it is missing, all concepts joined. `attacks` are run where they are written.
     """
 
     name: Name
@@ -121,6 +124,7 @@ class Bench(Section):
     adapters: dict[Name, dict[Text, float]] = Field(default_factory=dict)
     weights: dict[Name, Text] = Field(default_factory=dict)
     variations: dict[Name, VariationOf] = Field(default_factory=dict)
+    attacks: Attacks | None = None
     quick: Quick = Quick()
 
     _folder: Path = PrivateAttr(default=Path())
@@ -129,13 +133,15 @@ class Bench(Section):
     def _is_whole(self) -> "Bench":
         if bool(self.concepts) == bool(self.style):
             raise ValueError("expected either concepts or a style, what is erased")
-        for method in [*self.methods, *(m for v in self.variations.values() for m in v.methods)]:
+        for method in self.every_method:
             if method not in METHODS and not self.has_weights(method):
                 known = ", ".join(METHODS)
                 raise ValueError(
                     f"method {method}: expected one of {known}; or a name of your own under "
                     "recipes, adapters or weights"
                 )
+        if ATTACKS in self.variations:
+            raise ValueError(f"variations.{ATTACKS}: taken by the attacks; choose another name")
         for name, variation in self.variations.items():
             numbers = variation.field in ("weight", "guidance", "steps", "image")
             kind = (int, float) if numbers else str
@@ -182,6 +188,12 @@ class Bench(Section):
         bench = parse_strictly(cls, text, where, prepared)
         bench._folder = folder
         return bench
+
+    @property
+    def every_method(self) -> list[str]:
+        """The table's, the variations' and the attacked ones."""
+        varied = [m for variation in self.variations.values() for m in variation.methods]
+        return [*self.methods, *varied, *(self.attacks.methods if self.attacks else [])]
 
     @property
     def erased(self) -> list[str]:
@@ -246,10 +258,11 @@ def _put(fields: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:
-    """The bench with fewer methods, in variations too. Raises BadInput for one that it lacks."""
+    """The bench with fewer methods, in variations and attacks too. Raises BadInput for one that it
+    lacks."""
     if not methods:
         return bench
-    there = [*bench.methods, *(m for v in bench.variations.values() for m in v.methods)]
+    there = bench.every_method
     if unknown := [m for m in methods if m not in there]:
         raise BadInput(
             f"--methods {', '.join(unknown)}: not in this bench; expected some of "
@@ -260,7 +273,13 @@ def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:
         if kept := [m for m in variation.methods if m in methods]:
             variations[name] = variation.model_copy(update={"methods": kept})
     wanted = [m for m in bench.methods if m in methods]
-    return bench.model_copy(update={"methods": wanted, "variations": variations})
+    attacks = bench.attacks
+    if attacks is not None:
+        attacked = [m for m in attacks.methods if m in methods]
+        attacks = attacks.model_copy(update={"methods": attacked}) if attacked else None
+    return bench.model_copy(
+        update={"methods": wanted, "variations": variations, "attacks": attacks}
+    )
 
 
 def limited(bench: Bench, limit: int | None) -> Bench:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdd_lora.evaluation.bench_file import Bench
+from sdd_lora.evaluation.attacks.settings import GRADIENTS
+from sdd_lora.evaluation.bench_file import ATTACKS, Bench
+from sdd_lora.generation import methods as drawing
 from sdd_lora.generation import prompt_files
 from sdd_lora.generation.images import Job
 from sdd_lora.generation.prompt_files import Prompt
@@ -16,16 +18,25 @@ _PROMPT_FILES = {".txt", ".csv", ".json", ".jsonl"}
 
 @dataclass(frozen=True)
 class Shot:
-    """One image wanted: its prompt and seed, and the set that it counts for."""
+    """One image wanted: its prompt and seed, and the set that it counts for.
+
+    Where an attack asks for it in other words, `wanted` is the prompt that names it.
+    """
 
     kind: str
     set: str
     job: Job
+    wanted: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """What the image is judged by."""
+        return self.wanted or self.job.prompt
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a variation may vary; see `VariationOf`."""
+    """What a variation may vary; see `VariationOf`. And the attack, if there is one."""
 
     model: str
     steps: int
@@ -34,6 +45,7 @@ class Conditions:
     weight: float = 1.0
     image: float = 0.0
     beside: str = ""
+    attack: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,31 @@ def cells_of(bench: Bench) -> list[Cell]:
                 Cell(m, name, value, changed, fewer, changed == usual and m in methods)
                 for m in variation.methods
             ]
-    return cells
+    return cells + _attack_cells(bench, usual, shots)
+
+
+def _attack_cells(bench: Bench, usual: Conditions, shots: Sequence[Shot]) -> list[Cell]:
+    """Each attacked method without attack, which are the main table's images where it stands there,
+    and under each attack that it can be put to."""
+    if bench.attacks is None:
+        return []
+    fewer = first_of_each(shots, {"erased": bench.attacks.targets, "kept": 0})
+    methods = bench.attacks.methods
+    cells = [Cell(m, ATTACKS, "none", usual, fewer, m in bench.methods) for m in methods]
+    return cells + [
+        Cell(m, ATTACKS, name, replace(usual, attack=name), fewer, False)
+        for name in bench.attacks.chosen for m in methods if _can_be_attacked(m, name)
+    ]  # fmt: skip
+
+
+def _can_be_attacked(method: str, attack: str) -> bool:
+    """Gradients are taken through the weights that a method draws with, not its way of drawing."""
+    return attack not in GRADIENTS or draws_with(method) == "sd"
+
+
+def draws_with(method: str) -> str:
+    """The way of drawing that a row uses: its own, or as `sd` does."""
+    return method if method in drawing.METHODS else "sd"
 
 
 def _varied(usual: Conditions, bench: Bench, field: str, value: Any) -> Conditions:

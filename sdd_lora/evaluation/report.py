@@ -12,11 +12,14 @@ from typing import Any
 from PIL import Image
 
 from sdd_lora.errors import BadInput
+from sdd_lora.evaluation.attacks.settings import NAMES
+from sdd_lora.evaluation.bench_file import ATTACKS
 from sdd_lora.evaluation.charts import Chart, curves, scatter
 from sdd_lora.evaluation.results import (
     ALL,
     BENCH,
     IMAGES,
+    NOT_ATTACKED,
     Moved,
     Results,
     Row,
@@ -29,7 +32,7 @@ from sdd_lora.evaluation.results import (
 REPORT = "report.html"
 #: points of a kept rate that a method may lose and still count as keeping
 TOLERATED_LOSS = 0.03
-_ERASED_SHOWN, _KEPT_SHOWN, _MOVED_SHOWN = 3, 1, 12
+_ERASED_SHOWN, _KEPT_SHOWN, _MOVED_SHOWN, _ATTACKED_SHOWN = 3, 1, 12, 4
 _THUMBNAIL = 160
 _SMALL = 96  # pictures up to this size are embedded as they are
 
@@ -90,6 +93,10 @@ def render_report(folder: Path) -> str:
             groups={name: _groups(results.rows, name) for name in results.headline()},
             main_grid=_main_grid(folder, results, images),
             variations=[_variation(folder, v, results, images) for v in results.variations],
+            attacks=list(results.attack_tables()),
+            attack_notes=[NAMES[a] for a in dict.fromkeys(r.attack for r in results.attacks)],
+            attack_grids=_attack_grids(folder, results, images),
+            not_attacked=NOT_ATTACKED,
             moved=_moved(results),
             bench_text=bench_file.read_text("utf-8") if bench_file.exists() else "",
             image_count=len(images),
@@ -219,6 +226,19 @@ def _main_grid(folder: Path, results: Results, images: list[dict[str, Any]]) -> 
     return _grid(folder, results, main, methods, lambda i: i["method"], _ERASED_SHOWN, _KEPT_SHOWN)
 
 
+def _attack_grids(folder: Path, results: Results, images: list[dict[str, Any]]) -> dict[str, Grid]:
+    """For each attacked method, the first prompts under each attack."""
+    grids = {}
+    own = [image for image in images if image["variation"] == ATTACKS]
+    for method in dict.fromkeys(row.method for row in results.attacks):
+        there = [image for image in own if image["method"] == method]
+        columns = list(dict.fromkeys(image["setting"] for image in there))
+        grid = _grid(folder, results, there, columns, lambda i: i["setting"], _ATTACKED_SHOWN, 0)
+        names = [NAMES[name][0] if name in NAMES else name for name in columns]
+        grids[method] = Grid(names, grid.strips)
+    return {method: grid for method, grid in grids.items() if grid.strips}
+
+
 def _grid(
     folder: Path, results: Results, images: list[dict[str, Any]], columns: list[str],
     column_of: Callable[[dict[str, Any]], str], erased_shown: int, kept_shown: int,
@@ -243,6 +263,8 @@ def _grid(
 def _picture(folder: Path, results: Results, image: dict[str, Any], column: str) -> Picture:
     flags = {k: v for k, v in image["values"].items() if isinstance(v, bool)}
     said = "; ".join(f"{name}: {'yes' if value else 'no'}" for name, value in flags.items())
+    if asked := image.get("asked"):
+        said = f"asked: {asked}; {said}"
     drawn = any(there and results.info(name).better == "lower" for name, there in flags.items())
     return Picture(column, _data_uri(folder / image["file"]), said, drawn)
 

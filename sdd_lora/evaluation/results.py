@@ -3,17 +3,23 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdd_lora.errors import BadInput
+from sdd_lora.evaluation.attacks.settings import NAMES
 
 RESULTS, IMAGES, BENCH = "results.json", "images.jsonl", "bench.yaml"
 #: the group of a row that counts all of a measure's images
 ALL = "all"
+#: why a cell of an attack's row is empty
+NOT_ATTACKED = (
+    "not attacked in this way: the method changes how pictures are drawn, not the UNet's weights, "
+    "so that no gradient leads through it"
+)
 
 Interval = tuple[float, float]
 
@@ -50,6 +56,25 @@ class Variation(_Part):
     name: str
     field: str
     rows: list[SettingRow]
+
+
+class AttackRow(_Part):
+    """A rate of what is erased, of a method, without (`before`) and under an attack (`after`): `n`
+    prompts, the same seeds. The cost is of finding what to ask, and a prompt's: seconds, and
+    samples forward through a UNet (those of gradients go backward too)."""
+
+    attack: str
+    method: str
+    measure: str
+    before: float
+    ci95_before: Interval
+    after: float
+    ci95_after: Interval
+    change: float
+    ci95_change: Interval
+    n: int
+    seconds: float
+    unet_passes: float
 
 
 class Moved(_Part):
@@ -100,6 +125,7 @@ class Results(_Part):
     methods: dict[str, dict[str, Any]] = {}
     measures: dict[str, MeasureInfo] = {}
     variations: list[Variation] = []
+    attacks: list[AttackRow] = []
     collateral: list[Moved] = []
     interference: Interference | None = None
     missing: list[str] = []
@@ -125,7 +151,7 @@ class Results(_Part):
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
 
     def to_csv(self) -> str:
-        """Every row, those of variations too, a line each."""
+        """Every row, those of variations and attacks too, a line each."""
         text = io.StringIO()
         lines = csv.writer(text, lineterminator="\n")
         lines.writerow(
@@ -141,17 +167,44 @@ class Results(_Part):
                 [row.method, row.measure, row.group, variation, setting, row.value, low, high,
                  row.n, change, below, above]
             )  # fmt: skip
+        for found in self.attacks:
+            lines.writerow(
+                [found.method, found.measure, ALL, "attacks", found.attack, found.after,
+                 *found.ci95_after, found.n, found.change, *found.ci95_change]
+            )  # fmt: skip
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """Methods down, measures across, over all images; 95 % intervals in brackets."""
+        """Methods down, measures across, over all images; 95 % intervals in brackets. Below it, for
+        each rate that attacks may raise, attacks down and methods across."""
         measures = self.headline()
-        heads = [self.heading(name) for name in measures]
-        lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-        for method in self.method_names():
-            cells = [self.cell(method, name) for name in measures]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        return "\n".join(lines) + "\n"
+        heads = ["method", *(self.heading(name) for name in measures)]
+        rows = [[m, *(self.cell(m, name) for name in measures)] for m in self.method_names()]
+        attacks = [_markdown(*found) for found in self.attack_tables()]
+        notes = [f"–: {NOT_ATTACKED}\n"] if attacks else []
+        return "\n".join([_markdown(heads, rows), *attacks, *notes])
+
+    def attack_tables(self) -> Iterator[tuple[list[str], list[list[str]]]]:
+        """For each measure, heads and rows: attacks down, methods across, their cost beside. Where
+        a method can't be attacked in that way, –."""
+        methods = list(dict.fromkeys(row.method for row in self.attacks))
+        for measure in dict.fromkeys(row.measure for row in self.attacks):
+            own = {(r.attack, r.method): r for r in self.attacks if r.measure == measure}
+            first = {row.method: row for row in reversed(own.values())}
+            rows = [["none", *(_rate(first[m].before, first[m].ci95_before) for m in methods),
+                     "–", "–"]]  # fmt: skip
+            for attack in dict.fromkeys(attack for attack, _ in own):
+                found = [own.get((attack, method)) for method in methods]
+                there = [row for row in found if row]
+                cost = [sum(r.seconds for r in there), sum(r.unet_passes for r in there)]
+                rates = [_rate(row.after, row.ci95_after) if row else "–" for row in found]
+                seconds, passes = (total / len(there) for total in cost)
+                rows.append([NAMES[attack][0], *rates, f"{seconds:.1f}", f"{passes:,.0f}"])
+            prompts = max(row.n for row in own.values())
+            yield (
+                [f"attack, {prompts} prompts: {self.heading(measure)}", *methods,
+                 "seconds a prompt", "UNet passes a prompt"], rows,
+            )  # fmt: skip
 
     def heading(self, measure: str) -> str:
         """The measure, its unit, and which way is better."""
@@ -181,6 +234,15 @@ class Results(_Part):
 
 
 _ARROWS = {"lower": " ↓", "higher": " ↑", "neither": ""}
+
+
+def _rate(value: float, interval: Interval) -> str:
+    return f"{percent(value)} ({percent(interval[0])}–{percent(interval[1])})"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def find(rows: Sequence[Row], method: str, measure: str, group: str) -> Row | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from sdd_lora.evaluation.bench_file import ATTACKS
 from sdd_lora.evaluation.intervals import (
     bootstrap_maximum,
     bootstrap_mean,
@@ -10,7 +11,15 @@ from sdd_lora.evaluation.intervals import (
     paired_difference,
     wilson,
 )
-from sdd_lora.evaluation.results import ALL, MeasureInfo, Moved, Row, SettingRow, Variation
+from sdd_lora.evaluation.results import (
+    ALL,
+    AttackRow,
+    MeasureInfo,
+    Moved,
+    Row,
+    SettingRow,
+    Variation,
+)
 
 #: one line of images.jsonl
 Line = dict[str, Any]
@@ -40,6 +49,43 @@ def variations(lines: Sequence[Line], fields: Mapping[str, str], info: Info) -> 
             for row in _rows(method, own, cells.get((setting, _PAIRED_WITH), usual), info)
         ]
         out.append(Variation(name=name, field=field, rows=found))
+    return out
+
+
+def attacks(
+    lines: Sequence[Line], info: Info, costs: Mapping[tuple[str, str], tuple[float, float]]
+) -> list[AttackRow]:
+    """For each attack, method, and rate of what is erased: before and after on the same seeds.
+
+    `costs` are seconds and UNet passes a prompt, of what (attack, method).
+    """
+    cells = _by(
+        [line for line in lines if line["variation"] == ATTACKS],
+        lambda line: (line["setting"], line["method"]),
+    )
+    rates = [
+        name for name, i in info.items()
+        if i.kind == "rate" and i.of != "kept" and i.better == "lower" and not i.maximum_of
+    ]  # fmt: skip
+    out = []
+    for (attack, method), (seconds, passes) in costs.items():
+        for measure in rates:
+            there = {_key(x): x["values"] for x in cells["none", method]}
+            own = [x for x in cells[attack, method] if measure in x["values"]]
+            before = [there[_key(x)][measure] for x in own]
+            after = [x["values"][measure] for x in own]
+            n = len(own)
+            if not n:
+                continue
+            change, low, high = paired_difference(before, after)
+            out.append(
+                AttackRow(
+                    attack=attack, method=method, measure=measure, n=n,
+                    before=sum(before) / n, ci95_before=wilson(sum(before), n),
+                    after=sum(after) / n, ci95_after=wilson(sum(after), n),
+                    change=change, ci95_change=(low, high), seconds=seconds, unet_passes=passes,
+                )
+            )  # fmt: skip
     return out
 
 

@@ -16,10 +16,9 @@ from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.source import locate
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.bench_file import METHODS, Bench
-from sdd_lora.evaluation.cells import Cell
+from sdd_lora.evaluation.cells import Cell, draws_with
 from sdd_lora.evaluation.results import Interference
 from sdd_lora.files import sha256_of
-from sdd_lora.generation import methods as drawing
 from sdd_lora.generation.pipeline import load_pipeline
 from sdd_lora.model import fingerprint
 from sdd_lora.progress import say
@@ -160,8 +159,15 @@ class Weights:
             ],
             "weights": None if whole is None else sha256_of(whole),
             "image": conditions.image,
+            "attack": self._attack(conditions.attack),
             "beside": Adapter.load(conditions.beside).identity if conditions.beside else None,
         }  # fmt: skip
+
+    def _attack(self, name: str) -> dict[str, Any] | None:
+        """An attack's settings."""
+        if self.bench.attacks is None or not name:
+            return None
+        return {name: self.bench.attacks.chosen[name].model_dump(mode="json")}
 
     def told(self, method: str) -> dict[str, Any]:
         """What the report says about where a row comes from."""
@@ -189,8 +195,3 @@ class Weights:
             return None
         report = interference(list(parts.values()))
         return Interference(names=list(parts), cosine=report.cosine.round(6).tolist())
-
-
-def draws_with(method: str) -> str:
-    """The way of drawing that a row uses: its own, or as `sd` does."""
-    return method if method in drawing.METHODS else "sd"
