@@ -124,11 +124,7 @@ def _check(folder: Path, recipe: Recipe, resume: bool, force: bool) -> None:
     if resume:
         if not written.exists():
             raise BadInput(f"{folder}: holds no run to resume; leave --resume away")
-        if Recipe.load(written).sha256 != recipe.sha256:
-            raise BadInput(
-                f"{written}: belongs to another recipe (or other --set values) than the one given; "
-                "resume with that one, or train into another folder"
-            )
+        _require_same(written, recipe)
         if not _unfinished(folder):
             raise BadInput(f"{folder}: holds a finished run; nothing to resume")
         return
@@ -137,6 +133,14 @@ def _check(folder: Path, recipe: Recipe, resume: bool, force: bool) -> None:
     if folder.exists() and any(folder.iterdir()) and not force:
         advice = "add --resume to continue it, " if _unfinished(folder) else ""
         raise BadInput(f"{folder}: holds another run; {advice}choose another folder or add --force")
+
+
+def _require_same(written: Path, recipe: Recipe) -> None:
+    if Recipe.load(written).sha256 != recipe.sha256:
+        raise BadInput(
+            f"{written}: belongs to another recipe (or other --set values) than the one given; "
+            "resume with that one, or train into another folder"
+        )
 
 
 def _unfinished(folder: Path) -> bool:
@@ -301,10 +305,11 @@ def train_recipes(
 ) -> list[tuple[Path, dict[str, Any]]]:  # fmt: skip
     """Train recipes one after another over one loaded base; returns each run's folder and metrics.
 
-    All recipes are read, and their errors reported, before the first one starts.
+    All recipes are read, and their errors reported, before the first one starts. Of several,
+    `resume` leaves finished ones alone, continues the one under way and starts the others.
     """
     overrides = dict(map(parse_override, changes))
-    recipes = [Recipe.load(path, overrides) for path in _recipe_files(paths)]
+    recipes = [Recipe.load(path, overrides) for path in recipe_files(paths)]
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
         raise BadInput(f"two recipes have the same name: {', '.join(sorted(names))}")
@@ -315,6 +320,7 @@ def train_recipes(
     for recipe, folder in zip(recipes, folders, strict=True):
         continues = resume and (not several or _unfinished(folder))
         if resume and several and not continues and (folder / METRICS).exists():
+            _require_same(folder / RECIPE, recipe)
             say(f"{folder}: finished already")
             continue
         _check(folder, recipe, continues, force)
@@ -343,7 +349,8 @@ def packaged_recipe(name: str) -> Path:
     return (inside if inside.is_dir() else package.parent / "recipes") / f"{name}.yaml"
 
 
-def _recipe_files(paths: Sequence[Path]) -> list[Path]:
+def recipe_files(paths: Sequence[Path]) -> list[Path]:
+    """Recipe files, and those in folders by name. Raises BadInput for a folder without any."""
     found = []
     for path in paths:
         inside = sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if path.is_dir() else [path]

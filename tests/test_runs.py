@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdd_lora import Adapter, Recipe, train
+from sdd_lora import Adapter, Recipe, runs, train
 from sdd_lora.checkpoint.source import DEMO_FOLDER
 from sdd_lora.errors import BadInput
 from sdd_lora.files import sha256_of
@@ -203,6 +203,38 @@ def test_recipes_share_a_base_and_leave_it_as_it_was(tmp_path):
     ((_, alone),) = train_recipes([tmp_path / "two.yaml"], tmp_path / "alone", [])
     second = together[tmp_path / "together" / "two"]
     assert second["adapter"]["sha256"] == alone["adapter"]["sha256"]
+
+
+def test_a_matrix_stopped_half_way_goes_on_over_one_base(tmp_path, monkeypatch):
+    for name in ("one", "three", "two"):
+        (tmp_path / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
+    whole = train_recipes([tmp_path], tmp_path / "whole", [])
+
+    def adapter(run):
+        return run[1]["adapter"]["sha256"]
+
+    loads, step = [], runs.Trainer.step
+    monkeypatch.setattr(
+        runs, "load_training_parts", lambda model: loads.append(model) or load_training_parts(model)
+    )
+
+    def stopped(trainer):
+        if trainer.recipe.name == "three" and trainer.iteration == 2:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    monkeypatch.setattr(runs.Trainer, "step", stopped)
+    with pytest.raises(KeyboardInterrupt, match="iteration 2 of 3"):
+        train_recipes([tmp_path], tmp_path / "out", [])
+    monkeypatch.setattr(runs.Trainer, "step", step)
+    assert loads == ["demo"] and not (tmp_path / "out" / "two").exists()
+    first = (tmp_path / "out" / "one" / "adapter.safetensors").stat().st_mtime_ns
+    with pytest.raises(BadInput, match=r"recipe\.yaml: belongs to another recipe"):
+        train_recipes([tmp_path], tmp_path / "out", ["training.seed=1"], resume=True)
+    resumed = train_recipes([tmp_path], tmp_path / "out", [], resume=True)
+    assert [folder.name for folder, _ in resumed] == ["one", "three", "two"]
+    assert list(map(adapter, resumed)) == list(map(adapter, whole))
+    assert (tmp_path / "out" / "one" / "adapter.safetensors").stat().st_mtime_ns == first
 
 
 def test_nothing_is_trained_before_all_recipes_are_read(tmp_path):

@@ -1,6 +1,7 @@
 """Tables for the terminal, plain text so that they can be piped."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -39,3 +40,29 @@ def measures_table(metrics: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ["% of images", "n", "before", "95 %", "after", "95 %", "change", "95 %"]
     return table(head, rows)
+
+
+def runs_table(runs: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+    """A row a run, of its folder and metrics: each measure before → after, in percent over all its
+    images, and what the training took."""
+    names = list(dict.fromkeys(m["name"] for _, metrics in runs for m in metrics["measures"]))
+    rows = [
+        [
+            str(folder), *(_pooled(metrics["measures"], name) for name in names),
+            f"{metrics['training']['unet_passes']:,}",
+            f"{metrics['training']['seconds'] / 60:.1f}",
+        ]
+        for folder, metrics in runs
+    ]  # fmt: skip
+    head = ["run", *(f"{name}, %" for name in names), "UNet passes", "minutes"]
+    return table(head, rows)
+
+
+def _pooled(measures: Sequence[dict[str, Any]], name: str) -> str:
+    """Rates over the images of all groups, which share none."""
+    groups = [m for m in measures if m["name"] == name]
+    n = sum(m["n"] for m in groups)
+    if not n:
+        return "–"
+    before, after = (sum(m[when] * m["n"] for m in groups) / n for when in ("before", "after"))
+    return f"{percent(before)} → {percent(after)}"

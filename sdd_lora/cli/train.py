@@ -34,7 +34,8 @@ def train(
 ) -> Result:
     """Train safety adapters by recipe, measure them, and write their cards.
 
-    Ctrl-C (or a crash) leaves a run that --resume continues.
+    Ctrl-C (or a crash) leaves a run that --resume continues. Several recipes run one after another
+    over one loaded base, and end in a summary.
 
     Examples:
 
@@ -44,9 +45,13 @@ def train(
 
         sdd-lora train recipes/demo/gore.yaml --resume
     """
-    from sdd_lora.cli.tables import measures_table
+    from sdd_lora.cli.tables import measures_table, runs_table
     from sdd_lora.runs import train_recipes
 
     finished = train_recipes(recipes, output, changes or [], resume, keep_state, force)
-    text = "\n\n".join(f"{folder}\n{measures_table(metrics)}" for folder, metrics in finished)
+    if len(finished) == 1:
+        folder, metrics = finished[0]
+        text = f"{folder}\n{measures_table(metrics)}"
+    else:
+        text = runs_table(finished)
     return Result({"runs": [{"folder": str(f)} | m for f, m in finished]}, text)
