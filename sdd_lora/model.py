@@ -18,6 +18,9 @@ from sdd_lora.checkpoint.layout import describe, require_sd1
 from sdd_lora.checkpoint.source import DEMO_FOLDER, local
 from sdd_lora.errors import BadInput
 
+#: the UNet of SD 1.x where it differs from diffusers' defaults
+SD1_UNET = {"sample_size": 64, "cross_attention_dim": 768}
+
 
 def fingerprint(unet: UNet2DConditionModel) -> str:
     """SHA-256 of an unadapted UNet's cross-attention weights, names and shapes.
@@ -66,6 +69,25 @@ def ddim(pipeline: StableDiffusionPipeline) -> DDIMScheduler:
     """DDIM on the model's noise schedule. Latents are not confined to [-1, 1], so they are never
     clipped, which is what DDIM does where a configuration says nothing."""
     return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+
+
+def unet_config(model: str) -> dict[str, Any]:
+    """A MODEL's UNet configuration, as diffusers has it; nothing is downloaded or loaded.
+
+    A hub id is taken for SD 1.x itself, as is every single file of its widths. Raises BadInput for
+    what is no Stable Diffusion 1.x.
+    """
+    path = local(model)
+    if path is None:
+        return dict(SD1_UNET)
+    require_sd1(path)
+    if path.is_file():
+        source = _configuration_for(path).get("config")
+        if source is None:
+            return dict(SD1_UNET)
+        path = Path(source)
+    config: dict[str, Any] = json.loads((path / "unet" / "config.json").read_text("utf-8"))
+    return config
 
 
 def best_device() -> torch.device:

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-VERBS = ["demo", "train", "inspect", "verify", "convert", "resize", "stack", "extract", "bake",
-         "unbake", "generate", "evaluate", "report", "push", "pull"]  # fmt: skip
+VERBS = ["demo", "train", "plan", "inspect", "verify", "convert", "resize", "stack", "extract",
+         "bake", "unbake", "generate", "evaluate", "report", "push", "pull"]  # fmt: skip
 
 
 def run(*arguments):

@@ -1,0 +1,198 @@
+"""`sdd-lora plan`."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sdd_lora.cli.common import Result, verb
+from sdd_lora.cli.tables import table
+from sdd_lora.errors import BadInput
+
+if TYPE_CHECKING:
+    from sdd_lora.recipe import Recipe
+    from sdd_lora.training.footprint import Footprint, Saving
+
+#: what a device's context, its allocator's gaps and the kernels' workspaces take beside tensors
+_RESERVED = 600_000_000
+#: fp16 or bf16 operations a second that an RTX 3060 comes to in a UNet, about 40 % of what its data
+#: sheet promises; an estimate, not measured here
+_CARD, _CARD_FLOPS = "RTX 3060", 1e13
+#: SD 1.x's text encoder and UNet in fp32, which is what a training loads of a hub repository
+_DOWNLOAD = 3_930_000_000
+#: parts of the memory (fields of Footprint), as they are printed
+_PARTS = {
+    "base": "base",
+    "adapter": "adapter",
+    "average": "average (teacher)",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "loss_activations": "activations: loss",
+    "rollout_activations": "activations: rollout",
+    "total": "peak",
+}
+_UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+
+
+@verb("plan")
+def plan(
+    recipes: Annotated[
+        list[Path], typer.Argument(help="Recipe files, or folders of them.", metavar="RECIPE...")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a field: training.precision=bf16. Repeatable."),
+    ] = None,
+    within: Annotated[
+        str | None,
+        typer.Option(
+            "--fit", help="Find settings that fit this much memory, such as 8GB.", metavar="SIZE"
+        ),
+    ] = None,
+) -> Result:
+    """Say what training a recipe will take, before anything is downloaded or allocated.
+
+    Memory by part, UNet passes, arithmetic, disk. Several recipes are summed up.
+
+    Examples:
+
+        sdd-lora plan recipes/sd15/nudity.yaml
+
+        sdd-lora plan recipes/sd15/nudity.yaml --fit 4GB
+
+        sdd-lora plan recipes/sd15 --set training.precision=fp32 --json
+    """
+    from sdd_lora.recipe import Recipe, parse_override
+    from sdd_lora.runs import recipe_files
+
+    most = None if within is None else _bytes_of(within)
+    overrides = dict(map(parse_override, changes or []))
+    read = [Recipe.load(path, overrides) for path in recipe_files(recipes)]
+    plans = [_planned(recipe, most) for recipe in read]
+    text = "\n\n".join(text for _, text in plans)
+    data: dict[str, Any] = {"plans": [data for data, _ in plans]}
+    if len(plans) > 1:
+        data["sum"] = _sum(data["plans"])
+        text += "\n\n" + _sum_text(data["sum"])
+    unfit = any(p.get("fits") is False for p in data["plans"])
+    return Result(data, text, exit_code=1 if unfit else 0)
+
+
+def _planned(recipe: "Recipe", most: int | None) -> tuple[dict[str, Any], str]:
+    from sdd_lora.checkpoint.source import local
+    from sdd_lora.model import unet_config
+    from sdd_lora.training.footprint import fit, footprint
+
+    config = unet_config(recipe.model)
+    found = footprint(recipe, config)
+    iterations = recipe.training.iterations
+    flops = found.cost_in_forwards * found.forward_flops * iterations
+    data: dict[str, Any] = {
+        "name": recipe.name,
+        "model": recipe.model,
+        "parameters": found.parameters,
+        "trained": found.trained,
+        "bytes": {part: getattr(found, part) for part in _PARTS},
+        "iterations": iterations,
+        "rollout_passes": round(found.rollout_passes * iterations),
+        "loss_passes": found.loss_passes * iterations,
+        "unet_passes": round(found.passes * iterations),
+        "cost_in_forwards": round(found.cost_in_forwards * iterations),
+        "forward_flops": found.forward_flops,
+        "flops": flops,
+        "estimated_seconds": {_CARD: flops / _CARD_FLOPS},
+        "disk": _disk(recipe, found, downloaded=local(recipe.model) is None),
+    }
+    text = _text(data)
+    if most is not None:
+        savings = fit(recipe, config, most - _RESERVED)
+        least = savings[-1].plan.total if savings else found.total
+        data["fits"] = least + _RESERVED <= most
+        data["savings"] = [
+            {"set": s.changes, "costs": s.costs, "total": s.plan.total} for s in savings
+        ]
+        text += "\n\n" + _fit_text(found.total, savings, most, data["fits"])
+    return data, text
+
+
+def _disk(recipe: "Recipe", found: "Footprint", downloaded: bool) -> dict[str, int]:
+    """Adapter files are fp16, in two forms; the state holds student, average and optimizer."""
+    result = 2 * 2 * found.trained if recipe.parameters == "lora" else found.adapter
+    return {
+        "download": _DOWNLOAD if downloaded else 0,
+        "result": result,
+        "state_while_training": found.adapter + found.average + found.optimizer,
+    }
+
+
+def _text(data: dict[str, Any]) -> str:
+    disk, passes = data["disk"], data["unet_passes"]
+    seconds = data["estimated_seconds"][_CARD]
+    rows = [[label, _gb(data["bytes"][part])] for part, label in _PARTS.items()]
+    return "\n".join([
+        f"{data['name']} on {data['model']}: {data['parameters'] / 1e6:.1f} M parameters, "
+        f"{data['trained']:,} trained",
+        table(["memory", "GB"], rows),
+        f"beside tensors, about {_gb(_RESERVED)} GB for the device's context and workspaces",
+        f"{data['iterations']} iterations: {passes:,} UNet passes ({data['rollout_passes']:,} for "
+        f"rollouts, {data['loss_passes']:,} for the loss), as much arithmetic as "
+        f"{data['cost_in_forwards']:,} forwards of {data['forward_flops'] / 1e12:.3g} TFLOP",
+        f"{_CARD}, in half precision: about {_time(seconds)} (an estimate at "
+        f"{_CARD_FLOPS / 1e12:.0f} TFLOP/s; not measured)",
+        f"disk: {_gb(disk['download'])} GB to download unless it is here already, "
+        f"{disk['result'] / 1e6:.1f} MB of results, {disk['state_while_training'] / 1e6:.1f} MB "
+        "more while training",
+    ])  # fmt: skip
+
+
+def _fit_text(as_it_is: int, savings: list["Saving"], most: int, fits: bool) -> str:
+    goal = f"{_gb(most)} GB ({_gb(_RESERVED)} of them for the context)"
+    if not savings:
+        return f"fits {goal} as it is" if fits else f"does not fit {goal}, and nothing takes less"
+    rows = [["as it is", _gb(as_it_is), ""]]
+    for saving in savings:
+        flags = " ".join(f"--set {k}={_yaml(v)}" for k, v in saving.changes.items())
+        rows.append([flags, _gb(saving.plan.total), saving.costs])
+    verdict = "fits {} with these:" if fits else "does not fit {} even with these:"
+    return f"{verdict.format(goal)}\n{table(['change', 'peak GB', 'costs'], rows)}"
+
+
+def _sum(plans: list[dict[str, Any]]) -> dict[str, Any]:
+    """One after another: the greatest peak, the sum of the passes, one download of each model."""
+    return {
+        "recipes": len(plans),
+        "peak": max(p["bytes"]["total"] for p in plans),
+        "unet_passes": sum(p["unet_passes"] for p in plans),
+        "estimated_seconds": {_CARD: sum(p["estimated_seconds"][_CARD] for p in plans)},
+        "download": sum({p["model"]: p["disk"]["download"] for p in plans}.values()),
+        "result": sum(p["disk"]["result"] for p in plans),
+    }
+
+
+def _sum_text(total: dict[str, Any]) -> str:
+    return (
+        f"all {total['recipes']}, one after another: peak {_gb(total['peak'])} GB, "
+        f"{total['unet_passes']:,} UNet passes, about {_time(total['estimated_seconds'][_CARD])} "
+        f"on an {_CARD} (an estimate), {_gb(total['download'])} GB to download, "
+        f"{total['result'] / 1e6:.0f} MB of results"
+    )
+
+
+def _bytes_of(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    if not found or found[2].upper() not in _UNITS:
+        raise BadInput(f"--fit {text}: expected a size with its unit, such as 8GB or 7.5GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,83 @@
+"""`plan`: numbers before a run starts, settings that fit, folders summed up."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdd_lora.cli.plan import _bytes_of
+from sdd_lora.errors import BadInput
+from sdd_lora.recipe import Recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+DEMO = """
+name: {name}
+model: demo
+concepts: [axe]
+optimizer: {{kind: adamw}}
+rollout: {{batch: 4}}
+"""
+
+
+def plan(*arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "sdd_lora", "plan", *map(str, arguments)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "one.yaml"
+    path.write_text(DEMO.format(name="one"))
+    return path
+
+
+def test_a_folder_is_summed_up(recipe):
+    (recipe.parent / "two.yaml").write_text(DEMO.format(name="two"))
+    found = json.loads(plan(recipe.parent, "--json").stdout)
+    one, two = found["plans"]
+    assert one["bytes"]["total"] == two["bytes"]["total"] == found["sum"]["peak"]
+    assert found["sum"]["unet_passes"] == 2 * one["unet_passes"]
+
+
+def test_what_fits_is_named_with_its_costs(recipe):
+    as_it_is = json.loads(plan(recipe, "--json").stdout)["plans"][0]["bytes"]["total"]
+    wanted = f"{(600_000_000 + as_it_is * 0.6) / 1e6:.0f}MB"
+    found = json.loads(plan(recipe, "--fit", wanted, "--json").stdout)["plans"][0]
+    totals = [as_it_is, *(saving["total"] for saving in found["savings"])]
+    assert found["fits"] and totals == sorted(totals, reverse=True)
+    changes = {k: v for saving in found["savings"] for k, v in saving["set"].items()}
+    flags = [part for k, v in changes.items() for part in ("--set", f"{k}={str(v).lower()}")]
+    followed = json.loads(plan(recipe, *flags, "--json").stdout)["plans"][0]
+    assert followed["bytes"]["total"] == totals[-1] <= 0.6 * as_it_is
+
+
+def test_what_cannot_fit_says_so(recipe):
+    done = plan(recipe, "--fit", "601MB", code=1)
+    assert "does not fit" in done.stdout and "training.gradient_checkpointing=true" in done.stdout
+
+
+def test_sizes_are_read_with_their_units():
+    assert _bytes_of("8GB") == 8 * 10**9 and _bytes_of("7.5 GiB") == int(7.5 * 2**30)
+    for wrong in ("8", "GB", "-1GB", "8 apples"):
+        with pytest.raises(BadInput, match="such as 8GB"):
+            _bytes_of(wrong)
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "sd15").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_for_sd15_can_be_read(path):
+    recipe = Recipe.load(path)
+    assert recipe.name == f"sd15-{path.stem}"
+    assert "UNTESTED ON A GPU" in path.read_text("utf-8")
+
+
+def test_a_true_size_recipe_is_planned_offline():
+    found = json.loads(plan(RECIPES / "sd15" / "nudity.yaml", "--json").stdout)["plans"][0]
+    assert found["parameters"] == 859_520_964
+    assert found["bytes"]["base"] == 2 * 859_520_964
+    assert found["bytes"]["total"] < 2.6e9
