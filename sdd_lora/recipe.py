@@ -107,18 +107,22 @@ class Rollout(Section):
 
 
 class Training(Section):
-    """Length, precision, seed."""
+    """Length, precision, seed.
+
+    `base_precision: nf4` keeps the base's linear layers in 4 bits and its other layers in
+    `precision`.
+    """
 
     iterations: Positive = 1500
     gradient_accumulation: Positive = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    base_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    base_precision: Literal["fp32", "bf16", "fp16", "nf4"] = "fp32"
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _precisions_fit(self) -> "Training":
-        if self.base_precision not in ("fp32", self.precision):
+        if self.base_precision not in ("fp32", "nf4", self.precision):
             raise ValueError(
                 f"base_precision {self.base_precision} needs precision {self.base_precision} too"
             )
@@ -180,6 +184,11 @@ class Recipe(Section):
             raise ValueError(f"{kind} takes latents drawn for its concept: expected prompts: 1")
         if self.parameters == "full" and self.lora != Lora():
             raise ValueError("parameters: full trains the weights themselves: leave lora away")
+        if self.parameters == "full" and self.training.base_precision == "nf4":
+            raise ValueError(
+                "parameters: full trains the weights themselves, which 4 bits can't hold: expected "
+                "another training.base_precision, or parameters: lora"
+            )
         if self.parameters == "lora" and kind == "esd-u":
             raise ValueError(
                 "esd-u changes what is outside the cross-attention, most of it convolutions, and "
@@ -272,7 +281,6 @@ IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
 
 #: what the recipe format will hold and this version refuses by name
 _NOT_YET: dict[tuple[str | int, ...], set[str]] = {
-    ("training", "base_precision"): {"nf4"},
     ("measure", "detector"): {"nudenet", "open_nsfw"},
 }
 

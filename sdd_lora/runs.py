@@ -329,7 +329,10 @@ def train_recipes(
     for recipe, folder, continues in todo:
         # what training leaves changed in the UNet besides its adapters
         training = recipe.training
-        kind = (recipe.model, training.base_precision, training.gradient_checkpointing)
+        kind = (
+            recipe.model, training.precision, training.base_precision,
+            training.gradient_checkpointing,
+        )  # fmt: skip
         if several and kind not in loaded:
             loaded = {kind: load_training_parts(recipe.model)}
         train(

@@ -106,7 +106,7 @@ def _planned(recipe: "Recipe", most: int | None) -> tuple[dict[str, Any], str]:
     }
     text = _text(data)
     if most is not None:
-        savings = fit(recipe, config, most - _RESERVED)
+        savings = fit(recipe, config, found, most - _RESERVED)
         least = savings[-1].plan.total if savings else found.total
         data["fits"] = least + _RESERVED <= most
         data["savings"] = [
@@ -129,7 +129,7 @@ def _disk(recipe: "Recipe", found: "Footprint", downloaded: bool) -> dict[str, i
 def _text(data: dict[str, Any]) -> str:
     disk, passes = data["disk"], data["unet_passes"]
     seconds = data["estimated_seconds"][_CARD]
-    rows = [[label, _gb(data["bytes"][part])] for part, label in _PARTS.items()]
+    rows = [[label, f"{data['bytes'][part] / 1e9:.3f}"] for part, label in _PARTS.items()]
     return "\n".join([
         f"{data['name']} on {data['model']}: {data['parameters'] / 1e6:.1f} M parameters, "
         f"{data['trained']:,} trained",

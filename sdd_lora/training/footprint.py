@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from sdd_lora.recipe import Recipe, Rollout
 from sdd_lora.training import objectives
+from sdd_lora.training.quantised import NF4_BYTES, linear_layers
 from sdd_lora.training.roles import STUDENT, TEACHER, Roles, make_roles
 
 _TIMESTEPS = 1000
@@ -121,13 +122,15 @@ class Footprint:
 def footprint(recipe: Recipe, config: Mapping[str, Any]) -> Footprint:
     """The footprint of training `recipe` on a UNet of diffusers' `config`, on one device."""
     training, rollout = recipe.training, recipe.rollout
+    packed = training.base_precision == "nf4"
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config)).eval()
-        unet.to(_DTYPES[training.base_precision])
+        unet.to(_DTYPES[training.precision if packed else training.base_precision])
         if training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()  # as the trainer does
-        base = _bytes(unet.parameters())
+        saved, unpacked = _nf4(unet) if packed else (0, 0)
+        base = _bytes(unet.parameters()) - saved
         parameters = sum(p.numel() for p in unet.parameters())
         roles = make_roles(unet, recipe)
     rehearsal = _Rehearsal(recipe, roles)
@@ -150,8 +153,8 @@ def footprint(recipe: Recipe, config: Mapping[str, Any]) -> Footprint:
         base=base, adapter=adapter, average=average,
         optimizer=math.ceil(_OPTIMIZER_BYTES[recipe.optimizer.kind] * trained),
         gradients=gradients,
-        loss_activations=loss_account.peak - gradients,
-        rollout_activations=rollout_account.peak,
+        loss_activations=loss_account.peak - gradients + unpacked,
+        rollout_activations=rollout_account.peak + unpacked,
         rollout_passes=rollout_passes,
         loss_passes=rehearsal.loss_passes * accumulation,
         forward_flops=forward,
@@ -272,6 +275,13 @@ def _unconditional(recipe: Recipe) -> bool:
     )
 
 
+def _nf4(unet: UNet2DConditionModel) -> tuple[int, int]:
+    """(bytes that packing the linear layers saves, those of the largest one while unpacked)."""
+    weights = [unet.get_parameter(f"{name}.weight") for name in linear_layers(unet)]
+    packed = math.ceil(sum(w.numel() for w in weights) * NF4_BYTES)
+    return _bytes(weights) - packed, max(_bytes([w]) for w in weights)
+
+
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -285,14 +295,14 @@ class Saving:
     plan: Footprint
 
 
-def fit(recipe: Recipe, config: Mapping[str, Any], most: int) -> list[Saving]:
-    """The fewest savings, cheapest first, that bring a training's total to `most` bytes.
+def fit(recipe: Recipe, config: Mapping[str, Any], plan: Footprint, most: int) -> list[Saving]:
+    """The fewest savings, cheapest first, that bring a training's total to `most` bytes; `plan` is
+    its footprint as it is.
 
     An empty list where it fits as it is. Where nothing brings it that low, all that help: then the
     last one's total is still above `most`.
     """
     taken: list[Saving] = []
-    plan = footprint(recipe, config)
     for changes, costs in _savings(recipe):
         if plan.total <= most:
             break
@@ -318,6 +328,11 @@ def _savings(recipe: Recipe) -> list[tuple[dict[str, Any], str]]:
         savings.append((
             {"training.precision": half, "training.base_precision": half},
             f"the base is rounded to {half}; faster where the card computes in it",
+        ))  # fmt: skip
+    if training.base_precision != "nf4" and recipe.parameters == "lora":
+        savings.append((
+            {"training.base_precision": "nf4"},
+            "the base's linear layers are rounded to 4 bits and unpacked for each forward",
         ))  # fmt: skip
     parts = training.gradient_accumulation
     while batch > 1 and batch % 2 == 0:

@@ -26,6 +26,7 @@ from sdd_lora.recipe import Recipe
 from sdd_lora.training import objectives
 from sdd_lora.training.ema import decay_at, update_average
 from sdd_lora.training.memory import is_out_of_memory, keep_freed_memory
+from sdd_lora.training.quantised import quantise
 from sdd_lora.training.roles import STUDENT, TEACHER, make_roles
 from sdd_lora.training.rollout import Points, Rollout, generator_for
 
@@ -87,7 +88,10 @@ class Trainer:
         )
         self._check_processes()
         device = self.accelerator.device
-        unet.to(device, _DTYPES[training.base_precision])
+        if training.base_precision == "nf4":
+            quantise(unet, device, _DTYPES[training.precision])
+        else:
+            unet.to(device, _DTYPES[training.base_precision])
         if training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()  # diffusers checkpoints in training mode only; SD 1.x has no dropout
@@ -291,6 +295,8 @@ class Trainer:
             (not training.gradient_checkpointing, "training.gradient_checkpointing=true"),
             (training.base_precision == "fp32",
              "training.precision=bf16 --set training.base_precision=bf16"),
+            (training.base_precision in ("bf16", "fp16") and self.recipe.parameters == "lora",
+             "training.base_precision=nf4"),
             (self.recipe.parameters == "full", "parameters=lora"),
         ]  # fmt: skip
         steps = [f"--set {step}" for applies, step in advice if applies]

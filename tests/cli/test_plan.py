@@ -1,12 +1,12 @@
 """`plan`: numbers before a run starts, settings that fit, folders summed up."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from sdd_lora.cli import app
 from sdd_lora.cli.plan import _bytes_of
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
@@ -22,11 +22,8 @@ rollout: {{batch: 4}}
 
 
 def plan(*arguments, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "sdd_lora", "plan", *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
+    done = CliRunner().invoke(app, ["plan", *map(str, arguments)])
+    assert done.exit_code == code, done.output
     return done
 
 
@@ -76,7 +73,11 @@ def test_recipes_for_sd15_can_be_read(path):
     assert "UNTESTED ON A GPU" in path.read_text("utf-8")
 
 
-def test_a_true_size_recipe_is_planned_offline():
+def test_a_true_size_recipe_is_planned_offline(monkeypatch):
+    def no_network(*_):
+        raise AssertionError("a plan asks nobody")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
     found = json.loads(plan(RECIPES / "sd15" / "nudity.yaml", "--json").stdout)["plans"][0]
     assert found["parameters"] == 859_520_964
     assert found["bytes"]["base"] == 2 * 859_520_964
