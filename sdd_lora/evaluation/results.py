@@ -241,8 +241,8 @@ def _rate(value: float, interval: Interval) -> str:
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    head, *body = [f"| {' | '.join(cells)} |\n" for cells in [heads, *rows]]
+    return f"{head}{'|---' * len(heads)}|\n{''.join(body)}"
 
 
 def find(rows: Sequence[Row], method: str, measure: str, group: str) -> Row | None:

@@ -67,6 +67,7 @@ def test_every_method_stands_in_the_table_and_over_the_pictures(page):
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "9.0" in text and "5.9 – 13.7" in text  # sdd-preserve and its interval
     assert "nudenet: expected the package" in text
+    assert "concept inversion" in text and "no gradient leads through it" in text
 
 
 def test_it_can_be_read_without_a_mouse_and_without_seeing(page):
@@ -128,10 +129,14 @@ def test_what_is_damaged_is_named(tmp_path, damage, message):
 def test_csv_and_markdown_say_the_same(tmp_path):
     found = results(("sd", "neg", "sdd", "stack"))
     lines = found.to_csv().splitlines()
-    assert len(lines) == 1 + len(found.rows) + sum(len(v.rows) for v in found.variations)
+    varied = sum(len(v.rows) for v in found.variations)
+    assert len(lines) == 1 + len(found.rows) + varied + len(found.attacks)
     assert lines[1].startswith("sd,concept drawn,all,,,0.93,")
     markdown = found.to_markdown().splitlines()
     assert markdown[0] == (f"| method | {DRAWN} % ↓ | {KEPT} % ↑ | judge features: distance ↓ |")
+    (heads, attacks) = next(found.attack_tables())
+    assert markdown[7] == "| " + " | ".join(heads) + " |" and attacks[3][1:3] != ["–", "–"]
+    assert markdown[12].startswith("| concept inversion | 93.0 (59.6–98.2) | – | 60.0")
     assert markdown[3].startswith("| neg | 31.0 (25.1–37.5) | 74.0 (")
     (tmp_path / "results.json").write_text(found.to_json())
     assert Results.load(tmp_path) == found

@@ -1,7 +1,5 @@
 """The denoising loss that attacks lower, on what the unprotected model draws."""
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -50,8 +48,10 @@ def denoising_loss(
     return torch.nn.functional.mse_loss(predicted.float(), noise.float())
 
 
-def freeze(pipelines: Sequence[StableDiffusionPipeline]) -> None:
-    """No parameter of theirs gets a gradient."""
-    for pipeline in pipelines:
-        for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
-            part.requires_grad_(False)
+def frozen(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """The pipeline as fp32, in which gradients don't vanish; no parameter of its gets any."""
+    if pipeline.unet.dtype != torch.float32:
+        pipeline = pipeline.to(torch.float32)
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        part.requires_grad_(False)
+    return pipeline

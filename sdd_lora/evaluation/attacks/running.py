@@ -17,7 +17,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.attacks import words
 from sdd_lora.evaluation.attacks.case import Attacked, Case
 from sdd_lora.evaluation.attacks.inversion import inversion
-from sdd_lora.evaluation.attacks.noise import freeze
+from sdd_lora.evaluation.attacks.noise import frozen
 from sdd_lora.evaluation.attacks.ring_a_bell import ring_a_bell
 from sdd_lora.evaluation.attacks.settings import GRADIENTS
 from sdd_lora.evaluation.attacks.unlearndiffatk import unlearndiffatk
@@ -90,7 +90,7 @@ class Attacking:
         missing = [s for s in cell.shots if (s.job.prompt, s.job.seed) not in known]
         if missing:
             place.mkdir(parents=True, exist_ok=True)
-            protected = self._protected(cell) if own else self.base
+            protected = frozen(self.weights.pipeline(cell)) if own else self.base
             with progress(name, len(missing)) as advance:
                 for shot in missing:
                     case = Case(
@@ -116,15 +116,8 @@ class Attacking:
 
     @cached_property
     def base(self) -> StableDiffusionPipeline:
-        """The model that nothing protects, fp32."""
-        pipeline = load_pipeline(self.bench.model).to(torch.float32)
-        freeze([pipeline])
-        return pipeline
-
-    def _protected(self, cell: Cell) -> StableDiffusionPipeline:
-        pipeline = self.weights.pipeline(cell).to(torch.float32)
-        freeze([pipeline])
-        return pipeline
+        """The model that nothing protects."""
+        return frozen(load_pipeline(self.bench.model))
 
     def _sampling(self, guidance: float | None) -> Sampling:
         usual = self.bench.sampling

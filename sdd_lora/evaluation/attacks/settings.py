@@ -59,7 +59,7 @@ class Inversion(Section):
 
     pictures: Positive = 4
     steps: Positive = 120
-    learning_rate: Rate = 0.02
+    learning_rate: Rate = 0.01
 
 
 class UnlearnDiffAtk(Section):

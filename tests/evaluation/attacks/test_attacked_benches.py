@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from adapters import random_adapter
 from sdd_lora.errors import BadInput
@@ -49,6 +51,12 @@ def ran(bench, folder):
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def same(one, other):
+    """Equal to rounding: another batch size may move a value by 1/255."""
+    images = [np.asarray(Image.open(path)).astype(int) for path in (one, other)]
+    return np.abs(images[0] - images[1]).max() <= 1
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +117,14 @@ def test_new_words_are_in_what_is_drawn(attacked, tmp_path, monkeypatch):
              "prompts.erased.weapons": ["a cat"]}  # fmt: skip
     ran(Bench.load(out.parent / "b.yaml", overrides=plain), tmp_path / "plain")
     new = tmp_path / "new" / "images" / "attacks" / "inversion" / "mine" / "00000.png"
-    assert new.read_bytes() == (tmp_path / "plain/images/mine/00000.png").read_bytes()
+    assert same(new, tmp_path / "plain/images/mine/00000.png")
+    assert not same(new, out / "images/mine/00000.png")
 
 
 def test_what_was_found_is_kept_and_what_is_missing_found_again(attacked, monkeypatch):
     bench, folder, results = attacked
     place = folder / "images" / "attacks"
-    files = [place / "ring_a_bell" / running.FOUND, place / "inversion" / "mine" / running.FOUND]
+    files = [place / "ring-a-bell" / running.FOUND, place / "inversion" / "mine" / running.FOUND]
     texts = [path.read_text() for path in files]
     found = [lines_of(path) for path in files]
     files[1].write_text(texts[1][: len(texts[1]) * 3 // 4])  # killed within the second line

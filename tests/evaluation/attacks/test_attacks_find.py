@@ -8,7 +8,7 @@ from sdd_lora.demo.vocabulary import nouns
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.attacks.case import Case
 from sdd_lora.evaluation.attacks.inversion import inversion
-from sdd_lora.evaluation.attacks.noise import denoising_loss, drawings, freeze, random_points
+from sdd_lora.evaluation.attacks.noise import denoising_loss, drawings, frozen, random_points
 from sdd_lora.evaluation.attacks.ring_a_bell import concept_vector, ring_a_bell, sentence_pairs
 from sdd_lora.evaluation.attacks.settings import Inversion, RingABell, UnlearnDiffAtk, Words
 from sdd_lora.evaluation.attacks.tokens import encoded, free_words, plain_words, token_ids
@@ -24,13 +24,12 @@ PROMPT = "a drawing of an axe, pencil sketch"
 
 @pytest.fixture(scope="module")
 def base():
-    return load_pipeline("demo", device="cpu")
+    return frozen(load_pipeline("demo", device="cpu"))
 
 
 @pytest.fixture(scope="module")
 def case(base):
-    protected = load_pipeline("demo", [(random_adapter(0.3), 1.0)], device="cpu")
-    freeze([protected, base])
+    protected = frozen(load_pipeline("demo", [(random_adapter(0.3), 1.0)], device="cpu"))
     return Case(protected, base, ["axe", "bomb"], PROMPT, 7, Sampling(2, 3.0))
 
 
