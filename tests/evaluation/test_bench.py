@@ -69,9 +69,9 @@ def test_the_benches_that_travel_with_the_package_are_whole(path):
     Weights(bench, never_train).check([])
     for name in bench.recipes:
         recipe = bench.recipe(name)
-        assert recipe.model == bench.model and set(recipe.concepts) <= set(
-            bench.erased if name in bench.methods else recipe.concepts
-        )
+        assert recipe.model == bench.model
+        if name in bench.methods:  # "axe, noto style" is an axe
+            assert {concept.partition(",")[0] for concept in recipe.concepts} <= set(bench.erased)
         if name.startswith("esd"):
             kind, eta = name.rsplit("-", 1)
             assert (recipe.objective.kind, recipe.objective.eta) == (kind, float(eta))
