@@ -22,9 +22,9 @@ from sdd_lora.recipe import Recipe, Rollout
 from sdd_lora.training import objectives
 from sdd_lora.training.quantised import NF4_BYTES, linear_layers
 from sdd_lora.training.roles import STUDENT, TEACHER, Roles, make_roles
+from sdd_lora.training.trainer import DTYPES
 
 _TIMESTEPS = 1000
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: bytes of the optimizer's two states for one parameter; bitsandbytes adds a scale per 256 values
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}
 #: operations → their arithmetic; torch's own registry knows the other devices' attention kernels
@@ -125,7 +125,7 @@ def footprint(recipe: Recipe, config: Mapping[str, Any]) -> Footprint:
     packed = training.base_precision == "nf4"
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config)).eval()
-        unet.to(_DTYPES[training.precision if packed else training.base_precision])
+        unet.to(DTYPES[training.precision if packed else training.base_precision])
         if training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()  # as the trainer does
@@ -234,7 +234,7 @@ class _Rehearsal:
             return self._estimate(z, t, c)
 
     def _forward(self, z: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        dtype = _DTYPES[self.recipe.training.precision]
+        dtype = DTYPES[self.recipe.training.precision]
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             return self.roles.unet(z, t, c).sample.float()
 

@@ -89,9 +89,9 @@ class Trainer:
         self._check_processes()
         device = self.accelerator.device
         if training.base_precision == "nf4":
-            quantise(unet, device, _DTYPES[training.precision])
+            quantise(unet, device, DTYPES[training.precision])
         else:
-            unet.to(device, _DTYPES[training.base_precision])
+            unet.to(device, DTYPES[training.base_precision])
         if training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()  # diffusers checkpoints in training mode only; SD 1.x has no dropout
@@ -395,7 +395,8 @@ def _uses(turns: Sequence[int], times: int) -> list[int]:
     return [turn * times + use for turn in turns for use in range(times)]
 
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: a recipe's precisions
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_optimizer(

@@ -26,7 +26,7 @@ EMPTY_IMAGES = 1000
 SEED = 50_000
 MISSES_SEED = 800_000
 _RECIPES = ("weapons", "substances", "gore", "unsafe", "style")
-#: how the adapters under adapters/demo are measured, beside the recipes' own way
+#: how adapters for adapters/demo are to be measured, beside the recipes' own way
 PUBLISHED = {"measure.images": 200, "measure.seed": 60_000}
 
 
