@@ -118,9 +118,11 @@ def edit(
                 f"{name}: the edited weights, up to {np.abs(exact).max():.3g}, don't fit "
                 f"{info.dtype}; use a smaller weight or a wider copy of the model"
             )
+        gained = after - before
+        lost = gained - change
         tally += Tally(
-            float(np.vdot(change, change)), float(np.vdot(after - before, change)),
-            float(np.vdot(after - exact, after - exact)),
+            float(np.vdot(change, change)), float(np.vdot(gained, change)),
+            float(np.vdot(lost, lost)),
         )  # fmt: skip
     return result.tobytes(), tally
 

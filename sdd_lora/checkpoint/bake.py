@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from threadpoolctl import threadpool_limits
+
 from sdd_lora.checkpoint import pickles, presence, provenance
 from sdd_lora.checkpoint.arithmetic import Delta, Rounding, Tally, edit
 from sdd_lora.checkpoint.edits import (
@@ -441,10 +443,14 @@ def _rolled_back_on_failure(model: Path) -> Iterator[None]:
 
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads for arithmetic and digests beside the copying; what fails ends them early."""
+    """Threads for arithmetic and digests beside the copying; what fails ends them early.
+
+    BLAS gets one thread in each: for products as thin as these its own threads mostly spin.
+    """
     pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))
     try:
-        yield pool
+        with threadpool_limits(1, user_api="blas"):
+            yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
