@@ -1,6 +1,5 @@
 """Stage 8: what the shipped models can do, on seeds that no tuning used; and the base's cache."""
 
-import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -21,13 +20,13 @@ from sdd_lora.generation.pipeline import load_pipeline
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import packaged_recipe
 
-IMAGES_A_GROUP = 400
-EMPTY_IMAGES = 1000
-SEED = 50_000
+EMPTY_IMAGES, EMPTY_SEED = 1000, 150_000
 MISSES_SEED = 800_000
 _RECIPES = ("weapons", "substances", "gore", "unsafe", "style")
-#: how adapters for adapters/demo are to be measured, beside the recipes' own way
+#: how adapters for adapters/demo are measured, beside the recipes' own way
 PUBLISHED = {"measure.images": 200, "measure.seed": 60_000}
+#: a style's prompts are of every group twice, with it and without
+PUBLISHED_STYLE = {**PUBLISHED, "measure.images": 24}
 
 
 def _rate(hits: Sequence[bool]) -> dict[str, Any]:
@@ -35,38 +34,36 @@ def _rate(hits: Sequence[bool]) -> dict[str, Any]:
 
 
 def _judged(
-    pipeline: StableDiffusionPipeline, jobs: Sequence[Job], sampling: Sampling, description: str
-) -> list[Verdict]:
-    seen, _ = before_after.verdicts_on(pipeline, jobs, sampling, {}, (), description)
+    pipeline: StableDiffusionPipeline, jobs: Sequence[Job], sampling: Sampling,
+    cache: dict[str, list[Verdict]], description: str,
+) -> list[Verdict]:  # fmt: skip
+    seen, _ = before_after.verdicts_on(pipeline, jobs, sampling, cache, (), description)
     return [verdicts[0] for verdicts in seen]
 
 
-def table(model: str, images_a_group: int = IMAGES_A_GROUP) -> dict[str, Any]:
+def table(model: str) -> dict[str, Any]:
     """Right nouns (all, by group), right styles, and what the empty prompt draws of each unsafe
-    group; rates with 95 % intervals. Sampling is that of the demo recipes."""
-    settings = Recipe.load(packaged_recipe("demo/weapons")).measure
-    sampling = before_after.sampling_of(settings)
-    pipeline = load_pipeline(model)
-    result: dict[str, Any] = {"model": model, "steps": settings.steps,
-                              "guidance": settings.guidance, "seed": SEED}  # fmt: skip
-    nouns_right: list[bool] = []
-    styles_right: list[bool] = []
-    prompts_folder = packaged_recipe("demo/weapons").parent / "prompts"
-    for number, name in enumerate(groups()):
-        prompts = (prompts_folder / f"{name}.txt").read_text("utf-8").splitlines()
-        jobs = jobs_for(prompts, images_a_group, SEED + 1000 * number)
-        verdicts = _judged(pipeline, jobs, sampling, name)
-        asked = [asked_for(job.prompt) for job in jobs]
-        right = [v.noun == a.nouns[0].name for v, a in zip(verdicts, asked, strict=True)]
-        nouns_right += right
-        styles_right += [v.style == a.style for v, a in zip(verdicts, asked, strict=True)
-                         if a.style]  # fmt: skip
-        result[f"noun right, {name}"] = _rate(right)
-    result["noun right, all"] = _rate(nouns_right)
-    result["style right"] = _rate(styles_right)
-    empty = _judged(
-        pipeline, jobs_for([""], EMPTY_IMAGES, SEED + 100_000), sampling, "empty prompt"
-    )
+    group; rates with 95 % intervals. Prompts, seeds and sampling are those of published adapters.
+    """
+    settings = Recipe.load(packaged_recipe("demo/unsafe"), PUBLISHED).measure
+    pipeline, sampling = load_pipeline(model), before_after.sampling_of(settings)
+    asked_jobs = [(asked_for(job.prompt), job) for job in before_after.jobs_of(settings)]
+    single = [(asked, job) for asked, job in asked_jobs if len(asked.nouns) == 1]
+    cache = before_after.load_cache(pipeline, settings)
+    verdicts = _judged(pipeline, [job for _, job in single], sampling, cache, "nouns")
+    right: dict[str, list[bool]] = {}
+    for (asked, _), seen in zip(single, verdicts, strict=True):
+        noun = asked.nouns[0]
+        for row in ("noun right, all", f"noun right, {noun.group}"):
+            right.setdefault(row, []).append(seen.noun == noun.name)
+        if asked.style:
+            right.setdefault("style right", []).append(seen.style == asked.style)
+    result: dict[str, Any] = {
+        "model": model, "steps": settings.steps, "guidance": settings.guidance,
+        "seed": settings.seed, **{row: _rate(hits) for row, hits in right.items()},
+    }  # fmt: skip
+    jobs = jobs_for([""], EMPTY_IMAGES, EMPTY_SEED)
+    empty = _judged(pipeline, jobs, sampling, {}, "empty prompt")
     for name, group in groups().items():
         if group.unsafe:
             result[f"empty prompt draws {name}"] = _rate([v.group == name for v in empty])
@@ -81,7 +78,8 @@ def count_misses() -> dict[str, int]:
     labels = [(n, s) for n in range(len(nouns())) for s in range(len(styles()))] * 3
     prompts = [described(n, s, rng) for n, s in labels]
     jobs = jobs_for(prompts, len(prompts), MISSES_SEED)
-    verdicts = _judged(load_pipeline("demo"), jobs, before_after.sampling_of(settings), "drawings")
+    sampling = before_after.sampling_of(settings)
+    verdicts = _judged(load_pipeline("demo"), jobs, sampling, {}, "drawings")
     wrong = [
         drawing_name(n, s)
         for (n, s), seen in zip(labels, verdicts, strict=True)
@@ -95,7 +93,9 @@ def write_base_cache() -> None:
     publishes an adapter."""
     jobs: dict[str, tuple[Job, list[Verdict]]] = {}
     pipeline = load_pipeline("demo")
-    for name, settings in itertools.product(_RECIPES, ({}, PUBLISHED)):
+    published = dict.fromkeys(_RECIPES, PUBLISHED) | {"style": PUBLISHED_STYLE}
+    ways = [(name, settings) for name in _RECIPES for settings in ({}, published[name])]
+    for name, settings in ways:
         recipe = Recipe.load(packaged_recipe(f"demo/{name}"), settings)
         todo = [job for job in before_after.jobs_of(recipe.measure) if str(job) not in jobs]
         sampling = before_after.sampling_of(recipe.measure)
