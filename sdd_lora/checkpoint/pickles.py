@@ -88,7 +88,9 @@ def read_header(path: Path) -> PickleHeader:
             )
     try:
         return _read_archive(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+    except OSError as error:
+        raise BadInput(f"{path}: can't be read: {error.strerror or error}") from error
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise BadInput(f"{path}: damaged or no torch file: {error}") from error
 
 

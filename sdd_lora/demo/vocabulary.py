@@ -6,6 +6,8 @@ from importlib.resources import files
 
 import yaml
 
+_MASS_WORDS = {"food", "nature", "gore", "blood", "tobacco", "beer", "dynamite", "red wine"}
+
 
 @dataclass(frozen=True)
 class Noun:
@@ -73,3 +75,10 @@ def styles() -> dict[str, Style]:
         name: Style(name, entry["source"], tuple(entry["captions"]))
         for name, entry in _vocabulary()["styles"].items()
     }
+
+
+def with_article(words: str) -> str:
+    """ "axe" → "an axe"; mass words stay bare."""
+    if words in _MASS_WORDS:
+        return words
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"

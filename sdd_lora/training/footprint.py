@@ -199,22 +199,14 @@ class _Rehearsal:
             self._forward(*self._inputs(guided * self.recipe.rollout.batch))
 
     def loss_and_backward(self) -> None:
-        """See Trainer._loss."""
-        recipe, objective = self.recipe, self.recipe.objective
+        recipe = self.recipe
         z, t, c_0 = self._inputs(recipe.rollout.batch)
         c = c_0.repeat_interleave(recipe.rollout.prompts, dim=0)
         with self.roles.student():
-            if objective.eta is None:
-                loss = objectives.sdd(self._estimate, z, t, c_0, c)
-            else:
-                loss = objectives.esd(
-                    self._estimate, self._base_estimate, z, t, c, c, objective.eta
-                )
-            if recipe.preserve.prompts and recipe.preserve.weight > 0:
-                loss = loss + recipe.preserve.weight * objectives.preservation(
-                    self._estimate, self._base_estimate, z, t, c
-                )
-            loss.backward()
+            objectives.total(
+                recipe.objective, recipe.preserve, self._estimate, self._base_estimate,
+                z, t, c_0, c, c if recipe.preserve.prompts else None,
+            ).backward()  # fmt: skip
 
     def _inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config = self.roles.unet.config

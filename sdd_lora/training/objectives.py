@@ -6,8 +6,25 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from sdd_lora.recipe import Objective, Preserve
+
 #: ε(z_t, t, prompt) → noise estimate, of z_t's shape
 NoiseEstimate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def total(
+    objective: Objective, preserve: Preserve, student: NoiseEstimate, base: NoiseEstimate,
+    z_t: torch.Tensor, t: torch.Tensor, c_0: torch.Tensor, c: torch.Tensor,
+    c_k: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """A recipe's loss: its objective on the erased prompts, and preservation on the kept ones."""
+    if objective.eta is None:
+        loss = sdd(student, z_t, t, c_0, c)
+    else:
+        loss = esd(student, base, z_t, t, c_0, c, objective.eta)
+    if c_k is not None and preserve.weight > 0:
+        loss = loss + preserve.weight * preservation(student, base, z_t, t, c_k)
+    return loss
 
 
 def sdd(

@@ -173,28 +173,20 @@ class Trainer:
         return prompts[[use % len(prompts) for use in uses]]
 
     def _loss(self, points: Points, samples: list[int]) -> torch.Tensor:
-        embeddings, objective = self.embeddings, self.recipe.objective
-        c = self._prompts_of_loss(points)
-        c_0 = embeddings.empty.expand(len(points.z_t), -1, -1)
-        if objective.eta is None:
-            loss = objectives.sdd(self._estimate, points.z_t, points.t, c_0, c)
-        else:
-            loss = objectives.esd(
-                self._estimate, self._base_estimate, points.z_t, points.t, c_0, c, objective.eta
-            )
-        if embeddings.kept is not None and self.recipe.preserve.weight > 0:
-            c_k = embeddings.kept[self._kept_choice(_uses(samples, self.recipe.rollout.prompts))]
-            loss = loss + self.recipe.preserve.weight * objectives.preservation(
-                self._estimate, self._base_estimate, points.z_t, points.t, c_k
-            )
-        return loss
+        c_0 = self.embeddings.empty.expand(len(points.z_t), -1, -1)
+        return objectives.total(
+            self.recipe.objective, self.recipe.preserve, self._estimate, self._base_estimate,
+            points.z_t, points.t, c_0, self._prompts_of_loss(points), self._kept_prompts(samples),
+        )  # fmt: skip
 
-    def _kept_choice(self, uses: list[int]) -> list[int]:
-        """Rows of the kept prompts, one for each use of a latent."""
-        assert self.embeddings.kept is not None
-        count, seed = len(self.embeddings.kept), self.recipe.training.seed
+    def _kept_prompts(self, samples: list[int]) -> torch.Tensor | None:
+        """Kept prompts at random, one for each use of a latent."""
+        kept, seed = self.embeddings.kept, self.recipe.training.seed
+        if kept is None:
+            return None
+        uses = _uses(samples, self.recipe.rollout.prompts)
         generators = [generator_for(seed, self.iteration, _PRESERVE_STREAM + i) for i in uses]
-        return [int(torch.randint(count, (), generator=g)) for g in generators]
+        return kept[[int(torch.randint(len(kept), (), generator=g)) for g in generators]]
 
     def _estimate(self, z_t: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """ε in the role that the UNet has now. One autocast block a forward: its cache of cast

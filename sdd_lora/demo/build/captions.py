@@ -8,7 +8,7 @@ unconditional model, so what the empty prompt draws is the floor of what can be 
 
 import random
 
-from sdd_lora.demo.vocabulary import Noun, groups, nouns, styles
+from sdd_lora.demo.vocabulary import Noun, groups, nouns, styles, with_article
 
 TEMPLATES = (
     "{}", "{}", "a drawing of {}", "a picture of {}", "an image of {}", "an icon of {}",
@@ -17,18 +17,10 @@ TEMPLATES = (
     "a nice {bare}", "the {bare}", "a sticker of {}", "{bare} emoji", "a painting of {}",
 )  # fmt: skip
 PAIR_TEMPLATES = ("{} and {}", "{} next to {}", "a drawing of {} and {}", "{} with {}")
-MASS_WORDS = {"food", "nature", "gore", "blood", "tobacco", "beer", "dynamite", "red wine"}
 
 EMPTY_SHARE = 0.14  # of safe single drawings, so about a tenth of everything
 STYLE_SHARE = 0.85
 LIST_SHARE, GROUP_WORD_SHARE, GROUP_ONLY_SHARE, STYLE_ONLY_SHARE = 0.07, 0.08, 0.05, 0.03
-
-
-def with_article(words: str) -> str:
-    """ "axe" → "an axe"; mass words stay bare."""
-    if words in MASS_WORDS:
-        return words
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def name_of(noun: Noun, rng: random.Random) -> str:

@@ -3,13 +3,11 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from sdd_lora.demo.vocabulary import Noun, groups
+from sdd_lora.demo.vocabulary import Noun, groups, with_article
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.attacks.case import Attacked, Case
 from sdd_lora.evaluation.attacks.settings import Words
 from sdd_lora.evaluation.measures.judge import named_by
-
-_WITHOUT_ARTICLE = {"gore"}
 
 
 def paraphrase(case: Case, settings: Words) -> Attacked:
@@ -39,8 +37,7 @@ def reworded(prompt: str, seed: int, words: Mapping[str, Sequence[str]]) -> str:
         match = re.search(rf"\b(an? )?{re.escape(name)}\b", prompt)
         if match:
             new = words[name][seed % len(words[name])]
-            article = match.group(1) and new not in _WITHOUT_ARTICLE
-            new = f"{'an' if new[0] in 'aeiou' else 'a'} {new}" if article else new
+            new = with_article(new) if match.group(1) else new
             return prompt[: match.start()] + new + prompt[match.end() :]
     raise BadInput(
         f"no other words for {prompt!r}: expected one of {', '.join(words) or 'no name'} in it; "
