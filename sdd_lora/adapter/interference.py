@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from sdd_lora.adapter.compose import Weighted
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.errors import BadInput
-from sdd_lora.files import atomic_output
 
 #: A sum this much stronger than the strongest part, in some direction, is called overdriven.
 OVERDRIVE = 1.1
@@ -96,8 +94,8 @@ def interference(parts: Weighted) -> Interference:
     )
 
 
-def draw_heat_map(report: Interference, path: Path) -> None:
-    """The table of cosines as a PNG."""
+def draw_heat_map(report: Interference, file: BinaryIO) -> None:
+    """Write the table of cosines as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -115,8 +113,7 @@ def draw_heat_map(report: Interference, path: Path) -> None:
             color = "white" if abs(value) > 0.6 else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
     figure.colorbar(image, ax=axes)
-    with atomic_output(path) as file:
-        figure.savefig(file, format="png", metadata={"Software": None})
+    figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def _module_report(

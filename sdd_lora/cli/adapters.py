@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sdd_lora.errors import BadInput
+from sdd_lora.files import refuse_existing
+
 if TYPE_CHECKING:
     from sdd_lora.adapter.adapter import Adapter
 
@@ -35,6 +38,15 @@ Rank = Annotated[int | None, typer.Option("--rank", min=1, help="The highest ran
 Energy = Annotated[
     float | None, typer.Option("--energy", help="The share of each module's squared norm to keep.")
 ]
+
+
+def check_outputs(force: bool, *paths: Path) -> None:
+    """Raises BadInput where an output exists and `force` was not given, or two are one file."""
+    for path in paths:
+        refuse_existing(path, force)
+    if len({path.resolve() for path in paths}) < len(paths):
+        named = ", ".join(map(str, paths))
+        raise BadInput(f"{named}: two outputs are one file; give each a name of its own")
 
 
 def stored_dtype(source: str) -> str:

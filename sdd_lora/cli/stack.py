@@ -1,5 +1,6 @@
 """`sdd-lora stack`."""
 
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,13 +57,11 @@ def stack(
     from sdd_lora.adapter import compose
     from sdd_lora.adapter.adapter import Adapter
     from sdd_lora.adapter.interference import draw_heat_map, interference
-    from sdd_lora.cli.adapters import line, write
-    from sdd_lora.files import refuse_existing
+    from sdd_lora.cli.adapters import check_outputs, line, write
+    from sdd_lora.files import atomic_output
     from sdd_lora.progress import warn
 
-    for path in (output, heat_map):
-        if path is not None:
-            refuse_existing(path, force)
+    check_outputs(force, *filter(None, [output, heat_map]))
     parts = [(Adapter.load(path), weight) for path, weight in map(weighted, adapters)]
     total = compose.stack(parts, name or output.stem)
     report = interference(parts)
@@ -70,10 +69,11 @@ def stack(
     if rank is not None:
         smaller = compose.resize(total, rank=rank)
         total, data["relative_error"] = smaller.adapter, smaller.error
-    data |= write(total, output, "kohya", dtype.value)
-    if heat_map is not None:
-        draw_heat_map(report, heat_map)
-        data["heat_map"] = str(heat_map)
+    with ExitStack() as pending:  # the picture appears after the adapter, or neither does
+        if heat_map is not None:
+            draw_heat_map(report, pending.enter_context(atomic_output(heat_map)))
+            data["heat_map"] = str(heat_map)
+        data |= write(total, output, "kohya", dtype.value)
     if report.overdriven:
         warn(_overdrive(report))
     lines = [_report(report), line(data)]

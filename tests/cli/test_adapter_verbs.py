@@ -166,6 +166,20 @@ def test_stack_sums_and_reports(ask, call, a, b, tmp_path):
     assert "random-1 and random-1     +1.000" in twice.out
 
 
+def test_a_stack_and_its_heat_map_are_written_both_or_neither(call, a, tmp_path):
+    out = tmp_path / "s.safetensors"
+    for same in (out, tmp_path / "." / "s.safetensors"):
+        assert (
+            "two outputs are one file"
+            in call("stack", a, "-o", out, "--heat-map", same, code=2).err
+        )
+    for picture in (tmp_path / "absent" / "x.png", tmp_path):
+        assert call("stack", a, "-o", out, "--heat-map", picture, "--force", code=2).err
+    absent = tmp_path / "absent" / "s.safetensors"
+    assert call("stack", a, "-o", absent, "--heat-map", tmp_path / "x.png", code=2).err
+    assert list(tmp_path.iterdir()) == [a]
+
+
 def test_verify_says_who_loads_it_and_whether_it_fits(ask, call, a, b, model, tmp_path):
     found = ask("verify", a, "--model", model)
     assert found["sound"]
