@@ -102,8 +102,9 @@ class Adapter:
         return torch.from_numpy(self.factors[name].delta())
 
     def scaled(self, weight: float) -> "Adapter":
-        """weight · ΔW."""
-        return self.derived({name: part.scaled(weight) for name, part in self.factors.items()})
+        """weight · ΔW: a stack of one."""
+        factors = {name: part.scaled(weight) for name, part in self.factors.items()}
+        return self.derived(factors, merged_from=[self.as_part(weight)])
 
     def derived(self, factors: dict[str, Factors], **metadata: Any) -> "Adapter":
         """Another delta made from this one: the identity and what was measured don't carry over."""
@@ -132,6 +133,22 @@ class Adapter:
         """
         known = self.metadata.get("identity")
         return known if isinstance(known, str) else _fingerprint(self.factors)
+
+    @property
+    def lineage(self) -> tuple[str, ...]:
+        """Identities of all that this one was made from, at any depth, each once."""
+        sources = [*self.metadata.get("merged_from", ()), self.metadata.get("resized_from", {})]
+        found = (
+            i for made in sources for i in (made.get("identity"), *(made.get("lineage") or ()))
+        )
+        return tuple(dict.fromkeys(i for i in found if i is not None))
+
+    def as_part(self, weight: float) -> dict[str, Any]:
+        """What `merged_from` of a sum says of this adapter."""
+        return {
+            "name": self.name, "identity": self.identity, "lineage": list(self.lineage),
+            "weight": weight, "concepts": self.metadata.get("concepts", []),
+        }  # fmt: skip
 
     def norm(self) -> float:
         """The Frobenius norm of the whole delta."""

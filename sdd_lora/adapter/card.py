@@ -28,6 +28,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "measures": list, "resized_from": dict, **dict.fromkeys(_MODELSPEC_FIELDS, str),
 }  # fmt: skip
 _NUMBER = (int, float)
+_SOURCE_FIELDS: dict[str, type | tuple[type, ...]] = {"identity": str, "lineage": list}
 _ROW_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "merged_from": {"name": str, "weight": _NUMBER},
     "measures": {"name": str, "group": str, "before": _NUMBER, "after": _NUMBER},
@@ -176,11 +177,15 @@ def _own(text: str) -> dict[str, Any]:
         metadata = None
     if not isinstance(metadata, dict):
         raise BadInput(f"the header's {METADATA_KEY} is damaged; expected a JSON object")
-    metadata.pop("header", None)
+    metadata = {k: v for k, v in metadata.items() if k != "header" and v is not None}
     _check_fields("", metadata, _FIELDS)
     for key, fields in _ROW_FIELDS.items():
         for row in metadata.get(key, []):
             _check_fields(f"{key}: ", row, fields, required=True)
+    for source in (*metadata.get("merged_from", []), metadata.get("resized_from", {})):
+        _check_fields("", source, _SOURCE_FIELDS)
+        for identity in source.get("lineage") or []:
+            _check_fields("lineage: ", {"identity": identity}, {"identity": str}, required=True)
     return metadata
 
 

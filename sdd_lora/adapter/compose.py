@@ -60,7 +60,10 @@ def resize(adapter: Adapter, rank: int | None = None, energy: float | None = Non
         whole += norm**2
         lost += (errors[module] * norm) ** 2
     error = math.sqrt(lost / whole) if whole else 0.0
-    source = {"identity": adapter.identity, "rank": adapter.rank, "relative_error": error}
+    source = {
+        "identity": adapter.identity, "lineage": list(adapter.lineage), "rank": adapter.rank,
+        "relative_error": error,
+    }  # fmt: skip
     return Resized(adapter.derived(factors, resized_from=source), error, errors)
 
 
@@ -79,11 +82,7 @@ def _merged_metadata(parts: Weighted, name: str | None) -> dict[str, Any]:
     adapters = [adapter for adapter, _ in parts]
     metadata: dict[str, Any] = {
         "name": name or "+".join(adapter.name for adapter in adapters),
-        "merged_from": [
-            {"name": adapter.name, "identity": adapter.identity, "weight": weight,
-             "concepts": adapter.metadata.get("concepts", [])}
-            for adapter, weight in parts
-        ],
+        "merged_from": [adapter.as_part(weight) for adapter, weight in parts],
         "concepts": list(dict.fromkeys(
             concept
             for adapter, weight in parts if weight > 0

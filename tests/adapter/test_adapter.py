@@ -79,6 +79,8 @@ def test_bad_adapter_is_refused_in_one_line(case, tmp_path):
         ({"sdd_lora": '{"base": "demo"}'}, "damaged: base is 'demo'"),
         ({"sdd_lora": '{"merged_from": [1]}'}, "damaged: merged_from: name is None"),
         ({"sdd_lora": '{"measures": [{"name": "x"}]}'}, "damaged: measures: group is None"),
+        ({"sdd_lora": '{"resized_from": {"lineage": "x"}}'}, "damaged: lineage is 'x'"),
+        ({"sdd_lora": '{"resized_from": {"lineage": [[]]}}'}, "lineage: identity is \\[\\]"),
         ({"lora_adapter_metadata": "nope"}, "is no JSON"),
         ({"lora_adapter_metadata": "[]"}, "is no JSON object"),
         ({"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'}, "alpha_pattern is no JSON"),
@@ -161,6 +163,12 @@ def test_legacy_pickles_give_tensors_and_never_run(tmp_path):
             Adapter.load(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_entry_of_nothing_is_none(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(GOOD, path, {"sdd_lora": '{"merged_from": null, "concepts": null}'})
+    assert Adapter.load(path).metadata == {"name": "a"}
 
 
 def test_scaled_is_a_multiple_with_another_identity():

@@ -169,10 +169,28 @@ def test_a_stack_says_where_it_comes_from():
     assert metadata["concepts"] == ["bomb", "axe", "wine"]  # what is added, not what is taken away
     assert metadata["base"] == base
     assert metadata["merged_from"][1] == {
-        "name": "random-2", "identity": b.identity, "weight": 0.5, "concepts": ["axe", "wine"],
+        "name": "random-2", "identity": b.identity, "lineage": [], "weight": 0.5,
+        "concepts": ["axe", "wine"],
     }  # fmt: skip
     other = random_adapter(4, base={"model": "other"})
     assert "base" not in stack([(a, 1.0), (other, 1.0)]).metadata
+
+
+def test_what_an_adapter_was_made_from_is_told_at_any_depth(tmp_path):
+    a, b, c = (random_adapter(n, modules=(TO_K,)) for n in (1, 2, 3))
+    ab = stack([(a, 1.0), (b, 1.0)])
+    small = resize(ab, rank=5).adapter
+    smaller = resize(small, rank=3).adapter
+    half = smaller.scaled(0.5)
+    last = Adapter.load(stack([(half, 1.0), (c, 1.0)]).save(tmp_path / "last.safetensors"))
+    assert a.lineage == ()
+    assert ab.lineage == (a.identity, b.identity)
+    assert set(small.lineage) == {a.identity, b.identity, ab.identity}
+    assert set(smaller.lineage) == {*small.lineage, small.identity}
+    assert set(half.lineage) == {*smaller.lineage, smaller.identity}
+    assert set(last.lineage) == {*half.lineage, half.identity, c.identity}
+    (part, _) = last.metadata["merged_from"]
+    assert set(part["lineage"]) == set(half.lineage)
 
 
 def test_overdrive_is_told_where_a_sum_is_stronger_than_its_parts_were():
