@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd_lora import names
-from sdd_lora.adapter import card, formats
+from sdd_lora.adapter import card, formats, widths
 from sdd_lora.adapter.adapter import PICKLES
 from sdd_lora.errors import BadInput
 from sdd_lora.safetensors_file import Header, header_of, open_input, read_tensor
@@ -55,8 +55,7 @@ class Description:
     @property
     def family(self) -> str:
         """SD 1.x, or SD 1.x's structure at other widths."""
-        known = names.unet_shapes() | names.text_encoder_shapes()
-        fits = all(known.get(name) == shape for name, shape in self.shapes.items())
+        fits = widths.fits(self.shapes, names.SD15)
         return "SD 1.x" if fits else "SD 1.x in structure, of other widths"
 
     def kinds(self) -> dict[str, int]:
@@ -96,6 +95,7 @@ def _describe(path: Path, header: Header, content: bytes) -> Description:
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
         scales[name] = alpha / ranks[name]
+    widths.require_one_model(shapes)
     return Description(
         path=path,
         form=formats.form_of(header.tensors),

@@ -21,6 +21,7 @@ import numpy as np
 
 from sdd_lora import names
 from sdd_lora.adapter.factors import Factors
+from sdd_lora.adapter.widths import require_one_model
 from sdd_lora.errors import BadInput
 
 FORMS = ("kohya", "peft", "ldm", "attn-procs")
@@ -119,15 +120,17 @@ def group(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
 def decode(tensors: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Factors]:
     """Factors per canonical module name, from a file of any form.
 
-    `tensors` are numpy or torch arrays of any float dtype. Raises BadInput as `group` does, and
-    where a value is bad.
+    `tensors` are numpy or torch arrays of any float dtype. Raises BadInput as `group` does, where a
+    value is bad, and where no model has modules of all these shapes.
     """
     modules = group({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     alphas = PeftAlphas(header)
-    return {
+    factors = {
         name: _factors(name, {part: tensors[key] for part, key in parts.items()}, alphas)
         for name, parts in modules.items()
     }
+    require_one_model({name: found.weight_shape for name, found in factors.items()})
+    return factors
 
 
 def encode(factors: Mapping[str, Factors], form: str) -> dict[str, np.ndarray]:

@@ -31,6 +31,12 @@ def ones(*shape: int, dtype: type = np.float32) -> np.ndarray:
 
 
 GOOD = {DOWN: ones(2, 128), UP: ones(32, 2)}
+OTHER = {
+    key.replace(*change): tensor
+    for key, tensor in GOOD.items()
+    for change in (("to_k", "to_v"), ("attentions_0", "attentions_1"))
+}
+FF = STEM.replace("attn2_to_k", "ff_net_2")
 SDXL_KEY = "lora_unet_down_blocks_2_attentions_0_transformer_blocks_9_attn2_to_k.lora_down.weight"
 BAD = {
     "nothing": ({}, "no tensors"),
@@ -41,6 +47,12 @@ BAD = {
     "rank 0": ({DOWN: ones(0, 128), UP: ones(32, 0)}, "expected one rank, of 1 or more"),
     "ranks that differ": (GOOD | {UP: ones(32, 3)}, r"\(2, 128\) and up \(32, 3\) don't fit"),
     "three dimensions": (GOOD | {DOWN: ones(2, 128, 1)}, "expected 2-D, or 4-D"),
+    "another level's width": (GOOD | OTHER | {UP: ones(33, 2)}, r"of \(33, 128\), .*\(32, 128\)"),
+    "another text's width": (GOOD | OTHER | {DOWN: ones(2, 500)}, r"to_k: .* of \(32, 500\), but"),
+    "no such matrix": (
+        {f"{FF}.lora_down.weight": ones(2, 7), f"{FF}.lora_up.weight": ones(8, 2)},
+        "ff.net.2: .*no model for this adapter",
+    ),
     "alpha 0": (GOOD | {ALPHA: np.zeros((), np.float32)}, "alpha is 0.0"),
     "alpha NaN": (GOOD | {ALPHA: np.array(np.nan, np.float32)}, "alpha is nan"),
     "two alphas": (GOOD | {ALPHA: ones(2)}, "expected one number"),
