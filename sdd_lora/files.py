@@ -89,19 +89,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Hold a file or folder against other calls of this tool, where the platform has locks.
 
-    Raises BadInput where another process holds it.
+    Raises BadInput where another process holds it, or it can't be read.
     """
     if os.name == "nt":
         yield
         return
     import fcntl
 
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise BadInput(f"{path}: can't be read: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            replaced = not os.path.samestat(os.fstat(descriptor), os.stat(path))
+        except (BlockingIOError, FileNotFoundError):
+            replaced = True  # or still held
+        if replaced:
+            raise BadInput(f"{path}: another process is changing it; wait for it to end")
         yield
-    except BlockingIOError as error:
-        raise BadInput(f"{path}: another process is changing it; wait for it to end") from error
     finally:
         os.close(descriptor)
 

@@ -35,7 +35,7 @@ from sdd_lora.checkpoint.layout import (
 )
 from sdd_lora.checkpoint.provenance import BakedAdapter, Baking
 from sdd_lora.checkpoint.room import insert_room
-from sdd_lora.checkpoint.source import EMBEDDED, locate
+from sdd_lora.checkpoint.source import EMBEDDED, locate, named
 from sdd_lora.checkpoint.stream import (
     PAGE_BYTES,
     copy_range,
@@ -45,13 +45,19 @@ from sdd_lora.checkpoint.stream import (
     read_bytes,
     write_at,
 )
-from sdd_lora.checkpoint.undo import recover, roll_back, size_of_undo, write_undo
+from sdd_lora.checkpoint.undo import (
+    held,
+    require_sole,
+    require_writable,
+    roll_back,
+    size_of_undo,
+    write_undo,
+)
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.files import (
     atomic_folder,
     atomic_output,
     link_tree,
-    locked,
     refuse_existing,
     require_space,
     sync_folder,
@@ -128,18 +134,18 @@ def bake(
         raise BadInput(f"{model}: travels with the package; bake it to a new output (-o)")
     _require_adapters(adapters)
     path, rounding = locate(model), rounding or Rounding()
-    if in_place:
-        recover(path)
-    checkpoint = open_checkpoint(path)
-    require_sd1_unet(checkpoint)
-    if base is not None:
-        presence.refuse_present(checkpoint, open_checkpoint(locate(base)), adapters)
-    job = _Job(checkpoint, adapters, ema, rounding, None if undo is None else Path(undo))
-    if in_place:
-        job.in_place(force)
-    else:
-        assert out is not None
-        job.to(Path(out), force)
+    with ExitStack() as stack:
+        if in_place:
+            stack.enter_context(held(path))
+        checkpoint = open_checkpoint(path)
+        require_sd1_unet(checkpoint)
+        if base is not None:
+            presence.refuse_present(checkpoint, open_checkpoint(locate(base)), adapters)
+        job = _Job(checkpoint, adapters, ema, rounding, None if undo is None else Path(undo))
+        if out is None:
+            job.in_place(force)
+        else:
+            job.to(named(Path(out)), force)
     job.judge()
     return job.report
 
@@ -223,9 +229,7 @@ class _Job:
         source = self.checkpoint.path
         self._require_new(out, force)
         if self.undo is not None:
-            self._require_new_undo(self.undo, force)
-            if self.undo.absolute() == out.absolute():
-                raise BadInput(f"{out}: is named as output and as undo file; name two files")
+            self._require_new_undo(self.undo, out, force)
         self._require_space(out)
         self.report.output = out
         if source.is_dir():
@@ -272,10 +276,17 @@ class _Job:
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise BadInput(f"{out}: lies inside the input; choose another output")
 
-    def _require_new_undo(self, undo: Path, force: bool) -> None:
+    def _require_new_undo(self, undo: Path, out: Path | None, force: bool) -> None:
         refuse_existing(undo, force)
         if undo.exists() and any(undo.samefile(path) for path in self.checkpoint.headers):
             raise BadInput(f"{undo}: is the model itself; choose another undo file")
+        source, place = self.checkpoint.path, _place(undo)
+        for path in (source,) if out is None else (source, out):
+            if source.is_dir():
+                if place.is_relative_to(path.resolve()):
+                    raise BadInput(f"{undo}: lies inside {path}; choose another undo file")
+            elif place in (_place(path), _place(journal_of(path))):
+                raise BadInput(f"{undo}: is {path} itself or its journal; choose another undo file")
         legacy = [edits.path for edits in self.edits if pickles.is_pickle(edits.path)]
         if legacy:
             raise BadInput(f"{legacy[0]}: a legacy file has no undo: the original stays; keep it")
@@ -371,46 +382,37 @@ class _Job:
     def in_place(self, force: bool) -> None:
         root = self.checkpoint.path
         undo = self.undo or _free_undo(root)
-        self._require_new_undo(undo, force)
-        self._require_sole_files()
+        self._require_new_undo(undo, None, force)
+        self._require_changeable()
         journal = journal_of(root)
         content = self._undo_content()
         require_space(journal.absolute().parent, size_of_undo(content))
-        with ExitStack() as stack:
+        with atomic_output(journal) as kept:
+            rests = write_undo(kept, content)
+        with _rolled_back_on_failure(root):
             for edits in self.edits:
-                stack.enter_context(locked(edits.path))
-            with atomic_output(journal) as kept:
-                write_undo(kept, content)
-            with _rolled_back_on_failure(root):
-                for edits in self.edits:
-                    self._patch(edits)
-                _move(journal, undo)
+                self._patch(edits, rests[edits.path])
+            _move(journal, undo)
         self.report.undo = undo
 
-    def _require_sole_files(self) -> None:
-        """Another name of a file (a hub cache's, a linked folder's) must not change with it."""
+    def _require_changeable(self) -> None:
         if stale := self._stale():
             raise BadInput(
                 f"{stale[0]}: another copy of the weights, which isn't edited in place; "
                 "remove it, or bake to a new folder (-o)"
             )
         for edits in self.edits:
-            if edits.path.is_symlink() or edits.path.stat().st_nlink > 1:
-                raise BadInput(
-                    f"{edits.path}: is linked from elsewhere too, and would change there as well; "
-                    "bake to a new output (-o), or copy it first"
-                )
+            require_sole(edits.path)
+            require_writable(edits.path)
 
-    def _patch(self, edits: Edits) -> None:
+    def _patch(self, edits: Edits, rest: str) -> None:
         """Edit a file's tensors where they are, then its header or its sidecar."""
         header = edits.header
-        others = [key for key in header.tensors if key not in edits.parts]
         with open(edits.path, "r+b") as file:
             with _workers() as pool:
                 edited = self._start_editing(pool, edits, file, file, header)
                 before, after = self._tell(edits, file, edited)
             _sync(file)
-            rest = provenance.digest_of_samples(file, header, others)
             baking = Baking(
                 self.baked, _name(self.rounding), self.ema, before=before, after=after, rest=rest
             )
@@ -489,6 +491,11 @@ def _move(source: Path, target: Path) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _place(path: Path) -> Path:
+    """Where a file of that name is written: in the folder itself, whatever links lead there."""
+    return path.absolute().parent.resolve() / path.name
 
 
 def _same_disk(one: Path, other: Path) -> bool:

@@ -27,12 +27,17 @@ def local(model: str | Path) -> Path | None:
     name = str(model)
     if name in EMBEDDED:
         return EMBEDDED[name]
-    path = Path(model)
+    path = named(Path(model))
     if path.exists():
         return path
     if path.suffix in _MODEL_SUFFIXES or name.count("/") != 1 or path.is_absolute():
         raise BadInput(f"{name}: no such file or folder, and no hub id (owner/name) either")
     return None
+
+
+def named(path: Path) -> Path:
+    """The same path with a name; `.` and `..` are none that another file could stand beside."""
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def _download(repository: str) -> Path:

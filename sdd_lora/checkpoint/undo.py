@@ -3,14 +3,15 @@
 An undo file is a safetensors file: of every file that was changed it holds the header as it stood
 and the tensors that were edited. It is also the journal of an in-place change: while a file named
 by `journal_of` lies beside a model, that model is between two states, and putting the journal's
-bytes back makes it whole.
+bytes back makes it whole. A model of the same name may have taken its place since; so the file says
+by size and by samples of the tensors that no change touches which one it belongs to.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +19,9 @@ from typing import BinaryIO
 from sdd_lora.checkpoint import provenance
 from sdd_lora.checkpoint.layout import journal_of
 from sdd_lora.checkpoint.room import remove_room
+from sdd_lora.checkpoint.source import named
 from sdd_lora.checkpoint.stream import (
+    PAGE_BYTES,
     Segment,
     copy_range,
     encode_header,
@@ -50,12 +53,16 @@ METADATA_KEY = "sdd_lora.undo"
 
 @dataclass(frozen=True)
 class Original:
-    """What an undo file keeps of one file: its name in the model, its size, and its sidecar."""
+    """What an undo file keeps of one file: its name in the model, its size, and its sidecar.
+
+    `rest` is the fingerprint of the tensors that it doesn't keep, by the beginning of each.
+    """
 
     name: str
     size: int
     sidecar: str | None
     tensors: tuple[str, ...]
+    rest: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Undo:
             raise BadInput(where)
         try:
             self.files = tuple(
-                Original(e["name"], e["size"], e["sidecar"], tuple(e["tensors"]))
+                Original(e["name"], e["size"], e["sidecar"], tuple(e["tensors"]), e["rest"])
                 for e in json.loads(text)["files"]
             )
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -94,6 +101,30 @@ class Undo:
 
     def header_bytes(self, file: BinaryIO, n: int) -> bytes:
         return b"".join(read_pieces(file, self.header, _header_key(n)))
+
+    def require_of(self, model: Path) -> None:
+        """Raises BadInput where this isn't of the model's files, in whatever state a change left
+        them, or one of them can't be written."""
+        with open(self.path, "rb") as kept:
+            for n, original in enumerate(self.files):
+                path = file_of(model, original.name)
+                if not path.is_file() or not self._is_of(kept, n, path):
+                    raise BadInput(
+                        f"{path}: expected the file whose change was interrupted, found another; "
+                        f"nothing was put back; where that one is gone for good, remove {self.path}"
+                    )
+                require_writable(path)
+
+    def _is_of(self, kept: BinaryIO, n: int, path: Path) -> bool:
+        original = self.files[n]
+        header = header_from_bytes(self.header_bytes(kept, n), original.size, str(self.path))
+        moved = path.stat().st_size - original.size  # by whole pages of header
+        if moved % PAGE_BYTES or header.data_start + moved < 8:
+            return False
+        others = [key for key in header.tensors if key not in set(original.tensors)]
+        with open_input(path) as file:
+            there = Header(header.tensors, {}, header.data_start + moved)
+            return provenance.digest_of_samples(file, there, others) == original.rest
 
     def put_back(self, model: Path) -> None:
         """Write the original bytes into a model's files, wherever a change stopped."""
@@ -136,14 +167,22 @@ class Undo:
                 position += len(piece)
 
 
-def write_undo(target: BinaryIO, files: Sequence[tuple[str, Path, Header, Sequence[str]]]) -> None:
-    """Write an undo file of (name in the model, file, its header, keys about to be edited)."""
-    entries, sources = [], {}
+def write_undo(
+    target: BinaryIO, files: Sequence[tuple[str, Path, Header, Sequence[str]]]
+) -> dict[Path, str]:
+    """Write an undo file of (name in the model, file, its header, keys about to be edited).
+
+    Returns each file's `Original.rest`.
+    """
+    entries, sources, rests = [], {}, {}
     for n, (name, path, header, keys) in enumerate(files):
         sidecar = provenance.sidecar_of(path)
         text = sidecar.read_text(encoding="utf-8") if sidecar.is_file() else None
+        others = [key for key in header.tensors if key not in set(keys)]
+        with open_input(path) as file:
+            rests[path] = provenance.digest_of_samples(file, header, others)
         entries.append({"name": name, "size": path.stat().st_size, "sidecar": text,
-                        "tensors": list(keys)})  # fmt: skip
+                        "tensors": list(keys), "rest": rests[path]})  # fmt: skip
         for key in keys:
             sources[_key(n, key)] = (path, header.data_start, header.tensors[key])
         head = TensorInfo("U8", (header.data_start,), 0, header.data_start)
@@ -151,7 +190,7 @@ def write_undo(target: BinaryIO, files: Sequence[tuple[str, Path, Header, Sequen
     tensors, offset = {}, 0
     for name, (_, _, info) in sources.items():
         tensors[name] = TensorInfo(info.dtype, info.shape, offset, offset := offset + info.nbytes)
-    metadata = {METADATA_KEY: json.dumps({"version": 1, "files": entries})}
+    metadata = {METADATA_KEY: json.dumps({"version": 2, "files": entries})}
     head_bytes = encode_header(tensors, metadata)
     write_at(target, 0, head_bytes)
     with ExitStack() as stack:
@@ -159,6 +198,7 @@ def write_undo(target: BinaryIO, files: Sequence[tuple[str, Path, Header, Sequen
         for name, (path, start, info) in sources.items():
             to = len(head_bytes) + tensors[name].start
             copy_range(opened[path], target, Segment(start + info.start, to, info.nbytes))
+    return rests
 
 
 def size_of_undo(files: Sequence[tuple[str, Path, Header, Sequence[str]]]) -> int:
@@ -185,14 +225,17 @@ def unbake(
     if not model.exists():
         raise BadInput(f"{model}: no such file or folder")
     if in_place:
-        if recover(model) and (not undo.exists() or undo == journal_of(model)):
-            return Unbaked(model, (model,), True, rolled_back=True)
-        return _unbake_in_place(model, Undo(undo))
+        with held(model) as rolled_back:
+            if rolled_back and not undo.exists():
+                return Unbaked(model, (model,), True, rolled_back=True)
+            return _unbake_in_place(model, Undo(undo))
     assert out is not None
-    out = Path(out)
+    out = named(Path(out))
     refuse_existing(out, force)
     if out.exists() and out.samefile(model):
         raise BadInput(f"{out}: is the input itself; choose another output or --in-place")
+    if model.is_dir() and out.resolve().is_relative_to(model.resolve()):
+        raise BadInput(f"{out}: lies inside the input; choose another output")
     way_back = Undo(undo)
     paths = _check(model, way_back)
     require_space(out.absolute().parent, sum(original.size for original in way_back.files))
@@ -212,24 +255,55 @@ def unbake(
     return Unbaked(out, tuple(paths), False)
 
 
-def recover(model: Path) -> bool:
-    """Roll back an in-place change that was interrupted; whether there was one.
+@contextmanager
+def held(model: Path) -> Iterator[bool]:
+    """Hold a model's files against other calls of this tool, before anything is read of them.
 
-    Raises BadInput where another process is at work on the model.
+    An in-place change that was interrupted is rolled back first; yields whether there was one.
+    Raises BadInput where another process is at work on the model, or the journal isn't of it.
     """
-    journal = journal_of(model)
-    if not journal.exists():
-        return False
     with ExitStack() as stack:
-        for original in Undo(journal).files:
-            stack.enter_context(locked(file_of(model, original.name)))
-        roll_back(model)
-    say(f"{model}: an interrupted change was rolled back; the model is as it was before it")
-    return True
+        for file in _files_to_lock(model):
+            stack.enter_context(locked(file))
+        journal = journal_of(model)
+        interrupted = journal.exists()
+        if interrupted:
+            Undo(journal).require_of(model)
+            roll_back(model)
+            say(f"{model}: an interrupted change was rolled back; the model is as it was before it")
+        yield interrupted
+
+
+def _files_to_lock(model: Path) -> list[Path]:
+    """All that a change may touch, in one order; a file of two names once."""
+    if not model.is_dir():
+        return [model]
+    found = sorted({*model.glob("*.safetensors"), *model.glob("*/*.safetensors")})
+    stats = [(path.stat(), path) for path in found if path.is_file()]
+    return list({(stat.st_dev, stat.st_ino): path for stat, path in stats}.values())
+
+
+def require_writable(path: Path) -> None:
+    """Raises BadInput where a file can't be changed in place."""
+    try:
+        with open(path, "r+b"):
+            pass
+    except OSError as error:
+        raise BadInput(f"{path}: can't be changed in place: {error.strerror}") from error
+
+
+def require_sole(path: Path) -> None:
+    """Raises BadInput where a file has another name (a hub cache's, a linked folder's), under which
+    it would change as well."""
+    if path.is_symlink() or path.stat().st_nlink > 1:
+        raise BadInput(
+            f"{path}: is linked from elsewhere too, and would change there as well; choose a new "
+            "output (-o), or copy it first"
+        )
 
 
 def roll_back(model: Path) -> None:
-    """Put the journal's bytes back and remove it. The model's files must be locked."""
+    """Put the journal's bytes back and remove it. The model must be held."""
     journal = journal_of(model)
     Undo(journal).put_back(model)
     journal.unlink()
@@ -237,14 +311,13 @@ def roll_back(model: Path) -> None:
 
 
 def _unbake_in_place(model: Path, undo: Undo) -> Unbaked:
-    with ExitStack() as stack:
-        paths = _check(model, undo)
-        for path in paths:
-            stack.enter_context(locked(path))
-        journal = journal_of(model)
-        with atomic_output(journal) as target, open(undo.path, "rb") as kept:
-            shutil.copyfileobj(kept, target, 1 << 20)
-        roll_back(model)
+    paths = _check(model, undo)
+    for path in paths:
+        require_sole(path)
+        require_writable(path)
+    with atomic_output(journal_of(model)) as target, open(undo.path, "rb") as kept:
+        shutil.copyfileobj(kept, target, 1 << 20)
+    roll_back(model)
     return Unbaked(model, tuple(paths), True)
 
 

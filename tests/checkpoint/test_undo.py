@@ -17,6 +17,7 @@ import pytest
 from sdd_lora import names
 from sdd_lora.checkpoint import bake as baking
 from sdd_lora.checkpoint import presence, provenance, room
+from sdd_lora.checkpoint import undo as undoing
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.layout import journal_of, open_checkpoint
 from sdd_lora.checkpoint.undo import Undo, unbake
@@ -216,9 +217,11 @@ def test_what_is_no_undo_of_it_is_refused(source, tmp_path):
         unbake(out, undo)
 
 
-@pytest.mark.parametrize("text", ["[", '{"files": 3}', '{"files": [{"name": "../x"}]}',
-    '{"files": [{"name": "../x", "size": 1, "sidecar": null, "tensors": []}]}',
-    '{"files": [{"name": "m", "size": 1, "sidecar": null, "tensors": ["x"]}]}'])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    "[", '{"files": 3}', '{"files": [{"name": "../x"}]}',
+    '{"files": [{"name": "../x", "size": 1, "sidecar": null, "tensors": [], "rest": ""}]}',
+    '{"files": [{"name": "m", "size": 1, "sidecar": null, "tensors": ["x"], "rest": ""}]}',
+])  # fmt: skip
 def test_hostile_undo_files(tmp_path, source, text):
     bad = models.write(tmp_path / "u", {"0/header": np.zeros(8, np.uint8)}, {"sdd_lora.undo": text})
     with pytest.raises(BadInput, match="undo file"):
@@ -226,9 +229,74 @@ def test_hostile_undo_files(tmp_path, source, text):
 
 
 def test_linked_files_are_not_changed_in_place(source, tmp_path):
+    out, undo = tmp_path / "o.safetensors", tmp_path / "u"
+    bake(source, [(A, 1.0)], out=out, undo=undo)
     os.link(source, tmp_path / "second name")
     with pytest.raises(BadInput, match="linked"):
         bake(source, [(A, 1.0)], in_place=True)
+    os.link(out, tmp_path / "another name")
+    before = contents(tmp_path)
+    with pytest.raises(BadInput, match="linked"):
+        unbake(out, undo, in_place=True)
+    assert contents(tmp_path) == before
+
+
+def test_an_undo_file_that_would_be_lost_is_refused(source, folder, tmp_path):
+    (tmp_path / "o").mkdir()
+    out = tmp_path / "o.safetensors"
+    before = contents(tmp_path)
+    for model, named, undo in [
+        (folder, {"out": tmp_path / "o"}, tmp_path / "o" / "u"),
+        (folder, {"out": tmp_path / "o"}, folder / "unet" / "u"),
+        (folder, {"in_place": True}, folder / "u"),
+        (folder, {"in_place": True}, journal_of(folder)),
+        (source, {"in_place": True}, journal_of(source)),
+        (source, {"in_place": True}, tmp_path / "o" / ".." / journal_of(source).name),
+        (source, {"out": out}, journal_of(source)),
+        (source, {"out": out}, journal_of(out)),
+        (source, {"out": out}, out),
+    ]:
+        with pytest.raises(BadInput, match="undo file"):
+            bake(model, [(A, 1.0)], undo=undo, force=True, **named)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_is_not_unbaked_into_itself(folder, tmp_path):
+    bake(folder, [(A, 1.0)], out=tmp_path / "o", undo=tmp_path / "u")
+    before = contents(tmp_path / "o")
+    with pytest.raises(BadInput, match="inside"):
+        unbake(tmp_path / "o", tmp_path / "u", tmp_path / "o" / "back")
+    assert contents(tmp_path / "o") == before
+
+
+def write_protect(monkeypatch, path: Path) -> None:
+    """What the system does to all but root, as whom containers run tests."""
+    real = open
+
+    def guarded(file, mode="r", *rest, **named):
+        if "+" in mode and Path(file) == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return real(file, mode, *rest, **named)
+
+    monkeypatch.setattr("builtins.open", guarded)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_read_only_model_is_refused_before_anything_is_written(
+    source, folder, tmp_path, monkeypatch, kind
+):
+    model = source if kind == "file" else folder
+    report = bake(model, [(A, 1.0)], in_place=True)
+    undo, last = report.undo, report.changes[-1].file
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        write_protect(patch, last)
+        with pytest.raises(BadInput, match="can't be changed in place: Permission"):
+            bake(model, [(models.adapter(seed=2), 1.0)], in_place=True)
+        with pytest.raises(BadInput, match="can't be changed in place: Permission"):
+            unbake(model, undo, in_place=True)
+    assert contents(tmp_path) == before
+    unbake(model, undo, in_place=True)
 
 
 # Interruptions
@@ -327,6 +395,80 @@ def test_an_edit_that_overflows_in_place_is_rolled_back_at_once(source, tmp_path
     with pytest.raises(BadInput, match="don't fit"):
         bake(source, [(models.adapter(size=1e6, leaves=("to_v",)), 1.0)], in_place=True)
     assert contents(tmp_path) == before
+
+
+def interrupted(model: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        writes_until(patch, 20, Interrupted())
+        with pytest.raises(Interrupted):
+            bake(model, [(A, 1.0)], in_place=True)
+
+
+@pytest.mark.parametrize("change", ["other weights", "other size"])
+def test_a_journal_is_put_back_into_its_own_model_alone(source, monkeypatch, change):
+    interrupted(source, monkeypatch)
+    tensors, metadata = read_tensors(source)
+    if change == "other weights":
+        tensors = {k: v * 2 if v.dtype == np.float16 else v for k, v in tensors.items()}
+    else:
+        metadata = {"note": "x" * 5000}
+    models.write(source, tensors, metadata)
+    before, journal = contents(source), journal_of(source)
+    with pytest.raises(BadInput, match=f"remove {journal}"):
+        bake(source, [(A, 1.0)], in_place=True)
+    with pytest.raises(BadInput, match=f"remove {journal}"):
+        unbake(source, journal, in_place=True)
+    assert contents(source) == before
+
+
+def test_a_journal_waits_for_a_model_that_can_be_written(source, monkeypatch):
+    original = source.read_bytes()
+    interrupted(source, monkeypatch)
+    with monkeypatch.context() as patch:
+        write_protect(patch, source)
+        with pytest.raises(BadInput, match="can't be changed in place"):
+            unbake(source, journal_of(source), in_place=True)
+    unbake(source, journal_of(source), in_place=True)
+    assert source.read_bytes() == original
+
+
+def test_two_changes_in_place_at_once_are_one_change(source, tmp_path, monkeypatch):
+    """The second comes after the first has read the headers, before it has written anything."""
+    shutil.copy(source, tmp_path / "base.safetensors")
+
+    def meanwhile(*_):
+        with pytest.raises(BadInput, match="another process"):
+            bake(source, [(A, 1.0)], in_place=True)
+
+    original = source.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(presence, "refuse_present", meanwhile)
+        report = bake(source, [(B, 1.0)], in_place=True, base=tmp_path / "base.safetensors")
+    (entry,) = presence.chain_of_model(source)
+    assert [adapter.name for adapter in entry.adapters] == ["b"]
+    with monkeypatch.context() as patch:
+        real = undoing._check
+        patch.setattr(undoing, "_check", lambda *them: (meanwhile(), real(*them))[1])
+        unbake(source, report.undo, in_place=True)
+    assert source.read_bytes() == original
+
+
+def test_a_file_that_was_replaced_before_it_was_locked_is_another(tmp_path, monkeypatch):
+    import fcntl
+
+    from sdd_lora.files import locked
+
+    path, real = tmp_path / "m", fcntl.flock
+    path.write_bytes(b"old")
+
+    def late(descriptor, how):
+        (tmp_path / "new").write_bytes(b"new")
+        os.replace(tmp_path / "new", path)
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(BadInput, match="another process"), locked(path):
+        pass
 
 
 def test_a_change_in_place_by_another_process_is_respected(source):
