@@ -103,28 +103,43 @@ class Tally:
 def edit(
     name: str, data: bytes, info: TensorInfo, delta: Delta, rounding: Rounding
 ) -> tuple[bytes, Tally]:
-    """Add `delta` to a tensor given by its bytes. Raises BadInput where the result overflows."""
+    """Add `delta` to a tensor given by its bytes.
+
+    Raises BadInput where the result overflows, or the tensor or the delta isn't finite.
+    """
     weight = as_array(data, info).reshape(delta.up.shape[0], -1)
     result = np.empty_like(weight)
     tally = Tally()
     rng = rounding.generator(name)
-    for block in delta.blocks():
-        before, change = weight[block].astype(np.float64), delta.rows(block)
-        exact = before + change
-        result[block] = rounding(exact, weight.dtype, rng)
-        after = result[block].astype(np.float64)
-        if not np.isfinite(after).all() and np.isfinite(exact).all():
-            raise BadInput(
-                f"{name}: the edited weights, up to {np.abs(exact).max():.3g}, don't fit "
-                f"{info.dtype}; use a smaller weight or a wider copy of the model"
+    with np.errstate(over="ignore", invalid="ignore"):  # seen below
+        for block in delta.blocks():
+            before, change = weight[block].astype(np.float64), delta.rows(block)
+            exact = before + change
+            result[block] = rounding(exact, weight.dtype, rng)
+            after = result[block].astype(np.float64)
+            gained = after - before
+            lost = gained - change
+            error_square = float(np.vdot(lost, lost))
+            if not math.isfinite(error_square):  # one number tells of a whole block
+                _require_finite(name, info, before, change, after)
+            tally += Tally(
+                float(np.vdot(change, change)), float(np.vdot(gained, change)), error_square
             )
-        gained = after - before
-        lost = gained - change
-        tally += Tally(
-            float(np.vdot(change, change)), float(np.vdot(gained, change)),
-            float(np.vdot(lost, lost)),
-        )  # fmt: skip
     return result.tobytes(), tally
+
+
+def _require_finite(
+    name: str, info: TensorInfo, before: np.ndarray, change: np.ndarray, after: np.ndarray
+) -> None:
+    if not np.isfinite(before).all():
+        raise BadInput(f"{name}: holds NaN or infinite weights; the model is damaged")
+    if not np.isfinite(change).all():
+        raise BadInput(f"{name}: the adapters' change of it holds NaN or infinite numbers")
+    if not np.isfinite(after).all():
+        raise BadInput(
+            f"{name}: the edited weights, up to {np.abs(before + change).max():.3g}, don't fit "
+            f"{info.dtype}; use a smaller weight or a wider copy of the model"
+        )
 
 
 def fits(delta_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from sdd_lora import names
@@ -22,6 +23,9 @@ from sdd_lora.errors import BadInput
 from sdd_lora.progress import progress
 from sdd_lora.safetensors_file import open_input
 
+#: Weights are compared in blocks of this many, so that it takes little memory.
+_BLOCK_WEIGHTS = 1 << 20
+_SMALLEST_FP16 = np.finfo(np.float16).smallest_subnormal.astype(np.float32)
 _LDM_HEADS = {"input_blocks", "middle_block", "output_blocks", "out", "time_embed"}
 _DIFFUSERS_HEADS = {
     "conv_in", "conv_out", "conv_norm_out", "time_embedding", "down_blocks", "mid_block",
@@ -88,8 +92,8 @@ def extract(
 def changes(tuned: Path, base: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Canonical parameter name and tuned − base, fp32, of every parameter that was changed.
 
-    A weight that differs by no more than the narrower dtype's rounding was not. Raises BadInput as
-    `extract` does.
+    A tensor of another dtype than the base's was not where none of its weights differs by more than
+    one step of the coarser dtype. Raises BadInput as `extract` does, and for NaN or infinities.
     """
     ours, theirs = open_checkpoint(tuned), open_checkpoint(base)
     after, before = parameters(ours), parameters(theirs)
@@ -160,7 +164,34 @@ def _change(name: str, after: np.ndarray, before: np.ndarray) -> np.ndarray | No
             "they are different models"
         )
     before = before.reshape(after.shape)
-    narrow = min(after.dtype, before.dtype, key=lambda dtype: dtype.itemsize)
-    if np.array_equal(after.astype(narrow), before.astype(narrow)):
+    alike = np.array_equal if after.dtype == before.dtype else _is_a_cast
+    if alike(after.reshape(-1), before.reshape(-1)):
         return None
-    return after.astype(np.float32) - before.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        change = after.astype(np.float32) - before.astype(np.float32)
+    if not np.isfinite(change).all():
+        raise BadInput(f"{name}: holds NaN or infinite weights, in the tuned model or in the base")
+    return change
+
+
+def _is_a_cast(after: np.ndarray, before: np.ndarray) -> bool:
+    """Whether two vectors of different dtypes may be the same numbers, rounded on different ways.
+
+    fp16 has finer steps than bf16, but not where its numbers become too small for it; and a model
+    of another dtype may have been fp16 before.
+    """
+    for start in range(0, after.size, _BLOCK_WEIGHTS):
+        a, b = after[start : start + _BLOCK_WEIGHTS], before[start : start + _BLOCK_WEIGHTS]
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(a.astype(np.float32) - b.astype(np.float32))
+        steps = np.maximum(_steps(a), _steps(b))
+        if not (difference <= np.maximum(steps, _SMALLEST_FP16)).all():
+            return False
+    return True
+
+
+def _steps(values: np.ndarray) -> np.ndarray:
+    """The distance of each value to the next larger one of its dtype, fp32."""
+    kind = ml_dtypes.finfo(values.dtype)
+    size = np.maximum(np.abs(values.astype(np.float32)), np.float32(kind.smallest_normal))
+    return np.ldexp(np.float32(1), np.frexp(size)[1] - 1 - kind.nmant)

@@ -107,6 +107,26 @@ def test_exact_values_stay_under_stochastic_rounding():
         assert np.array_equal(kept.astype(np.float64), exact)
 
 
+@pytest.mark.parametrize("code", FLOATS)
+@pytest.mark.parametrize("how", ["nearest", "stochastic"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.filterwarnings("error")
+def test_what_is_not_finite_before_is_an_error_and_hides_no_overflow(code, how, value):
+    weight = np.zeros((24, 16))
+    weight[3, 5] = value
+    for size in (0.01, 1e6):
+        part = factors(np.random.default_rng(0), size=size)
+        with pytest.raises(BadInput, match="NaN or infinite weights"):
+            run(weight, code, [(part, 1.0)], Rounding(how))
+
+
+def test_an_adapter_that_is_not_finite_is_an_error():
+    part = factors(np.random.default_rng(0))
+    part.up[0, 0] = np.nan
+    with pytest.raises(BadInput, match="adapters' change"):
+        run(np.zeros((24, 16)), "F32", [(part, 1.0)])
+
+
 @pytest.mark.parametrize("code", ["F16", "F8_E4M3"])
 @pytest.mark.parametrize("how", ["nearest", "stochastic"])
 def test_overflow_is_an_error(code, how):

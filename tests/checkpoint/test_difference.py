@@ -9,9 +9,11 @@ from checkpoint_models import cast, ldm_tensors, states, write, write_folder
 from sdd_lora.adapter.extract import low_rank
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.difference import canonical_parameter, extract
+from sdd_lora.checkpoint.presence import find
 from sdd_lora.errors import BadInput
 
 NORM = "model.diffusion_model.input_blocks.1.1.norm.weight"
+LDM_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,59 @@ def test_a_cast_is_no_change(models, tmp_path):
     found = extract(write(tmp_path / "b.safetensors", tensors), folder / "diffusers", rank=1)
     assert list(found.adapter.factors) == [TO_K]
     assert found.kept[TO_K] > 0.999
+
+
+PAIRS = [
+    ("fp16", "bf16"), ("bf16", "fp16"), ("fp32", "bf16"), ("bf16", "fp32"), ("fp8", "fp16"),
+    ("fp32", "fp16", "bf16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("casts", PAIRS)
+def test_weights_rounded_on_different_ways_are_no_change(models, casts, tmp_path):
+    """fp32 weights, also such as fp16 holds badly, against others; then with one real change."""
+    tensors = dict(ldm_tensors())
+    tensors[LDM_K] = tensors[LDM_K] * np.float32(2) ** -np.arange(32, dtype=np.float32)[:, None]
+    ours, theirs = tensors, cast(tensors, casts[0])
+    for dtype in casts[1:]:
+        ours = cast({k: v.astype(np.float32) for k, v in ours.items()}, dtype)
+    base = write(tmp_path / "base.safetensors", theirs)
+    tuned = write(tmp_path / "tuned.safetensors", ours)
+    with pytest.raises(BadInput, match=r"no weight that an adapter may hold differs .* 0 other"):
+        extract(tuned, base, rank=1)
+    ours[LDM_K] = ours[LDM_K].copy()
+    ours[LDM_K][0, 0] *= 2
+    found = extract(write(tmp_path / "b.safetensors", ours), base, rank=1)
+    assert list(found.adapter.factors) == [TO_K] and not found.outside
+
+
+def test_a_step_of_the_same_dtype_is_a_change(models, tmp_path):
+    tensors = cast(ldm_tensors(), "bf16")
+    base = write(tmp_path / "base.safetensors", tensors)
+    tensors[LDM_K] = np.nextafter(tensors[LDM_K], np.array(1, tensors[LDM_K].dtype))
+    found = extract(write(tmp_path / "b.safetensors", tensors), base, rank=1)
+    assert list(found.adapter.factors) == [TO_K]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damaged_weights_are_named(models, value, tmp_path):
+    folder, _ = models
+    tensors = dict(ldm_tensors())
+    tensors[LDM_K] = np.full_like(tensors[LDM_K], value)
+    with pytest.raises(BadInput, match=f"{TO_K}.weight: holds NaN"):
+        extract(write(tmp_path / "a.safetensors", tensors), folder / "base.safetensors", rank=1)
+
+
+def test_a_variant_is_not_what_a_folder_is_compared_by(models, tmp_path):
+    """non_ema and fp16 come before the plain file's name in order."""
+    folder, adapter = models
+    both = write_folder(tmp_path / "both")
+    tensors = states()["unet"]
+    other = {key: tensor + np.float32(0.1) for key, tensor in tensors.items()}
+    write(both / "unet" / "diffusion_pytorch_model.ema.safetensors", other)
+    found = extract(folder / "tuned.safetensors", both, rank=4)
+    assert found.adapter.factors.keys() == adapter.factors.keys() and not found.outside
+    assert find(folder / "tuned.safetensors", adapter, both).strength == pytest.approx(1, abs=0.01)
 
 
 def test_what_lies_outside_is_weighed(models, tmp_path):
