@@ -11,7 +11,7 @@ from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.checkpoint import pickles
 from sdd_lora.checkpoint.arithmetic import fits
-from sdd_lora.checkpoint.layout import EMA, Checkpoint, Copy
+from sdd_lora.checkpoint.layout import Checkpoint, Copy
 from sdd_lora.checkpoint.stream import Segment, merged
 from sdd_lora.errors import BadInput
 from sdd_lora.safetensors_file import DTYPES, Header, TensorInfo
@@ -34,34 +34,53 @@ class Edits:
 
 def plan_edits(checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice) -> list[Edits]:
     """Where every module lands, in every copy. Raises BadInput where one doesn't."""
-    collected: dict[str, list[tuple[Factors, float]]] = {}
-    for adapter, weight in adapters:
-        for module, factors in adapter.factors.items():
-            collected.setdefault(module, []).append((factors, weight))
-    parts: dict[Path, dict[str, tuple[str, list[tuple[Factors, float]]]]] = {}
-    problems = []
-    for module, found in collected.items():
-        component = "text_encoder" if names.is_text(module) else "unet"
-        copies = [
-            copy for copy in checkpoint.copies
-            if copy.component == component and not (copy.label == EMA and ema == "drop")
-        ]  # fmt: skip
-        if not copies:
-            problems.append(f"{module}: the model holds no {component.replace('_', ' ')}")
-        for copy in copies:
-            if problem := _misfit(checkpoint, copy, module, found):
-                problems.append(problem)
-            else:
-                place = copy.places[module]
-                parts.setdefault(place.file, {})[place.key] = (module, found)
-    if problems:
+    collected = _by_module(adapters)
+    if problems := misfits(checkpoint, adapters, ema):
         raise BadInput(
             f"{checkpoint.path}: {len(problems)} of the adapters' {len(collected)} modules don't "
             f"land in it, the first: {problems[0]}"
         )
+    parts: dict[Path, dict[str, tuple[str, list[tuple[Factors, float]]]]] = {}
+    for module, found in collected.items():
+        for copy in _copies_with(checkpoint, module, ema):
+            place = copy.places[module]
+            parts.setdefault(place.file, {})[place.key] = (module, found)
     return [
-        _edits_of(path, header, parts.get(path, {}), ema)
+        _edits_of(path, header, parts[path], ema)
         for path, header in checkpoint.headers.items() if path in parts
+    ]  # fmt: skip
+
+
+def misfits(checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice = "patch") -> list[str]:
+    """A line for each module that finds no place in a copy of the model's weights."""
+    problems = []
+    for module, found in _by_module(adapters).items():
+        copies = _copies_with(checkpoint, module, ema)
+        lines = [_misfit(checkpoint, copy, module, found) for copy in copies]
+        if not copies:
+            component = _component_of(module).replace("_", " ")
+            lines = [f"{module}: the model holds no {component}"]
+        problems += [line for line in lines if line is not None][:1]
+    return problems
+
+
+def _by_module(adapters: Weighted) -> dict[str, list[tuple[Factors, float]]]:
+    collected: dict[str, list[tuple[Factors, float]]] = {}
+    for adapter, weight in adapters:
+        for module, factors in adapter.factors.items():
+            collected.setdefault(module, []).append((factors, weight))
+    return collected
+
+
+def _component_of(module: str) -> str:
+    return "text_encoder" if names.is_text(module) else "unet"
+
+
+def _copies_with(checkpoint: Checkpoint, module: str, ema: EmaChoice) -> list[Copy]:
+    """The copies that a module's delta goes into."""
+    return [
+        copy for copy in checkpoint.copies
+        if copy.component == _component_of(module) and not (copy.is_ema and ema == "drop")
     ]  # fmt: skip
 
 

@@ -1,36 +1,34 @@
 """Does an adapter fit a model, from headers alone; and how large the model's own matrices are."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from sdd_lora import names
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.checkpoint.arithmetic import fits
+from sdd_lora.checkpoint import edits
 from sdd_lora.checkpoint.layout import open_checkpoint, require_sd1_unet
 from sdd_lora.checkpoint.stream import as_array, read_bytes
+from sdd_lora.errors import BadInput
 from sdd_lora.safetensors_file import open_input
 
 
 def misfits(model: Path, adapter: Adapter) -> list[str]:
-    """What of the adapter finds no place in the model, a line each; empty where it fits.
+    """What of the adapter finds no place in the model, a line each; empty where it can be baked.
 
     Raises BadInput where the model is no SD 1.x.
     """
     checkpoint = open_checkpoint(model)
     require_sd1_unet(checkpoint)
-    problems = []
-    for module, factors in adapter.factors.items():
-        shape = checkpoint.shape(module)
-        if not shape:
-            problems.append(f"{module}: the model has no such weight")
-        elif not fits(factors.weight_shape, shape):
-            problems.append(f"{module}: the weight is {shape}, the delta {factors.weight_shape}")
-    return problems
+    return edits.misfits(checkpoint, [(adapter, 1.0)])
 
 
 def cross_attention_norms(model: Path) -> dict[str, float]:
-    """Frobenius norms of the 64 matrices, of every copy that the model holds."""
+    """Frobenius norms of the 64 matrices, of every copy that the model holds.
+
+    Raises BadInput where one holds NaN or infinite weights.
+    """
     checkpoint = open_checkpoint(model)
     norms = {}
     for copy in checkpoint.copies:
@@ -41,5 +39,8 @@ def cross_attention_norms(model: Path) -> dict[str, float]:
             with open_input(place.file) as file:
                 data = read_bytes(file, checkpoint.headers[place.file], place.key)
             weight = as_array(data, checkpoint.info(place)).astype(np.float64)
-            norms[f"{copy.label}: {module}"] = float(np.linalg.norm(weight))
+            norm = float(np.linalg.norm(weight))
+            if not math.isfinite(norm):
+                raise BadInput(f"{place.file}: {place.key}: holds NaN or infinite weights")
+            norms[f"{copy.label}: {module}"] = norm
     return norms

@@ -33,10 +33,12 @@ FAMILIES = {
     "other-unet": "a UNet of another structure",
     "unknown": "no diffusion model that this tool knows",
 }
-EMA = "EMA copy"
+#: Labels of EMA copies, in the order of `names.ema_keys`.
+EMA = ("EMA copy", "EMA copy in short names")
 _LDM_VAE_PREFIX = "first_stage_model."
 _UNET_STEM = "diffusion_pytorch_model"
 _TEXT_STEMS = ("model", "pytorch_model")
+_UNREAD = ("*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.pb")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _PLACE = re.compile(
     r"((?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+"
@@ -68,13 +70,18 @@ class Copy:
     label: str
     places: dict[str, Place]
 
+    @property
+    def is_ema(self) -> bool:
+        return self.label in EMA
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The files that hold the UNet and the text encoder, and every copy of both in them.
 
     `headers` has one entry a file; `missing` names the components that aren't there at all;
-    `unread` a folder's files in other formats that hold second copies of the weights.
+    `unread` a folder's files that hold second copies of the weights: in other formats beside the
+    components' own, and whole models in one file at its root.
     """
 
     path: Path
@@ -118,7 +125,7 @@ class Description:
 
     @property
     def has_ema(self) -> bool:
-        return EMA in self.copies
+        return any(label in EMA for label in self.copies)
 
     @property
     def inpainting(self) -> bool:
@@ -152,7 +159,7 @@ def require_sd1_unet(checkpoint: Checkpoint) -> None:
             found = f"no UNet in it (missing: {', '.join(checkpoint.missing)})"
         raise BadInput(f"{where}: expected a Stable Diffusion 1.x model, found {found}")
     for copy in checkpoint.copies:
-        if copy.component == "unet" and copy.label != EMA:
+        if copy.component == "unet" and not copy.is_ema:
             _require_complete(checkpoint, copy)
 
 
@@ -288,7 +295,8 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _ldm_checkpoint(path: Path, header: Header, prefix: str) -> Checkpoint:
-    unet, ema, text = {}, {}, {}
+    unet, text = {}, {}
+    emas: list[dict[str, Place]] = [{} for _ in EMA]
     for key in header.tensors:
         module = key.removesuffix(".weight")
         if module == key:
@@ -302,14 +310,15 @@ def _ldm_checkpoint(path: Path, header: Header, prefix: str) -> Checkpoint:
                 continue
             unet[module] = Place(path, key)
             canonical = names.LDM_UNET_PREFIX + key.removeprefix(prefix)
-            for spelling in names.ema_keys(canonical):
+            for places, spelling in zip(emas, names.ema_keys(canonical), strict=True):
                 if spelling in header.tensors:
-                    ema[module] = Place(path, spelling)
+                    places[module] = Place(path, spelling)
     copies = []
     if unet:
         copies.append(Copy("unet", "weights", unet))
-    if ema:
-        copies.append(Copy("unet", EMA, ema))
+    copies += [
+        Copy("unet", label, places) for label, places in zip(EMA, emas, strict=True) if places
+    ]
     if text:
         copies.append(Copy("text_encoder", "weights", text))
     has_vae = any(key.startswith(_LDM_VAE_PREFIX) for key in header.tensors)
@@ -336,13 +345,28 @@ def _open_folder(path: Path) -> Checkpoint:
     unet, unread = _weight_files(path / "unet", (_UNET_STEM,))
     text, unread_text = _weight_files(path / "text_encoder", _TEXT_STEMS)
     vae, _ = _weight_files(path / "vae", (_UNET_STEM,))
-    if not unet and not text and not vae:
+    if not unet and not text:
         raise BadInput(
             f"{path}: expected a diffusers folder (model_index.json, unet/, vae/, text_encoder/) "
-            "with safetensors or .bin weights, found none"
+            "with safetensors or .bin weights of a UNet or a text encoder, found none"
         )
     missing = _absent(unet=bool(unet), vae=bool(vae), text_encoder=bool(text))
-    return _folder_checkpoint(path, "diffusers", unet, text, unread + unread_text, missing)
+    unread += unread_text + _single_files(path)
+    return _folder_checkpoint(path, "diffusers", unet, text, unread, missing)
+
+
+def _single_files(folder: Path) -> tuple[Path, ...]:
+    """Whole models in one file beside the components, as hub repositories have them; adapters and
+    autoencoders aren't."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.ckpt")])
+    return tuple(file for file in files if file.is_file() and _may_hold_weights(file))
+
+
+def _may_hold_weights(file: Path) -> bool:
+    try:
+        return bool(_open_file(file).copies)
+    except BadInput:  # nothing can be told of it
+        return True
 
 
 def _folder_checkpoint(
@@ -381,7 +405,8 @@ def _weight_files(
 ) -> tuple[dict[str, list[Path]], tuple[Path, ...]]:
     """The files of each copy in a component's folder by label, and second copies left unread.
 
-    Every `variant` is a copy of its own. Pickles are read where there are no safetensors at all.
+    Every `variant` is a copy of its own; what is loaded without one comes first. Pickles are read
+    where there are no safetensors at all.
     """
     found: dict[str, dict[str, list[Path]]] = {".safetensors": {}, ".bin": {}}
     for file in sorted(folder.glob("*")):
@@ -393,11 +418,12 @@ def _weight_files(
             label = f"{sharded}variant {variant}" if variant else f"{sharded}weights"
             found[file.suffix].setdefault(label, []).append(file)
     _check_indices(folder)
-    unread = sorted(folder.glob("*.msgpack"))
+    unread = sorted(file for pattern in _UNREAD for file in folder.glob(pattern))
     if found[".safetensors"]:
         unread += [file for files in found[".bin"].values() for file in files]
-        return found[".safetensors"], tuple(unread)
-    return found[".bin"], tuple(unread)
+    read = found[".safetensors"] or found[".bin"]
+    in_order = sorted(read, key=lambda label: ("variant" in label, "sharded" in label, label))
+    return {label: read[label] for label in in_order}, tuple(unread)
 
 
 def _check_indices(folder: Path) -> None:

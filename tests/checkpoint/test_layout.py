@@ -89,6 +89,20 @@ def test_every_variant_is_a_copy_and_shards_are_one(tmp_path):
     assert len(found.unet_files) > 4
 
 
+@pytest.mark.parametrize("shard", [None, "5MB"])
+def test_what_is_loaded_without_a_variant_comes_first(tmp_path, shard):
+    models.write_folder(tmp_path / "m", shard=shard)
+    for variant in ("fp16", "a"):
+        for file in list((tmp_path / "m" / "unet").glob("*.safetensors")):
+            if ".fp16" not in file.name:
+                stem = "diffusion_pytorch_model"
+                other = file.name.replace(stem, f"{stem}.{variant}")
+                (file.parent / other).write_bytes(file.read_bytes())
+    first, *others = (copy.label for copy in open_checkpoint(tmp_path / "m").copies[:3])
+    assert first == ("sharded weights" if shard else "weights")
+    assert all("variant" in label for label in others) and len(others) == 2
+
+
 def test_a_lost_shard_is_named(tmp_path):
     models.write_folder(tmp_path / "m", shard="5MB")
     lost = sorted((tmp_path / "m" / "unet").glob("*-00001-of-*"))[0]
@@ -186,10 +200,14 @@ def test_fuzz_mutated_headers_raise_one_clear_error_or_read(tmp_path, data):
         assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("name", ["nothing", "empty folder", "broken index"])
+@pytest.mark.parametrize("name", ["nothing", "empty folder", "autoencoder", "broken index"])
 def test_what_is_missing_or_damaged(tmp_path, name):
     if name == "empty folder":
         (tmp_path / "m").mkdir()
+    if name == "autoencoder":
+        vae = tmp_path / "m" / "vae"
+        vae.mkdir(parents=True)
+        models.write(vae / "diffusion_pytorch_model.safetensors", models.states()["vae"])
     if name == "broken index":
         models.write_folder(tmp_path / "m", shard="5MB")
         (tmp_path / "m/unet/diffusion_pytorch_model.safetensors.index.json").write_text("[")
