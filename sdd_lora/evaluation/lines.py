@@ -17,6 +17,13 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n")[:-1]]  # prompts may hold U+2028
 
 
+def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What is the same along a row of pictures: set, prompt, seed, and guidance and size where they
+    are the picture's own."""
+    fields = ("kind", "set", "prompt", "seed", "guidance", "width", "height")
+    return tuple(line.get(field) for field in fields)
+
+
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Lines at the end of a file; a line that a kill cut short goes first."""
     if path.exists():

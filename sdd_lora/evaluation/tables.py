@@ -11,6 +11,7 @@ from sdd_lora.evaluation.intervals import (
     paired_difference,
     wilson,
 )
+from sdd_lora.evaluation.lines import key_of
 from sdd_lora.evaluation.results import (
     ALL,
     AttackRow,
@@ -70,9 +71,9 @@ def attacks(
     out = []
     for (attack, method), (seconds, passes) in costs.items():
         for measure in rates:
-            there = {_key(x): x["values"] for x in cells["none", method]}
+            there = {key_of(x): x["values"] for x in cells["none", method]}
             own = [x for x in cells[attack, method] if measure in x["values"]]
-            before = [there[_key(x)][measure] for x in own]
+            before = [there[key_of(x)][measure] for x in own]
             after = [x["values"][measure] for x in own]
             n = len(own)
             if not n:
@@ -96,12 +97,14 @@ def collateral(lines: Sequence[Line], info: Info, concept_of: Callable[[Line], s
         line for line in lines
         if line["variation"] is None and line["kind"] == "kept" and measure in line["values"]
     ]  # fmt: skip
-    base = {_key(line): line["values"][measure] for line in kept if line["method"] == _PAIRED_WITH}
+    base = {
+        key_of(line): line["values"][measure] for line in kept if line["method"] == _PAIRED_WITH
+    }
     moved = []
     for (method, group, concept), own in _by(
         kept, lambda line: (line["method"], line["set"], concept_of(line))
     ).items():
-        pairs = [(base[_key(x)], x["values"][measure]) for x in own if _key(x) in base]
+        pairs = [(base[key_of(x)], x["values"][measure]) for x in own if key_of(x) in base]
         if method == _PAIRED_WITH or not pairs:
             continue
         before, after = [b for b, _ in pairs], [a for _, a in pairs]
@@ -118,26 +121,27 @@ def _rows(
     method: str, own: Sequence[Line], base: Sequence[Line], info: Info
 ) -> Iterable[dict[str, Any]]:
     for measure in info:
-        if of := info[measure].maximum_of:
-            yield from _maximum_row(method, measure, [x for x in own if of in x["values"]], of)
-            continue
-        counted = [line for line in own if measure in line["values"]]
+        of = info[measure].maximum_of
+        counted = [line for line in own if (of or measure) in line["values"]]
         sets = list(dict.fromkeys(line["set"] for line in counted))
         for group in [ALL, *(sets if len(sets) > 1 else [])]:
             chosen = [line for line in counted if group in (ALL, line["set"])]
-            if chosen:
+            if of and (group != ALL or len(sets) == 1):
+                yield from _maximum_row(method, measure, group, chosen, of)
+            elif chosen and not of:
                 yield _row(method, measure, group, chosen, base, info[measure].kind == "rate")
 
 
 def _maximum_row(
-    method: str, measure: str, counted: Sequence[Line], of: str
+    method: str, measure: str, group: str, chosen: Sequence[Line], of: str
 ) -> Iterable[dict[str, Any]]:
-    """The expected maximum of a rate over prompts; `n` is the number of prompts."""
-    prompts = _by(counted, lambda line: (line["set"], line["prompt"]))
+    """The expected maximum of a rate over prompts, of one set; `n` is the number of prompts. None
+    where a prompt has a single image: its rate is 0 or 1, and the maximum soon 1."""
+    prompts = _by(chosen, lambda line: line["prompt"])
     rates = [sum(x["values"][of] for x in lines) / len(lines) for lines in prompts.values()]
-    if rates:
+    if min(map(len, prompts.values())) > 1:
         yield {
-            "method": method, "measure": measure, "group": ALL, "n": len(rates),
+            "method": method, "measure": measure, "group": group, "n": len(rates),
             "value": expected_maximum(rates), "ci95": bootstrap_maximum(rates),
         }  # fmt: skip
 
@@ -150,8 +154,8 @@ def _row(
     row: dict[str, Any] = {"method": method, "measure": measure, "group": group, "n": n}
     row |= {"value": sum(values) / n, "ci95": wilson(sum(values), n) if rate else
             bootstrap_mean(values)}  # fmt: skip
-    there = {_key(line): line["values"][measure] for line in base if measure in line["values"]}
-    pairs = [(there[k], v) for k, v in zip(map(_key, chosen), values, strict=True) if k in there]
+    there = {key_of(line): line["values"][measure] for line in base if measure in line["values"]}
+    pairs = [(there[k], v) for k, v in zip(map(key_of, chosen), values, strict=True) if k in there]
     if method == _PAIRED_WITH or len(pairs) < n:
         return row
     before, after = [b for b, _ in pairs], [a for _, a in pairs]
@@ -161,11 +165,6 @@ def _row(
         differences = [a - b for b, a in pairs]
         change, bounds = sum(differences) / n, list(bootstrap_mean(differences))
     return row | {"difference": change, "ci95_difference": tuple(bounds)}
-
-
-def _key(line: Line) -> tuple[str, str, str, int]:
-    """What is the same along a row of pictures."""
-    return line["kind"], line["set"], line["prompt"], line["seed"]
 
 
 def _by(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list[Line]]:

@@ -157,8 +157,7 @@ def generate(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: can't make this folder: {error.strerror}") from error
-    settings = settings | asdict(sampling)
-    del settings["batch"]
+    settings = _all_settings(sampling, settings)
     with locked(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             _claim(folder, settings)
@@ -188,14 +187,14 @@ def _draw_into(
             name, job = missing[index]
             with atomic_output(folder / name) as file:
                 Image.fromarray(image).save(file, "PNG")
-            lines.write(_line({"file": name} | asdict(job)))
+            lines.write(_line({"file": name} | as_entry(job)))
             lines.flush()
 
 
 def _missing(folder: Path, jobs: Sequence[Job]) -> list[tuple[str, Job]]:
     """File names and jobs that the manifest lacks. Raises BadInput where it has other ones."""
     path = folder / MANIFEST
-    done = {entry["file"]: _job(entry) for entry in _entries(path)} if path.exists() else {}
+    done = {entry["file"]: job_in(entry) for entry in _entries(path)} if path.exists() else {}
     wanted = [(f"{i:05d}.png", job) for i, job in enumerate(jobs)]
     for name, job in wanted:
         if name in done and done[name] != job:
@@ -205,18 +204,41 @@ def _missing(folder: Path, jobs: Sequence[Job]) -> list[tuple[str, Job]]:
     return [(name, job) for name, job in wanted if name not in done]
 
 
-def _job(entry: dict[str, Any]) -> Job:
-    return Job(**{name: value for name, value in entry.items() if name != "file"})
+def drawn_in(folder: Path) -> dict[Job, Path]:
+    """The file of each job that a folder's manifest names; none where there is no manifest."""
+    path = folder / MANIFEST
+    entries = _entries(path) if path.exists() else []
+    return {job_in(entry): folder / entry["file"] for entry in entries}
+
+
+def is_drawn(
+    folder: Path, jobs: Sequence[Job], sampling: Sampling, settings: dict[str, Any]
+) -> bool:
+    """Has `generate` nothing left to draw? Raises BadInput where the folder holds another run."""
+    if not (folder / SETTINGS).exists() or not (folder / MANIFEST).exists():
+        return False
+    _claim(folder, _all_settings(sampling, settings))
+    names = [f"{i:05d}.png" for i in range(len(jobs))]
+    return not _missing(folder, jobs) and all((folder / name).exists() for name in names)
+
+
+def job_in(entry: dict[str, Any]) -> Job:
+    """The job that a line of a manifest, or of another file, tells of."""
+    return Job(**{name: entry[name] for name in Job.__dataclass_fields__ if name in entry})
+
+
+def as_entry(job: Job) -> dict[str, Any]:
+    """What a line tells of a job: its prompt, its seed, and what else is its own."""
+    return {name: value for name, value in asdict(job).items() if value is not None}
 
 
 def _told(job: Job) -> str:
-    own = {k: v for k, v in asdict(job).items() if v is not None and k != "prompt"}
+    own = {name: value for name, value in as_entry(job).items() if name != "prompt"}
     return f"{job.prompt!r} with " + ", ".join(f"{name} {value}" for name, value in own.items())
 
 
 def _line(entry: dict[str, Any]) -> str:
-    told = {name: value for name, value in entry.items() if value is not None}
-    return json.dumps(told, ensure_ascii=False) + "\n"
+    return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def _check_fit(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
@@ -235,6 +257,13 @@ def _tell_of_long_prompts(pipeline: StableDiffusionPipeline, jobs: Sequence[Job]
     if long := sum(bool(cut_off(pipeline.tokenizer, prompt)) for prompt in prompts):
         most = pipeline.tokenizer.model_max_length
         warn(f"{long} of {len(prompts)} prompts are over {most} tokens; the rest is not read")
+
+
+def _all_settings(sampling: Sampling, settings: dict[str, Any]) -> dict[str, Any]:
+    """What all images of a folder have in common; the batch changes none."""
+    told = settings | asdict(sampling)
+    del told["batch"]
+    return told
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from sdd_lora.evaluation.bench_file import Bench
 from sdd_lora.evaluation.cells import Cell
 from sdd_lora.evaluation.lines import append_lines, read_lines
 from sdd_lora.evaluation.weights import Weights
-from sdd_lora.generation.images import Sampling
+from sdd_lora.generation.images import Sampling, as_entry, job_in
 from sdd_lora.generation.pipeline import load_pipeline
 from sdd_lora.progress import progress
 
@@ -86,29 +86,28 @@ class Attacking:
         own = name in GRADIENTS  # else the methods share it
         place = self.folder / (cell.folder if own else cell.folder.parent)
         key = self._key(cell, own)
-        known = {(x["prompt"], x["seed"]): x for x in read_lines(place, FOUND) if x["key"] == key}
-        missing = [s for s in cell.shots if (s.job.prompt, s.job.seed) not in known]
+        known = {job_in(x): x for x in read_lines(place, FOUND) if x["key"] == key}
+        missing = [(i, s.job) for i, s in enumerate(cell.shots) if s.job not in known]
         if missing:
             place.mkdir(parents=True, exist_ok=True)
             protected = frozen(self.weights.pipeline(cell)) if own else self.base
             with progress(name, len(missing)) as advance:
-                for shot in missing:
+                for number, job in missing:
                     case = Case(
-                        protected, self.base, self.bench.erased, shot.job.prompt, shot.job.seed,
-                        self._sampling(shot.job.guidance), cell.shots.index(shot),
+                        protected, self.base, self.bench.erased, job.prompt, job.seed,
+                        self._sampling(job.guidance), number,
                     )  # fmt: skip
-                    line = {"key": key} | self._find(name, case)
-                    append_lines(place / FOUND, [line])
-                    known[case.prompt, case.seed] = line
+                    known[job] = {"key": key} | as_entry(job) | self._find(name, case)
+                    append_lines(place / FOUND, [known[job]])
                     advance()
-        return [known[s.job.prompt, s.job.seed] for s in cell.shots]
+        return [known[shot.job] for shot in cell.shots]
 
     def _find(self, name: str, case: Case) -> dict[str, Any]:
         started = time.monotonic()
         with counted([case.protected, case.base]) as passes:
             found = ATTACKS[name](case, self._settings(name))
         return {
-            "prompt": case.prompt, "seed": case.seed, "asked": found.prompt,
+            "asked": found.prompt,
             "words": {word: vector.tolist() for word, vector in found.words.items()},
             "before": found.before, "after": found.after,
             "seconds": round(time.monotonic() - started, 3), "unet_passes": passes.count,

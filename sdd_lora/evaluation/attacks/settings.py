@@ -1,13 +1,26 @@
 """What a bench's `attacks` may say. The defaults are for the embedded model's size."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from sdd_lora.recipe import Fraction, Positive, Section
 
 Text = Annotated[str, Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0)]
+T = TypeVar("T")
+
+
+def distinct(values: list[T]) -> list[T]:
+    """Raises ValueError where one stands twice: its images would count twice, and intervals would
+    be narrower than they are."""
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value} stands there twice; expected each once")
+    return values
+
+
+Methods = Annotated[list[Text], Field(min_length=1), AfterValidator(distinct)]
 
 #: attack's field → its name in tables, and what the report says of it
 NAMES = {
@@ -76,7 +89,7 @@ class Attacks(Section):
     """The first `targets` erased prompts of the main table, asked in other ways; each attack that
     has a field here is run on each of `methods`."""
 
-    methods: Annotated[list[Text], Field(min_length=1)]
+    methods: Methods
     targets: Positive = 10
     paraphrase: Words | None = None
     group_word: Words | None = None

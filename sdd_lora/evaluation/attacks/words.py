@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from sdd_lora.demo.vocabulary import Noun, groups, with_article
+from sdd_lora.demo.vocabulary import Noun, groups, nouns, with_article
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.attacks.case import Attacked, Case
 from sdd_lora.evaluation.attacks.settings import Words
@@ -48,8 +48,9 @@ def reworded(prompt: str, seed: int, words: Mapping[str, Sequence[str]]) -> str:
 def _of_vocabulary(
     concepts: Sequence[str], of: Callable[[Noun], Iterable[str]]
 ) -> dict[str, list[str]]:
+    gone = named_by(concepts)[0]
     found = {
         name: [words for words in of(noun) if words not in concepts]
-        for noun in named_by(concepts)[0] for name in noun.names
+        for noun in nouns() if noun in gone for name in noun.names
     }  # fmt: skip
     return {name: words for name, words in found.items() if words}

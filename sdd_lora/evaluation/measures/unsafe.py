@@ -23,6 +23,7 @@ class Unsafe:
     ) -> None:  # fmt: skip
         self.nudenet = NudeNet(erased, preset, labels, threshold)
         self.q16 = Q16(erased, clip, prompts)
+        self.source = f"{self.nudenet.source} {self.q16.source}"
         whole = self.q16.encoder.is_standard
         self.name = "unsafe" if whole else "unsafe by another encoder"
         parts = self.q16.info | self.nudenet.info
@@ -32,7 +33,8 @@ class Unsafe:
             ),
             f"{self.name}, max exp.": MeasureInfo(
                 kind="rate", of="all", better="lower", maximum_of=self.name,
-                note="expected maximum over 25 prompts of a prompt's rate, 10,000 bootstraps",
+                note="expected maximum over 25 prompts of a prompt's rate, 10,000 bootstraps; of "
+                "each set, where a prompt has several images",
             ),
         }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Attacks as a bench's section: what is run, kept, gone on with, and told."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sdd_lora.evaluation.cells import cells_of
 from sdd_lora.evaluation.intervals import wilson
 from sdd_lora.evaluation.report import render_report
 from sdd_lora.evaluation.results import MeasureInfo, Results
+from sdd_lora.evaluation.weights import Weights
 
 BENCH = """
 name: attacked
@@ -193,6 +195,7 @@ def test_rates_are_paired_with_the_same_prompts_and_seeds():
         ({"attacks.inversion.steps": 0}, r"bench:\d+: attacks.inversion.steps"),
         ({"attacks.magic": {}}, "attacks.magic: unknown field"),
         ({"attacks.methods": ["mime"]}, "method mime: expected one of sd"),
+        ({"attacks.methods": ["sd", "sd"]}, "attacks.methods: sd stands there twice"),
         ({"variations.attacks": {"field": "steps", "values": [3], "methods": ["sd"]}},
          "taken by the attacks"),
     ],
@@ -213,6 +216,21 @@ def test_prompts_without_other_words_are_found_before_anything_is_drawn(attacked
     running.Attacking(Bench.load(bench, overrides=told), None, tmp_path).check(
         cells_of(Bench.load(bench, overrides=told))
     )
+
+
+def test_shots_that_differ_in_guidance_alone_are_attacked_apart(attacked, tmp_path, monkeypatch):
+    bench, _, _ = attacked
+    monkeypatch.setitem(
+        running.ATTACKS, "paraphrase", lambda case, _: Attacked(f"at {case.sampling.guidance}")
+    )
+    cell = next(cell for cell in cells_of(bench) if cell.conditions.attack == "paraphrase")
+    job = cell.shots[0].job
+    shots = [replace(cell.shots[0], job=replace(job, guidance=g)) for g in (2.0, 9.0)]
+    attacking = running.Attacking(bench, Weights(bench, never_train), tmp_path)
+    for _ in range(2):  # found, then read
+        found = attacking.found(replace(cell, shots=shots))
+        assert [line["asked"] for line in found] == ["at 2.0", "at 9.0"]
+    assert len(list(tmp_path.rglob(running.FOUND))) == 1
 
 
 def test_methods_are_chosen_in_attacks_too():

@@ -13,7 +13,7 @@ from sdd_lora.evaluation.attacks.ring_a_bell import concept_vector, ring_a_bell,
 from sdd_lora.evaluation.attacks.settings import Inversion, RingABell, UnlearnDiffAtk, Words
 from sdd_lora.evaluation.attacks.tokens import encoded, free_words, plain_words, token_ids
 from sdd_lora.evaluation.attacks.unlearndiffatk import onto_simplex, sampled_words, unlearndiffatk
-from sdd_lora.evaluation.attacks.words import group_word, paraphrase, reworded
+from sdd_lora.evaluation.attacks.words import group_word, group_words, paraphrase, reworded
 from sdd_lora.generation.images import Sampling
 from sdd_lora.generation.pipeline import load_pipeline
 from sdd_lora.recipe import Recipe
@@ -52,6 +52,12 @@ def test_paraphrases_come_from_outside_the_recipe(case):
         trained = {*recipe.concepts, *recipe.preserve.prompts}
         told = [p for noun in nouns() for p in noun.paraphrases]
         assert told and not [p for p in told if any(p in text for text in trained)]
+
+
+def test_words_come_in_the_vocabularys_order():
+    erased = [noun.names[0] for noun in nouns()]
+    names = [name for noun in nouns() for name in noun.names]
+    assert list(group_words(erased, Words())) == names
 
 
 def test_words_keep_the_rest_of_the_prompt_and_are_chosen_by_seed():
