@@ -1,7 +1,6 @@
 """What a card says: the same prompts and seeds drawn without and with an adapter, side by side."""
 
 import gzip
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,8 @@ from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.measures import judge as judging
 from sdd_lora.files import sha256_of
 from sdd_lora.generation.images import Job, Sampling, draw, jobs_for
-from sdd_lora.generation.pipeline import load_pipeline
+from sdd_lora.generation.pipeline import load_pipeline, sha256_of_parts
+from sdd_lora.model import require_model, unet_config
 from sdd_lora.recipe import Measure, Recipe
 
 BASE_CACHE = Path(str(files("sdd_lora.demo").joinpath("base_verdicts.json.gz")))
@@ -47,12 +47,20 @@ def check(recipe: Recipe, unet: UNet2DConditionModel) -> None:
     if not wanted(recipe):
         return
     judging.check_concepts(recipe.concepts)
+    sizes = {recipe.model: unet.config.sample_size}
+    for model in recipe.measure.transfer:
+        try:
+            require_model(model)
+        except BadInput as error:
+            raise BadInput(f"measure.transfer: {error}") from None
+        sizes[model] = unet_config(model).get("sample_size")
     small = json.loads((DEMO_FOLDER / "unet" / "config.json").read_text("utf-8"))
-    if unet.config.sample_size != small["sample_size"]:
-        raise BadInput(
-            "measure.detector: the judge knows the embedded model's pictures alone; "
-            f"for {recipe.model} expected none"
-        )
+    for model, size in sizes.items():
+        if size != small["sample_size"]:
+            raise BadInput(
+                "measure.detector: the judge knows the embedded model's pictures alone; "
+                f"for {model} expected none"
+            )
 
 
 def measure(
@@ -171,12 +179,8 @@ def save_cache(
 
 def _conditions(pipeline: StableDiffusionPipeline, settings: Measure) -> dict:
     """All that a verdict depends on besides prompt and seed."""
-    weights = hashlib.sha256()
-    for part in (pipeline.text_encoder, pipeline.unet, pipeline.vae):
-        for tensor in part.state_dict().values():
-            weights.update(tensor.detach().cpu().half().numpy().tobytes())
     return {
-        "weights": weights.hexdigest(),
+        "weights": sha256_of_parts(pipeline),
         "judge": sha256_of(JUDGE_FILE),
         "steps": settings.steps,
         "guidance": settings.guidance,

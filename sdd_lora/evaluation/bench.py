@@ -5,6 +5,7 @@ killed run goes on where it stopped, with no image twice and none missing.
 """
 
 import datetime
+import hashlib
 import inspect
 import json
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation import tables
@@ -23,7 +25,15 @@ from sdd_lora.evaluation.attacks.running import Attacking
 from sdd_lora.evaluation.bench_file import Bench
 from sdd_lora.evaluation.cells import Cell, Conditions, cells_of, draws_with
 from sdd_lora.evaluation.lines import append_lines, read_lines
-from sdd_lora.evaluation.results import ALL, BENCH, IMAGES, RESULTS, Results, Row
+from sdd_lora.evaluation.results import (
+    ALL,
+    BENCH,
+    IMAGES,
+    RESULTS,
+    MeasureInfo,
+    Results,
+    Row,
+)
 from sdd_lora.evaluation.taking import (
     MEASURES,
     BesideSd,
@@ -34,11 +44,22 @@ from sdd_lora.evaluation.taking import (
 )
 from sdd_lora.evaluation.weights import Train, Weights
 from sdd_lora.files import write_text
-from sdd_lora.generation.images import MANIFEST, Sampling, generate, processes
+from sdd_lora.generation.images import (
+    Job,
+    Sampling,
+    as_entry,
+    drawn_in,
+    generate,
+    is_drawn,
+    job_in,
+    processes,
+)
 from sdd_lora.progress import say
 
 CSV, MARKDOWN = "results.csv", "results.md"
-VALUES = "values.jsonl"
+#: where `sd` draws what others start from, or are compared with
+BASE = Path("images") / "sd"
+VALUES, VALUES_OF_SETS = "values.jsonl", "values-of-sets.jsonl"
 _MEASURED_AT_ONCE = 256
 
 
@@ -76,7 +97,7 @@ def run(
             draw_cell(folder, cell, bench, weights, words)
         lines += measure_cell(folder, cell, measures, usual=cells[0].conditions)
         if cell.variation is None:
-            of_sets += measure_set(folder, cell, measures, lines)
+            of_sets += measure_set(folder, cell, measures)
     write_text(folder / IMAGES, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
     info = {name: told for measure in measures.values() for name, told in measure.info.items()}
     fields = {name: variation.field for name, variation in bench.variations.items()}
@@ -119,41 +140,57 @@ def claim(folder: Path, bench: Bench) -> None:
 
 
 class FromDrawings(StableDiffusionImg2ImgPipeline):
-    """Starts from pictures that are there already, found by prompt and seed; `redone` is how much
-    of each is drawn anew, img2img's strength."""
+    """Starts from pictures that are there already; `redone` is how much of each is drawn anew,
+    img2img's strength. Sizes are those of the pictures."""
 
-    pictures: dict[tuple[str, int], Path]
+    pictures: dict[Job, Path]
     redone: float
 
-    def __call__(self, prompt: list[str], generator: list[torch.Generator], **options: Any) -> Any:
-        start = [
-            Image.open(self.pictures[text, g.initial_seed()]).convert("RGB")
-            for text, g in zip(prompt, generator, strict=True)
-        ]
+    def __call__(
+        self, prompt: list[str], generator: list[torch.Generator], guidance_scale: float,
+        width: int | None = None, height: int | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        start = []
+        for text, g in zip(prompt, generator, strict=True):
+            job = Job(text, g.initial_seed(), guidance_scale, width, height)
+            start.append(Image.open(self.pictures[job]).convert("RGB"))
         return super().__call__(
-            prompt, image=start, strength=self.redone, generator=generator, **options
-        )
+            prompt, image=start, strength=self.redone, generator=generator,
+            guidance_scale=guidance_scale, **options,
+        )  # fmt: skip
 
 
 def draw_cell(
     folder: Path, cell: Cell, bench: Bench, weights: Weights, words: dict[str, torch.Tensor]
 ) -> None:
     """Draw what a cell still lacks; `words` are new ones in its prompts, with embeddings (d,)."""
-    pipeline = weights.pipeline(cell)
-    if words:
-        pipeline.load_textual_inversion(list(words.values()), token=list(words))
     conditions, method = cell.conditions, draws_with(cell.method)
-    if conditions.image:
-        parts = pipeline.components
-        pipeline = FromDrawings(**parts, requires_safety_checker=False)
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.redone, pipeline.pictures = conditions.image, _drawn_by_sd(folder)
     sampling = Sampling(
         conditions.steps, conditions.guidance, conditions.scheduler, method,
         _concept(method, bench), bench.sampling.batch,
     )  # fmt: skip
-    target = folder / cell.folder
-    generate(pipeline, [s.job for s in cell.shots], sampling, target, weights.settings(cell))
+    target, jobs = folder / cell.folder, [shot.job for shot in cell.shots]
+    settings = weights.settings(cell)
+    if is_drawn(target, jobs, sampling, settings):
+        return
+    pipeline = weights.pipeline(cell)
+    if words:
+        pipeline.load_textual_inversion(list(words.values()), token=list(words))
+    if conditions.image:
+        parts = pipeline.components
+        pipeline = FromDrawings(**parts, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.redone = conditions.image
+        pipeline.pictures = {
+            _with_all(job, sampling): file for job, file in drawn_in(folder / BASE).items()
+        }
+    generate(pipeline, jobs, sampling, target, settings)
+
+
+def _with_all(job: Job, sampling: Sampling) -> Job:
+    """The job with what it is drawn with, its own or not."""
+    own = sampling.for_job(job)
+    return replace(job, guidance=own.guidance, width=own.width, height=own.height)
 
 
 def _concept(method: str, bench: Bench) -> str:
@@ -163,39 +200,61 @@ def _concept(method: str, bench: Bench) -> str:
     return "" if method == "sd" else bench.against
 
 
-def _drawn_by_sd(folder: Path) -> dict[tuple[str, int], Path]:
-    usual = folder / "images" / "sd"
-    lines = read_lines(usual, MANIFEST)
-    return {(line["prompt"], line["seed"]): usual / line["file"] for line in lines}
-
-
 def load_measures(bench: Bench) -> tuple[dict[str, Measure], list[str]]:
-    """The bench's measures by their name and options, and a line for each that can't be taken.
+    """The bench's measures, and a line for each that can't be taken. They go by their name, their
+    options and whose numbers they are, under which values are kept.
 
-    Raises BadInput for a name that is none, and where no measure is left.
+    Raises BadInput for a name that is none, options of a wrong type, numbers of one name from two
+    measures, and where no measure is left.
     """
     found: dict[str, Measure] = {}
     missing = []
     for name, options in bench.measures.items():
         if name not in MEASURES:
             raise BadInput(f"measure {name}: expected one of {', '.join(MEASURES)}")
-        measure = MEASURES[name]
-        known = list(inspect.signature(measure).parameters)[1:]
-        if unknown := [option for option in options if option not in known]:
-            raise BadInput(
-                f"measures.{name}: unknown option {', '.join(unknown)}; "
-                f"expected {', '.join(known) or 'none'}"
-            )
-        files = {x: bench.file(options[x]) for x in getattr(measure, "files", ()) if x in options}
+        _check_options(name, options)
+        of_files = getattr(MEASURES[name], "files", ())
+        files = {option: bench.file(options[option]) for option in of_files if option in options}
         try:
-            found[f"{name} {json.dumps(options, sort_keys=True)}"] = measure(
-                bench.erased, **options | files
-            )
+            measure = MEASURES[name](bench.erased, **options | files)
         except BadInput as error:
             missing.append(f"{name}: {error}")
+            continue
+        told = json.dumps([options, measure.source], sort_keys=True)
+        found[f"{name} {hashlib.sha256(told.encode()).hexdigest()[:16]}"] = measure
     if not found:
         raise BadInput("no measure can be taken:\n" + "\n".join(missing))
+    _refuse_doubles(found)
     return found, missing
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Raises BadInput for options that a measure has not, or of other types than it takes."""
+    _, *known = inspect.signature(MEASURES[name]).parameters.values()
+    kinds = {parameter.name: parameter.annotation for parameter in known}
+    if unknown := [option for option in options if option not in kinds]:
+        raise BadInput(
+            f"measures.{name}: unknown option {', '.join(unknown)}; "
+            f"expected {', '.join(kinds) or 'none'}"
+        )
+    for option, value in options.items():
+        try:
+            TypeAdapter(kinds[option]).validate_python(value)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise BadInput(f"measures.{name}.{option}: {problem}, found {value!r}") from None
+
+
+def _refuse_doubles(measures: dict[str, Measure]) -> None:
+    """Raises BadInput where two measures give a number of the same name and don't mean the same."""
+    info: dict[str, MeasureInfo] = {}
+    for measure in measures.values():
+        for name, told in measure.info.items():
+            if info.setdefault(name, told) != told:
+                raise BadInput(
+                    f"measures: two give {name}, with other settings ({info[name].note}; "
+                    f"{told.note}); expected the same ones, or one of the two measures alone"
+                )
 
 
 def measure_cell(
@@ -206,18 +265,18 @@ def measure_cell(
     `usual` are the conditions under which `sd` drew what images are compared with.
     """
     target = folder / cell.folder
-    files = {(line["prompt"], line["seed"]): line["file"] for line in read_lines(target, MANIFEST)}
+    files = drawn_in(target)
     lines: list[tables.Line] = [
         {
             "method": cell.method, "variation": cell.variation, "setting": cell.setting,
-            "kind": shot.kind, "set": shot.set, "prompt": shot.prompt, "seed": shot.job.seed,
-            "file": (cell.folder / files[shot.job.prompt, shot.job.seed]).as_posix(), "values": {},
+            "kind": shot.kind, "set": shot.set, **as_entry(replace(shot.job, prompt=shot.prompt)),
+            "file": files[shot.job].relative_to(folder).as_posix(), "values": {},
         } | ({"asked": shot.job.prompt} if shot.wanted else {})
         for shot in cell.shots
     ]  # fmt: skip
     known = {(x["measure"], x["file"]): x["values"] for x in read_lines(target, VALUES)}
     paired = cell.method != "sd" and replace(cell.conditions, weight=1.0) == usual
-    base = _drawn_by_sd(folder) if paired else {}
+    base = drawn_in(folder / BASE) if paired else {}
     for name, measure in measures.items():
         key = f"{name} beside sd" if base and isinstance(measure, BesideSd) else name
         todo = [line for line in lines if (key, line["file"]) not in known]
@@ -236,7 +295,7 @@ def measure_cell(
 
 
 def _taken(
-    measure: Measure, lines: Sequence[tables.Line], folder: Path, base: dict[tuple[str, int], Path]
+    measure: Measure, lines: Sequence[tables.Line], folder: Path, base: dict[Job, Path]
 ) -> list[dict[str, bool | float]]:
     """A measure's values of single images; beside `sd`'s too, where those are there."""
     values: list[dict[str, bool | float]] = [{} for _ in lines]
@@ -246,25 +305,30 @@ def _taken(
     if isinstance(measure, OfImages):
         values = measure.values(lines, images)
     if isinstance(measure, BesideSd) and base:
-        others = [_image(base[line["prompt"], line["seed"]]) for line in lines]
+        others = [_image(base[job_in(line)]) for line in lines]
         more = measure.beside(lines, images, others)
         values = [{**a, **b} for a, b in zip(values, more, strict=True)]
     return values
 
 
-def measure_set(
-    folder: Path, cell: Cell, measures: dict[str, Measure], lines: Sequence[tables.Line]
-) -> list[Row]:
-    """Rows of the measures that take all of a method's kept images at once; without interval."""
-    files = [
-        folder / line["file"] for line in lines
-        if line["kind"] == "kept" and line["method"] == cell.method and line["variation"] is None
-    ]  # fmt: skip
-    return [
-        Row(method=cell.method, measure=name, group=ALL, value=value, ci95=None, n=len(files))
-        for measure in measures.values() if isinstance(measure, OfSets) and files
-        for name, value in measure.of_set(map(_image, files)).items()
-    ]  # fmt: skip
+def measure_set(folder: Path, cell: Cell, measures: dict[str, Measure]) -> list[Row]:
+    """Rows of the measures that take all of a method's kept images at once, without interval; what
+    was measured before is kept."""
+    target, drawn = folder / cell.folder, drawn_in(folder / cell.folder)
+    files = [drawn[shot.job] for shot in cell.shots if shot.kind == "kept"]
+    known = {x["measure"]: x["values"] for x in read_lines(target, VALUES_OF_SETS)}
+    rows = []
+    for key, measure in measures.items():
+        if not isinstance(measure, OfSets) or not files:
+            continue
+        if key not in known:
+            known[key] = measure.of_set(map(_image, files))
+            append_lines(target / VALUES_OF_SETS, [{"measure": key, "values": known[key]}])
+        rows += [
+            Row(method=cell.method, measure=name, group=ALL, value=value, ci95=None, n=len(files))
+            for name, value in known[key].items()
+        ]
+    return rows
 
 
 def _image(path: Path) -> np.ndarray:

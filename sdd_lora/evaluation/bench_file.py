@@ -2,21 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from sdd_lora.errors import BadInput
-from sdd_lora.evaluation.attacks.settings import Attacks
+from sdd_lora.evaluation.attacks.settings import Attacks, Text, distinct
 from sdd_lora.recipe import Positive, Recipe, Section, parse_strictly
 
-Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Methods = Annotated[list[Name], Field(min_length=1), AfterValidator(distinct)]
 Count = Annotated[int, Field(ge=0)]
 Scheduler = Literal["ddim", "dpm++", "euler-a", "pndm"]
+SCHEDULERS = get_args(Scheduler)
 Field_ = Literal["weight", "guidance", "steps", "scheduler", "model", "image", "beside"]
 
 #: what the attacks' images go by where variations have their names
@@ -34,6 +35,7 @@ METHODS = {
     "esd-x-3": "ESD on cross-attention, η 3",
     "esd-u-1": "ESD on all but cross-attention, η 1",
     "esd-u-3": "ESD on all but cross-attention, η 3",
+    "esd-x-1-lora": "ESD as an adapter, η 1",
     "sdd-full": "SDD, all of cross-attention, as its authors did",
     "sdd": "SDD as an adapter",
     "sdd-preserve": "SDD as an adapter, other prompts held",
@@ -52,6 +54,13 @@ class Prompts(Section):
 
     erased: Annotated[dict[Name, str | list[str]], Field(min_length=1)]
     kept: dict[Name, str | list[str]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sets_hold_some(self) -> "Prompts":
+        for name, entries in [*self.erased.items(), *self.kept.items()]:
+            if not entries and isinstance(entries, list):
+                raise ValueError(f"{name}: expected prompts, or files of them, found none")
+        return self
 
 
 class Seeds(Section):
@@ -87,10 +96,36 @@ class VariationOf(Section):
     """
 
     field: Field_
-    values: Annotated[list[float | Text], Field(min_length=1)]
-    methods: Annotated[list[Name], Field(min_length=1)]
+    values: Annotated[list[float | Text], Field(min_length=1), AfterValidator(distinct)]
+    methods: Methods
     erased: Count = 60
     kept: Count = 120
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> "VariationOf":
+        if self.erased + self.kept == 0:
+            raise ValueError("expected images, of erased or of kept prompts, found none")
+        kind, fits, expected = _TAKES[self.field]
+        for value in self.values:
+            if not isinstance(value, kind) or not fits(value):
+                raise ValueError(f"{self.field} takes {expected}, found {value!r}")
+        return self
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+#: field → the kind of value that a variation gives it, which ones, and how to say that
+_TAKES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "weight": (float, _any, "numbers"),
+    "guidance": (float, _any, "numbers"),
+    "steps": (float, lambda n: n >= 1 and n.is_integer(), "whole numbers from 1 up"),
+    "image": (float, lambda share: 0 < share <= 1, "numbers over 0, up to 1"),
+    "scheduler": (str, lambda name: name in SCHEDULERS, f"some of {', '.join(SCHEDULERS)}"),
+    "model": (str, _any, "names of models"),
+    "beside": (str, _any, "names of adapters"),
+}
 
 
 class Quick(Section):
@@ -118,7 +153,7 @@ class Bench(Section):
     prompts: Prompts
     seeds: Seeds = Seeds()
     sampling: BenchSampling = BenchSampling()
-    methods: Annotated[list[Name], Field(min_length=1)]
+    methods: Methods
     measures: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     recipes: dict[Name, TrainedBy] = Field(default_factory=dict)
     adapters: dict[Name, dict[Text, float]] = Field(default_factory=dict)
@@ -140,14 +175,17 @@ class Bench(Section):
                     f"method {method}: expected one of {known}; or a name of your own under "
                     "recipes, adapters or weights"
                 )
+        if self.seeds.erased + (self.seeds.kept if self.prompts.kept else 0) == 0:
+            raise ValueError("seeds: expected images, of erased or of kept prompts, found none")
+        if self.attacks and not self.seeds.erased:
+            raise ValueError("attacks: expected erased prompts to attack; seeds.erased is 0")
         if ATTACKS in self.variations:
             raise ValueError(f"variations.{ATTACKS}: taken by the attacks; choose another name")
         for name, variation in self.variations.items():
-            numbers = variation.field in ("weight", "guidance", "steps", "image")
-            kind = (int, float) if numbers else str
-            if not all(isinstance(value, kind) for value in variation.values):
-                expected = "numbers" if numbers else "names"
-                raise ValueError(f"variations.{name}: {variation.field} takes {expected}")
+            for value in variation.values if variation.field == "image" else ():
+                if isinstance(value, float) and self.sampling.steps * value < 1:
+                    steps = self.sampling.steps
+                    raise ValueError(f"variations.{name}: {value} redoes none of {steps} steps")
         return self
 
     @classmethod
@@ -176,11 +214,11 @@ class Bench(Section):
             if quick:
                 _quicken(fields)
             _put(fields, overrides or {})
-            if isinstance(fields.get("measures"), list):
-                fields["measures"] = {name: {} for name in fields["measures"]}
+            if "measures" in fields:
+                fields["measures"] = _named(fields["measures"], f"{where}: measures", {})
             if isinstance(adapters := fields.get("adapters"), dict):
                 fields["adapters"] = {
-                    method: dict.fromkeys(parts, 1.0) if isinstance(parts, list) else parts
+                    method: _named(parts, f"{where}: adapters.{method}", 1.0)
                     for method, parts in adapters.items()
                 }
             return fields
@@ -234,15 +272,35 @@ class Bench(Section):
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
+def _named(entries: Any, where: str, usual: Any) -> Any:
+    """[a, {b: x}] → {a: usual, b: x}; what is no list is left for the field's own check."""
+    if not isinstance(entries, list):
+        return entries
+    found: dict[Any, Any] = {}
+    for entry in entries:
+        if not isinstance(entry, str | dict):
+            raise BadInput(f"{where}: expected a name, or {{name: …}}, found {entry!r}")
+        named = entry if isinstance(entry, dict) else {entry: usual}
+        if twice := [name for name in named if name in found]:
+            raise BadInput(f"{where}: {twice[0]} stands there twice; expected each once")
+        found |= named
+    return found
+
+
 def _quicken(fields: dict[str, Any]) -> None:
-    """Put the fields of `quick` on top; recipes get theirs too."""
+    """Put the fields of `quick` on top; recipes get theirs too. What has not the shape for that is
+    left for the field's own check."""
     quick = fields.get("quick")
-    if not isinstance(quick, Mapping):
+    if not isinstance(quick, dict):
         raise BadInput("--quick: this bench has no `quick` section that says what to leave out")
     fields["name"] = f"{fields.get('name')}-quick"
-    _put(fields, quick.get("bench") or {})
-    for trained in (fields.get("recipes") or {}).values():
-        trained["set"] = (trained.get("set") or {}) | (quick.get("recipes") or {})
+    if isinstance(changes := quick.get("bench"), dict):
+        _put(fields, changes)
+    recipes, changes = fields.get("recipes"), quick.get("recipes")
+    if isinstance(recipes, dict) and isinstance(changes, dict):
+        for trained in recipes.values():
+            if isinstance(trained, dict) and isinstance(trained.get("set", {}), dict):
+                trained["set"] = trained.get("set", {}) | changes
 
 
 def _put(fields: dict[str, Any], changes: Mapping[str, Any]) -> None:

@@ -78,7 +78,7 @@ def cells_of(bench: Bench) -> list[Cell]:
     for name, variation in bench.variations.items():
         fewer = first_of_each(shots, {"erased": variation.erased, "kept": variation.kept})
         for value in variation.values:
-            changed = _varied(usual, bench, variation.field, value)
+            changed = _varied(usual, variation.field, value)
             cells += [
                 Cell(m, name, value, changed, fewer, changed == usual and m in methods)
                 for m in variation.methods
@@ -110,10 +110,8 @@ def draws_with(method: str) -> str:
     return method if method in drawing.METHODS else "sd"
 
 
-def _varied(usual: Conditions, bench: Bench, field: str, value: Any) -> Conditions:
+def _varied(usual: Conditions, field: str, value: Any) -> Conditions:
     """The usual conditions with one field changed."""
-    if field == "beside":
-        value = str(bench.file(value))
     changes: dict[str, Any] = {field: int(value) if field == "steps" else value}
     return replace(usual, **changes)
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from sdd_lora.demo.judge import load_judge
+from sdd_lora.demo.judge import JUDGE_FILE, load_judge
 from sdd_lora.evaluation.measures import judge as judging
 from sdd_lora.evaluation.measures.clip import ClipScore
 from sdd_lora.evaluation.measures.fid import Fid
@@ -15,13 +15,17 @@ from sdd_lora.evaluation.measures.open_nsfw import OpenNsfw
 from sdd_lora.evaluation.measures.q16 import Q16
 from sdd_lora.evaluation.measures.unsafe import Unsafe
 from sdd_lora.evaluation.results import MeasureInfo
+from sdd_lora.files import sha256_of
 
 
 class Measure(Protocol):
     """`info` describes the numbers that a measure gives; how it gives them, the protocols below say
-    (a measure may follow several). One that takes files names their options in `files`."""
+    (a measure may follow several). One that takes files names their options in `files`. `source`
+    says what makes the numbers, hashes of weights and versions of packages: with another one they
+    are measured again."""
 
     info: dict[str, MeasureInfo]
+    source: str
 
 
 @runtime_checkable
@@ -88,6 +92,7 @@ class JudgeValues:
         judging.check_concepts(erased)
         self.nouns, self.styles = judging.named_by(erased)
         self.judge = load_judge()
+        self.source = sha256_of(JUDGE_FILE)
 
     def values(
         self, lines: Sequence[dict[str, Any]], images: Sequence[np.ndarray]

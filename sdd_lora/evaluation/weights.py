@@ -13,14 +13,13 @@ from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.compose import stack
 from sdd_lora.adapter.interference import interference
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.source import locate
+from sdd_lora.checkpoint.source import local, locate
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.bench_file import METHODS, Bench
 from sdd_lora.evaluation.cells import Cell, draws_with
 from sdd_lora.evaluation.results import Interference
 from sdd_lora.files import sha256_of
-from sdd_lora.generation.pipeline import load_pipeline
-from sdd_lora.model import fingerprint
+from sdd_lora.generation.pipeline import load_pipeline, sha256_of_parts
 from sdd_lora.progress import say
 
 #: where trained baselines are kept, unless SDD_LORA_CACHE says otherwise
@@ -42,7 +41,7 @@ class Weights:
 
     def check(self, cells: Sequence[Cell]) -> None:
         """Raises BadInput for a method that has no weights to draw with, or varies what it lacks;
-        and for recipes that can't be read."""
+        for recipes that can't be read; and for adapters, weights and models that are not there."""
         for method in dict.fromkeys(cell.method for cell in cells):
             if draws_with(method) == "sd" and method != "sd" and not self.bench.has_weights(method):
                 raise BadInput(
@@ -53,6 +52,8 @@ class Weights:
             self.bench.recipe(name)
         for cell in cells:
             self._check_variation(cell)
+        for cell in cells:
+            self._check_files(cell)
 
     def _check_variation(self, cell: Cell) -> None:
         where = f"variations.{cell.variation}"
@@ -65,6 +66,26 @@ class Weights:
             raise BadInput(f"{where}: {cell.method} draws in its own way, not from a picture")
         if cell.conditions.image and "sd" not in self.bench.methods:
             raise BadInput(f"{where}: starts from what sd drew; expected sd among the methods")
+
+    def _check_files(self, cell: Cell) -> None:
+        """What a cell is drawn with, but what is still to be trained, must be there now."""
+        bench, method = self.bench, cell.method
+        where = f"method {method}" if cell.variation is None else f"variations.{cell.variation}"
+        models = [cell.conditions.model]
+        if method in bench.recipes:
+            models.append(bench.recipe(method).model)
+        try:
+            for model in models:
+                local(model)
+            for name in bench.adapters.get(method, ()):
+                if name not in bench.recipes:
+                    self.adapter(name)
+            if cell.conditions.beside:
+                self.beside(cell)
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
+        if method in bench.weights and not bench.file(bench.weights[method]).is_file():
+            raise BadInput(f"{where}: weights: {bench.file(bench.weights[method])}: no such file")
 
     def carries_adapters(self, method: str) -> bool:
         """Is a method drawn with adapters, whose weight can vary?"""
@@ -80,7 +101,7 @@ class Weights:
     def pipeline(self, cell: Cell) -> StableDiffusionPipeline:
         """The pipeline that draws a cell."""
         conditions, method = cell.conditions, cell.method
-        beside = [(Adapter.load(conditions.beside), 1.0)] if conditions.beside else []
+        beside = self.beside(cell)
         whole = self.whole(method)
         if whole is not None:
             return load_pipeline(conditions.model, beside, weights=whole)
@@ -109,15 +130,23 @@ class Weights:
     def adapter(self, name: str) -> Adapter:
         """An adapter by its name under `recipes`, its file, its run's folder, or its hub id."""
         if name not in self.loaded:
-            beside = self.bench.file(name)
-            source = self.trained(name) if name in self.bench.recipes else beside
-            self.loaded[name] = Adapter.load(source if source.exists() else name)
+            trained = name in self.bench.recipes
+            self.loaded[name] = Adapter.load(self.trained(name)) if trained else self._found(name)
         return self.loaded[name]
+
+    def beside(self, cell: Cell) -> list[tuple[Adapter, float]]:
+        """The adapter that a cell carries beside its method's own, if there is one."""
+        return [(self._found(cell.conditions.beside), 1.0)] if cell.conditions.beside else []
+
+    def _found(self, name: str) -> Adapter:
+        """An adapter from its file or run's folder, beside the bench or not, or its hub id."""
+        beside = self.bench.file(name)
+        return Adapter.load(beside if beside.exists() else name)
 
     def trained(self, name: str) -> Path:
         """The run of a recipe, from the cache; trained now where it is not there, or not finished.
 
-        Runs go by their recipe's SHA-256 and their base's fingerprint.
+        Runs go by their recipe's SHA-256 and their base's weights.
         """
         if name not in self.runs:
             recipe = self.bench.recipe(name)
@@ -131,8 +160,9 @@ class Weights:
         return self.runs[name]
 
     def fingerprint(self, model: str) -> str:
+        """What a model draws and trains with: all of it, since two may share their UNet's part."""
         if model not in self.fingerprints:
-            self.fingerprints[model] = fingerprint(load_pipeline(model, device="cpu").unet)
+            self.fingerprints[model] = sha256_of_parts(load_pipeline(model, device="cpu"))
         return self.fingerprints[model]
 
     def baked(self, model: str, parts: Sequence[tuple[Adapter, float]]) -> Path:
@@ -160,7 +190,7 @@ class Weights:
             "weights": None if whole is None else sha256_of(whole),
             "image": conditions.image,
             "attack": self._attack(conditions.attack),
-            "beside": Adapter.load(conditions.beside).identity if conditions.beside else None,
+            "beside": next((a.identity for a, _ in self.beside(cell)), None),
         }  # fmt: skip
 
     def _attack(self, name: str) -> dict[str, Any] | None:
@@ -185,6 +215,8 @@ class Weights:
                 "changes": bench.recipes[method].set,
                 "recipe_sha256": bench.recipe(method).sha256,
                 "training": metrics["training"],
+                "tool": metrics["tool"],
+                "versions": metrics["versions"],
             }
         return told | ({} if whole is None else {"weights_sha256": sha256_of(whole)})
 

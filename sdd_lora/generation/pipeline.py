@@ -1,5 +1,6 @@
 """A diffusers pipeline of a MODEL with adapters on its UNet and text encoder, or other weights."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,16 @@ def load_pipeline(
     if adapters:
         pipeline.set_adapters(names, [weight for _, weight in adapters])
     return pipeline.to(device)
+
+
+def sha256_of_parts(pipeline: StableDiffusionPipeline) -> str:
+    """SHA-256 of all weights of text encoder, UNet and autoencoder, taken at fp16, so that a model
+    keeps it in another layout and as fp32 or fp16."""
+    digest = hashlib.sha256()
+    for part in (pipeline.text_encoder, pipeline.unet, pipeline.vae):
+        for tensor in part.state_dict().values():
+            digest.update(tensor.detach().cpu().half().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_fit(pipeline: StableDiffusionPipeline, adapter: Adapter, model: str) -> None:

@@ -11,18 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from adapters import random_adapter
 from sdd_lora.errors import BadInput
-from sdd_lora.evaluation import tables
-from sdd_lora.evaluation.bench import run
+from sdd_lora.evaluation import tables, taking, weights
+from sdd_lora.evaluation.bench import load_measures, run
 from sdd_lora.evaluation.bench_file import METHODS, Bench, chosen, limited
 from sdd_lora.evaluation.cells import cells_of, first_of_each, shots_of
 from sdd_lora.evaluation.intervals import wilson
 from sdd_lora.evaluation.results import MeasureInfo, Results, find
 from sdd_lora.evaluation.taking import MEASURES, concept_of
 from sdd_lora.evaluation.weights import Weights
+from sdd_lora.generation.pipeline import load_pipeline
 from sdd_lora.runs import packaged_recipe
 
 BENCHES = sorted((packaged_recipe("bench/x").parent).glob("*.yaml"))
@@ -38,6 +40,7 @@ sampling: {steps: 2, guidance: 3.0, batch: 2}
 methods: [sd, neg]
 measures: [judge]
 """
+ESD_AS_LORA = {"esd-x-1-lora"}
 RECIPE = """
 name: short
 model: demo
@@ -58,6 +61,11 @@ def ran(bench, folder, train=never_train):
     return run(bench, folder, train, "sdd-lora evaluate", {"python": "3"})
 
 
+def varied(field, *values, methods=("sd",), **more):
+    fields = {"field": field, "values": list(values), "methods": list(methods)} | more
+    return {"variations": {"v": fields}}
+
+
 # the file
 
 
@@ -73,24 +81,43 @@ def test_the_benches_that_travel_with_the_package_are_whole(path):
         if name in bench.methods:  # "axe, noto style" is an axe
             assert {concept.partition(",")[0] for concept in recipe.concepts} <= set(bench.erased)
         if name.startswith("esd"):
-            kind, eta = name.rsplit("-", 1)
+            kind, eta = name.removesuffix("-lora").rsplit("-", 1)
             assert (recipe.objective.kind, recipe.objective.eta) == (kind, float(eta))
-            assert recipe.parameters == "full" and not recipe.preserve.prompts
+            assert recipe.parameters == ("lora" if name.endswith("-lora") else "full")
+            assert not recipe.preserve.prompts
     assert not bench.recipe("sdd").preserve.prompts and bench.recipe("sdd").parameters == "lora"
     assert bench.recipe("sdd-preserve").preserve.prompts
 
 
-def test_there_are_seven_benches():
+def test_there_are_eight_benches():
     assert {path.stem for path in BENCHES} == {
-        "demo-single", "demo-multi", "demo-style", "sd14-nudity", "sd14-i2p", "sd14-coco30k",
-        "sd14-artist",
+        "demo-single", "demo-multi", "demo-style", "sd14-nudity", "sd14-i2p", "sd14-i2p-body",
+        "sd14-coco30k", "sd14-artist",
     }  # fmt: skip
+
+
+def test_i2p_is_a_table_of_its_own_with_ten_images_a_prompt():
+    """So that no rate mixes two kinds of prompts, and a prompt's rate is more than 0 or 1."""
+    i2p, body = (Bench.load(packaged_recipe(f"bench/sd14-{x}")) for x in ("i2p", "i2p-body"))
+    assert list(i2p.prompts.erased) == ["i2p"] and i2p.seeds.erased == 10 * 4703
+    assert list(body.prompts.erased) == ["body"] and len(shots_of(body)) == 100 * 50
+    same_training = [{name: bench.recipe(name).sha256 for name in bench.recipes}
+                     for bench in (i2p, body)]  # fmt: skip
+    assert same_training[0] == same_training[1] and i2p.methods == body.methods
+
+
+def test_demo_single_asks_whether_it_holds_elsewhere():
+    bench = Bench.load(packaged_recipe("bench/demo-single"))
+    fields = {
+        v.field for v in bench.variations.values() if set(v.methods) >= {"sd", "sdd-preserve"}
+    }
+    assert fields == {"model", "scheduler", "guidance", "image", "beside"}
 
 
 @pytest.mark.parametrize("name", ["demo-single", "demo-multi", "demo-style"])
 def test_the_demo_benches_fill_every_row(name):
     bench = Bench.load(packaged_recipe(f"bench/{name}"))
-    assert set(bench.methods) == set(METHODS)
+    assert set(METHODS) - set(bench.methods) == (set() if name == "demo-single" else ESD_AS_LORA)
     kinds = [shot.kind for shot in shots_of(bench)]
     assert 190 <= kinds.count("erased") <= 215 and 385 <= kinds.count("kept") <= 410
     quick = Bench.load(packaged_recipe(f"bench/{name}"), quick=True)
@@ -109,11 +136,53 @@ def test_the_demo_benches_fill_every_row(name):
         ({"prompts.erased": {}}, r"bench:6: prompts.erased"),
         ({"variations": {"v": {"field": "weight", "values": ["x"], "methods": ["sd"]}}},
          "weight takes numbers"),
+        (varied("scheduler", "dpm"), r"v: scheduler takes some of ddim, dpm.*, found 'dpm'"),
+        (varied("image", 2), r"v: image takes numbers over 0, up to 1, found 2.0"),
+        (varied("image", 0), r"v: image takes numbers over 0, up to 1, found 0.0"),
+        (varied("image", 0.3), r"variations.v: 0.3 redoes none of 2 steps"),
+        (varied("steps", 2.5), r"v: steps takes whole numbers from 1 up, found 2.5"),
+        (varied("steps", 0), r"v: steps takes whole numbers from 1 up, found 0.0"),
+        (varied("steps", 3, 3.0), r"v.values: 3.0 stands there twice"),
+        (varied("steps", 3, methods=["sd", "sd"]), r"v.methods: sd stands there twice"),
+        (varied("steps", 3, erased=0, kept=0), r"v: expected images"),
+        ({"methods": ["sd", "neg", "sd"]}, r"bench:10: methods: sd stands there twice"),
+        ({"measures": ["judge", "judge"]}, "measures: judge stands there twice"),
+        ({"measures": [5]}, "measures: expected a name, or {name: …}, found 5"),
+        ({"prompts.erased": {"w": []}}, r"bench:\d+: prompts: w: expected prompts"),
+        ({"seeds": {"erased": 0, "kept": 0}}, "seeds: expected images"),
+        ({"seeds.erased": 0, "attacks": {"methods": ["sd"], "paraphrase": {}}},
+         "expected erased prompts to attack"),
     ],
 )  # fmt: skip
 def test_problems_are_named_with_their_line(change, message):
     with pytest.raises(BadInput, match=message):
         parsed(**change)
+
+
+def test_measures_and_adapters_are_lists_of_names_with_or_without_more():
+    bench = parsed(
+        measures=["judge", {"nudenet": {"preset": "sdd"}}],
+        adapters={"stack": ["a", {"b": 0.5}], "baked": ["a"], "sdd-gated": {"a": 2}},
+    )
+    assert bench.measures == {"judge": {}, "nudenet": {"preset": "sdd"}}
+    assert bench.adapters == {"stack": {"a": 1, "b": 0.5}, "baked": {"a": 1}, "sdd-gated": {"a": 2}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipes": ["a"]}, "recipes: .*valid dictionary"),
+        ({"recipes": {"a": "r.yaml"}}, r"recipes.a: .*found 'r.yaml'"),
+        ({"recipes": {"a": {"file": "r.yaml", "set": [1]}}}, r"recipes.a.set: .*valid dictionary"),
+        ({"quick": {"bench": [1]}}, r"quick.bench: .*valid dictionary"),
+        ({"quick": {"recipes": 3}}, r"quick.recipes: .*valid dictionary"),
+    ],
+)
+def test_quick_leaves_what_has_another_shape_to_be_named(change, message):
+    fields = {"quick": {"bench": {}, "recipes": {"training.iterations": 1}}} | change
+    text = SMALL + yaml.safe_dump(fields)
+    with pytest.raises(BadInput, match=message):
+        Bench.parse(text, quick=True)
 
 
 def test_methods_are_chosen_by_name():
@@ -149,7 +218,56 @@ def test_variations_must_fit_their_methods(variation, message):
         Weights(bench, never_train).check(cells_of(bench))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "gone.safetensors"}, "method sd: gone.safetensors: no such file"),
+        (varied("model", "nope"), r"variations.v: nope: no such file or folder"),
+        (varied("beside", "look.safetensors"), r"variations.v: look.safetensors: no such file"),
+        (
+            {"methods": ["m"], "adapters": {"m": ["a.safetensors"]}},
+            "method m: a.safetensors: no su",
+        ),
+        ({"methods": ["m"], "weights": {"m": "w.safetensors"}}, "method m: weights: .*no such fil"),
+    ],
+)
+def test_files_that_are_not_there_are_found_before_anything_is_drawn(change, message, tmp_path):
+    with pytest.raises(BadInput, match=message):
+        ran(Bench.parse(SMALL, folder=tmp_path, overrides=change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_goes_by_all_its_weights(monkeypatch):
+    pipeline = load_pipeline("demo", device="cpu")
+    monkeypatch.setattr(weights, "load_pipeline", lambda *_, **__: pipeline)
+    found = {Weights(parsed(), never_train).fingerprint("demo")}
+    parts = (pipeline.unet.conv_in, pipeline.vae.decoder.conv_in, pipeline.text_encoder)
+    for number, part in enumerate(parts, 2):
+        next(part.parameters()).data.add_(1)
+        found.add(Weights(parsed(), never_train).fingerprint("demo"))
+        assert len(found) == number
+
+
 # what is drawn
+
+
+def test_shots_that_differ_in_guidance_alone_are_told_apart(tmp_path):
+    (tmp_path / "p.csv").write_text(
+        "prompt,seed,guidance,width,height\na bomb,70,1.5,64,64\na bomb,70,9,64,64\n"
+    )
+    changes = {"prompts.erased": {"w": "p.csv"}, "seeds": {"first": 5, "erased": 2, "kept": 0}}
+    changes |= varied("image", 0.5)
+    results = ran(Bench.parse(SMALL, folder=tmp_path, overrides=changes), tmp_path / "out")
+    lines = lines_of(tmp_path / "out" / "images.jsonl")
+    own = [x for x in lines if x["method"] == "sd"]
+    assert [(x["variation"], x["guidance"], Path(x["file"]).name) for x in own] == [
+        (None, 1.5, "00000.png"), (None, 9.0, "00001.png"),
+        ("v", 1.5, "00000.png"), ("v", 9.0, "00001.png"),
+    ]  # fmt: skip
+    assert tables.rows(lines, results.measures) == results.rows
+    judged = [x | {"values": {"concept drawn": x["guidance"] > 2}} for x in lines]
+    rows = tables.rows(judged, {"concept drawn": results.measures["concept drawn"]})
+    assert [(r.method, r.value, r.difference) for r in rows] == [("sd", 0.5, None), ("neg", 0.5, 0)]
 
 
 def test_images_are_shared_by_the_sets_and_seeds_are_never_used_twice():
@@ -233,6 +351,11 @@ def test_an_expected_maximum_is_one_of_prompts(info):
     (row,) = tables.rows(lines, {"kept, max exp.": told})
     assert (row.measure, row.group, row.n, row.difference) == ("kept, max exp.", "all", 2, None)
     assert row.value == pytest.approx(0.75) and row.ci95 == (0.0, 0.75)
+    more = [line("sd", True, seed, prompt="a body", set="body") for seed in range(2)]
+    rows = tables.rows(lines + more, {"kept, max exp.": told})
+    assert [(r.group, r.n, r.value) for r in rows] == [("s", 2, row.value), ("body", 1, 1.0)]
+    single = [line("sd", True, 0, prompt="a bird")]  # its rate could only be 0 or 1
+    assert tables.rows(lines + single, {"kept, max exp.": told}) == []
 
 
 def test_sets_have_rows_of_their_own(info):
@@ -262,9 +385,13 @@ def test_what_moved_comes_worst_first(info):
 # runs
 
 
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def images_of(folder):
     """The main table's images, by method, set and seed."""
-    found = [json.loads(x) for x in (folder / "images.jsonl").read_text().splitlines()]
+    found = lines_of(folder / "images.jsonl")
     return {
         (x["method"], x["set"], x["seed"]): np.asarray(Image.open(folder / x["file"])).astype(int)
         for x in found if x["variation"] is None
@@ -320,6 +447,30 @@ def test_distances_come_once_sd_is_there_to_be_compared_with(tmp_path):
     assert find(both.rows, "neg", "concept drawn", "all").difference is not None
 
 
+def test_a_finished_cell_loads_no_pipeline(small, monkeypatch):
+    def load(self, cell):
+        raise AssertionError("nothing is to be drawn")
+
+    monkeypatch.setattr(Weights, "pipeline", load)
+    folder, results = small
+    assert ran(parsed(), folder).rows == results.rows
+    (folder / "images" / "sd" / "00001.png").rename(folder / "images" / "moved.png")
+    with pytest.raises(AssertionError, match="nothing is to be drawn"):
+        ran(parsed(), folder)
+    (folder / "images" / "moved.png").rename(folder / "images" / "sd" / "00001.png")
+
+
+def test_values_are_kept_under_what_made_them(small, tmp_path, monkeypatch):
+    shutil.copytree(small[0], tmp_path / "out")
+    values = tmp_path / "out" / "images" / "sd" / "values.jsonl"
+    before = len(lines_of(values))
+    ran(parsed(), tmp_path / "out")
+    assert len(lines_of(values)) == before
+    monkeypatch.setattr(taking, "sha256_of", lambda path: "another judge")
+    ran(parsed(), tmp_path / "out")
+    assert len(lines_of(values)) == 2 * before
+
+
 def test_another_benchs_folder_is_refused(small):
     with pytest.raises(BadInput, match="holds images of another bench"):
         ran(parsed(**{"seeds.first": 6}), small[0])
@@ -359,12 +510,15 @@ class WholeSet:
 
     info = {"shade": MeasureInfo(kind="mean", of="kept", better="lower")}  # noqa: RUF012
     files = ("reference",)
+    taken = 0
 
-    def __init__(self, erased, reference=None):
+    def __init__(self, erased, reference: Path | None = None):
         if not reference.exists():
             raise BadInput(f"reference: {reference}: found no such file")
+        self.source = reference.read_text()
 
     def of_set(self, images):
+        WholeSet.taken += 1
         found = list(images)
         return {"shade": float(np.mean(found)), "images": float(len(found))}
 
@@ -381,6 +535,10 @@ def test_measures_of_whole_sets_and_beside_sd_have_rows(small, tmp_path, monkeyp
     distance = find(results.rows, "neg", "distance of judge features", "all")
     assert distance.value > 0 and distance.ci95[0] <= distance.value <= distance.ci95[1]
     assert find(results.rows, "sd", "distance of judge features", "all") is None
+    taken = WholeSet.taken
+    assert measured_again(tmp_path).rows == results.rows and WholeSet.taken == taken
+    (tmp_path / "r").write_text("another reference")
+    assert measured_again(tmp_path).rows == results.rows and WholeSet.taken == taken + 2
     (tmp_path / "r").unlink()
     results = measured_again(tmp_path)
     assert results.missing == [f"shade: reference: {tmp_path / 'r'}: found no such file"]
@@ -398,6 +556,39 @@ def test_options_of_measures_are_checked(tmp_path):
         ran(parsed(measures={"nudenet": {"colour": "bgr"}}), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("measure", "option", "value"),
+    [
+        ("open_nsfw", "threshold", "high"), ("nudenet", "preset", ["a"]),
+        ("nudenet", "labels", "FACE_FEMALE"), ("lpips", "alexnet", 5), ("unsafe", "clip", {}),
+    ],
+)  # fmt: skip
+def test_options_of_another_type_are_named(measure, option, value, tmp_path):
+    with pytest.raises(BadInput, match=rf"measures.{measure}.{option}: .*, found "):
+        ran(parsed(measures={measure: {option: value}}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class Shade(WholeSet):
+    """The same name, another meaning."""
+
+    info = {"shade": MeasureInfo(kind="mean", of="kept", better="lower", note="other")}  # noqa: RUF012
+
+
+def test_two_measures_that_give_one_name_must_mean_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(MEASURES, "shade", WholeSet)
+    monkeypatch.setitem(MEASURES, "shade2", WholeSet)
+    (tmp_path / "r").touch()
+    both = {name: {"reference": "r"} for name in ("shade", "shade2")}
+    bench = Bench.parse(SMALL, folder=tmp_path, overrides={"measures": both})
+    assert len(load_measures(bench)[0]) == 2
+    monkeypatch.setitem(MEASURES, "shade2", Shade)
+    with pytest.raises(
+        BadInput, match=r"measures: two give shade, with other settings \(; other\)"
+    ):
+        load_measures(bench)
+
+
 @pytest.fixture
 def trainable(tmp_path, monkeypatch):
     """A bench that trains, and a `train` that notes what it was asked for."""
@@ -413,7 +604,8 @@ def trainable(tmp_path, monkeypatch):
         if len(asked) == 1:
             raise KeyboardInterrupt
         random_adapter(0.5, seed=len(asked)).save(folder / "adapter.safetensors")
-        (folder / "metrics.json").write_text('{"training": {"iterations": 2}}')
+        told = {"training": {"iterations": 2}, "tool": "sdd_lora 0", "versions": {"torch": "2"}}
+        (folder / "metrics.json").write_text(json.dumps(told))
 
     variations = {
         "strength": {"field": "weight", "values": [0, 1], "methods": ["sdd"], "erased": 1},
@@ -442,7 +634,9 @@ def test_what_is_trained_is_kept_and_resumed(trainable):
     for other in ("sd", "stack"):
         assert not same(drawn["sdd", "weapons", 5], drawn[other, "weapons", 5])
     assert results.interference.names == ["sdd", "other"]
-    assert results.methods["sdd"]["training"] == {"iterations": 2}
+    told = results.methods["sdd"]  # the run's own, not those of today
+    assert told["training"] == {"iterations": 2}
+    assert (told["tool"], told["versions"]) == ("sdd_lora 0", {"torch": "2"})
     settings = [(v.name, r.setting, r.method) for v in results.variations for r in v.rows]
     assert ("transfer", "demo-community", "sdd") in settings
     assert ("img2img", 0.6, "sd") in settings
@@ -458,7 +652,9 @@ def test_weight_0_is_the_base_and_1_the_main_table(trainable):
     assert not (root / "strength" / "1.0").exists()
 
 
-@pytest.mark.parametrize("name", ["sd14-nudity", "sd14-i2p", "sd14-coco30k", "sd14-artist"])
+@pytest.mark.parametrize(
+    "name", ["sd14-nudity", "sd14-i2p", "sd14-i2p-body", "sd14-coco30k", "sd14-artist"]
+)
 def test_the_papers_protocols_run_dry(name, tmp_path):
     """With the embedded model standing in, and tables of two prompts for what users supply."""
     place = packaged_recipe(f"bench/{name}").parent
@@ -484,5 +680,5 @@ def test_the_papers_protocols_run_dry(name, tmp_path):
     assert {("sd", "erased"), ("neg", "erased")} <= drawn
     judged = {row.method for row in results.rows if row.measure == "concept drawn"}
     assert judged == {"sd", "neg"}
-    weights = {"unsafe", "clip", "lpips", "fid"} & set(bench.measures)
-    assert weights <= {line.partition(":")[0] for line in results.missing}
+    supplied = {"unsafe", "clip", "lpips", "fid"} & set(bench.measures)
+    assert supplied <= {line.partition(":")[0] for line in results.missing}

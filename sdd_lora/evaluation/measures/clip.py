@@ -25,6 +25,7 @@ class ClipScore:
 
     def __init__(self, erased: Sequence[str], clip: Path | None = None) -> None:
         self.encoder = ClipEncoder(clip)
+        self.source = self.encoder.sha256
         standard = self.encoder.is_standard
         self.name = "CLIP score" if standard else "agreement by another encoder"
         note = "ViT-L/14" if standard else f"{clip} is not OpenAI's CLIP ViT-L/14"

@@ -44,7 +44,8 @@ class ClipEncoder:
             ) from error
         self.model.eval().to(best_device())
         self.size = self.model.config.vision_config.image_size
-        self.is_standard = sha256_of(folder / "model.safetensors") == VIT_L_14
+        self.sha256 = sha256_of(folder / "model.safetensors")
+        self.is_standard = self.sha256 == VIT_L_14
 
     @torch.no_grad()
     def images(self, images: Sequence[np.ndarray]) -> torch.Tensor:

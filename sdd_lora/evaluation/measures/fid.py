@@ -79,7 +79,9 @@ class Fid:
             reference, "reference", "a folder of real pictures", "the captions' data set (COCO)"
         )
         self.real_files = _pictures_in(folder)
-        standard = sha256_of(path) == INCEPTION
+        network = sha256_of(path)
+        self.source = " ".join([network, *map(sha256_of, self.real_files)])
+        standard = network == INCEPTION
         self.name = "FID" if standard else "Fréchet distance by another network"
         try:
             self.network = torch.jit.load(str(path), map_location=best_device()).eval()

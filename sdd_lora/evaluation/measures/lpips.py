@@ -86,12 +86,14 @@ class Lpips:
             alexnet, "alexnet", "torchvision's AlexNet (alexnet-owt-7be5be79.pth)",
             "download.pytorch.org/models",
         )  # fmt: skip
-        heads = _weights(heads_file())
+        heads = heads_file()
         try:
-            self.network = Distance(_weights(path), heads).to(best_device())
+            self.network = Distance(_weights(path), _weights(heads)).to(best_device())
         except _DAMAGED as error:
             raise BadInput(f"alexnet: {path}: expected AlexNet's weights: {error}") from error
-        standard = sha256_of(path).startswith(ALEXNET)
+        trunk = sha256_of(path)
+        self.source = f"{trunk} {sha256_of(heads)}"
+        standard = trunk.startswith(ALEXNET)
         self.name = "LPIPS" if standard else "LPIPS's heads on another trunk"
         note = "AlexNet, v0.1" if standard else f"{path.name} is not torchvision's AlexNet"
         self.info = {

@@ -6,6 +6,7 @@ offline. It reads files as BGR but hands arrays on as if they were RGB; here it 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ class NudeNet:
             )
         module = needs.package("nudenet", "nudenet")
         self.detector = module.NudeDetector()
+        self.source = f"nudenet {version('nudenet')}"
         note = f"NudeNet 320n, RGB, score ≥ {self.threshold}, any of {', '.join(self.labels)}"
         self.info = {"nudenet": MeasureInfo(kind="rate", of="all", better="lower", note=note)}
 

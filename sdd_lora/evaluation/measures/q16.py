@@ -15,6 +15,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.measures import needs
 from sdd_lora.evaluation.measures.clip_encoder import ClipEncoder
 from sdd_lora.evaluation.results import MeasureInfo
+from sdd_lora.files import sha256_of
 
 MAX_PROMPT_BYTES = 1 << 20  # two vectors of 768 take 6 kB
 
@@ -40,6 +41,7 @@ class Q16:
         if vectors.shape != (2, width):
             raise BadInput(f"prompts: {path}: expected (2, {width}), found {tuple(vectors.shape)}")
         self.prompts = F.normalize(vectors, dim=1)
+        self.source = f"{self.encoder.sha256} {sha256_of(path)}"
         self.name = "q16" if self.encoder.is_standard else "q16's prompts by another encoder"
         note = "class 1 of Q16" if self.encoder.is_standard else f"{clip} is not CLIP ViT-L/14"
         self.info = {self.name: MeasureInfo(kind="rate", of="all", better="lower", note=note)}
