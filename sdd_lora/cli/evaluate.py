@@ -77,4 +77,5 @@ def _tables(results: "Results") -> str:
     measures = results.headline()
     rows = [[m, *(results.cell(m, name) for name in measures)] for m in results.method_names()]
     main = table(["method", *(results.heading(name) for name in measures)], rows)
-    return "\n\n".join([main, *(table(*attacks) for attacks in results.attack_tables())])
+    others = [*results.elsewhere_tables(), *results.attack_tables()]
+    return "\n\n".join([main, *(table(*other) for other in others)])

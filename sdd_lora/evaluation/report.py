@@ -15,6 +15,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.attacks.settings import NAMES
 from sdd_lora.evaluation.bench_file import ATTACKS
 from sdd_lora.evaluation.charts import Chart, curves, scatter
+from sdd_lora.evaluation.lines import key_of
 from sdd_lora.evaluation.results import (
     ALL,
     BENCH,
@@ -90,9 +91,10 @@ def render_report(folder: Path) -> str:
             scales={name: _scale(results, name) for name in results.headline()},
             best=best_that_keeps(results),
             trade=_trade_off(results),
-            groups={name: _groups(results.rows, name) for name in results.headline()},
+            groups={name: _groups(results.rows, name) for name in results.measure_names()},
             main_grid=_main_grid(folder, results, images),
             variations=[_variation(folder, v, results, images) for v in results.variations],
+            elsewhere=list(results.elsewhere_tables()),
             attacks=list(results.attack_tables()),
             attack_notes=[NAMES[a] for a in dict.fromkeys(r.attack for r in results.attacks)],
             attack_grids=_attack_grids(folder, results, images),
@@ -114,8 +116,8 @@ def read_images(folder: Path) -> list[dict[str, Any]]:
     """The lines of images.jsonl. Raises BadInput where one is damaged."""
     path = folder / IMAGES
     try:
-        lines = path.read_text("utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        lines = path.read_text("utf-8").split("\n")  # prompts may hold U+2028, U+0085 …
+        return [json.loads(line) for line in lines if line]
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise BadInput(
             f"{path}: expected a JSON object a line, one an image: {error}; run evaluate again"
@@ -244,13 +246,12 @@ def _grid(
     column_of: Callable[[dict[str, Any]], str], erased_shown: int, kept_shown: int,
 ) -> Grid:  # fmt: skip
     """The first prompts of each set that every column has drawn with the same seed."""
-    strips: dict[tuple[str, str, str, int], dict[str, dict[str, Any]]] = {}
+    strips: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for image in images:
-        key = (image["kind"], image["set"], image["prompt"], image["seed"])
-        strips.setdefault(key, {})[column_of(image)] = image
+        strips.setdefault(key_of(image), {})[column_of(image)] = image
     shown: dict[tuple[str, str], int] = {}
     chosen = []
-    for (kind, group, prompt, seed), drawn in strips.items():
+    for (kind, group, prompt, seed, *_), drawn in strips.items():
         limit = erased_shown if kind == "erased" else kept_shown
         if len(drawn) < len(columns) or shown.get((kind, group), 0) >= limit:
             continue

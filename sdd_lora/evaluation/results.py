@@ -176,13 +176,35 @@ class Results(_Part):
 
     def to_markdown(self) -> str:
         """Methods down, measures across, over all images; 95 % intervals in brackets. Below it, for
-        each rate that attacks may raise, attacks down and methods across."""
+        each rate of what is erased, other conditions, and attacks, down and methods across."""
         measures = self.headline()
         heads = ["method", *(self.heading(name) for name in measures)]
         rows = [[m, *(self.cell(m, name) for name in measures)] for m in self.method_names()]
+        elsewhere = [_markdown(*found) for found in self.elsewhere_tables()]
         attacks = [_markdown(*found) for found in self.attack_tables()]
         notes = [f"–: {NOT_ATTACKED}\n"] if attacks else []
-        return "\n".join([_markdown(heads, rows), *attacks, *notes])
+        return "\n".join([_markdown(heads, rows), *elsewhere, *attacks, *notes])
+
+    def elsewhere_tables(self) -> Iterator[tuple[list[str], list[list[str]]]]:
+        """For each rate of what is erased, heads and rows: samplers, guidance, other models and
+        whatever else was varied, but adapters' weights, down; methods across. – where a method was
+        not drawn so."""
+        varied = [(v, row) for v in self.variations if v.field != "weight" for row in v.rows]
+        varied = [(v, row) for v, row in varied if row.group == ALL]
+        methods = list(dict.fromkeys(row.method for _, row in varied))
+        for measure in dict.fromkeys(row.measure for _, row in varied):
+            info = self.info(measure)
+            if info.kind != "rate" or info.of == "kept" or info.better != "lower":
+                continue
+            rates: dict[str, dict[str, str]] = {}
+            for v, row in varied:
+                if row.measure == measure and row.ci95:
+                    told = rates.setdefault(f"{v.name}: {_setting(v.field, row.setting)}", {})
+                    told[row.method] = _rate(row.value, row.ci95)
+            yield (
+                [f"does it hold elsewhere: {self.heading(measure)}", *methods],
+                [[where, *(told.get(m, "–") for m in methods)] for where, told in rates.items()],
+            )
 
     def attack_tables(self) -> Iterator[tuple[list[str], list[list[str]]]]:
         """For each measure, heads and rows: attacks down, methods across, their cost beside. Where
@@ -229,6 +251,9 @@ class Results(_Part):
         """Measures that have a row over all images, in order of appearance."""
         return list(dict.fromkeys(row.measure for row in self.rows if row.group == ALL))
 
+    def measure_names(self) -> list[str]:
+        return list(dict.fromkeys(row.measure for row in self.rows))
+
     def method_names(self) -> list[str]:
         return list(dict.fromkeys(row.method for row in self.rows))
 
@@ -238,6 +263,13 @@ _ARROWS = {"lower": " ↓", "higher": " ↑", "neither": ""}
 
 def _rate(value: float, interval: Interval) -> str:
     return f"{percent(value)} ({percent(interval[0])}–{percent(interval[1])})"
+
+
+def _setting(field: str, setting: float | str) -> str:
+    """3.0 → 3; an adapter's file without its folders."""
+    if isinstance(setting, str):
+        return Path(setting).stem if field == "beside" else setting
+    return f"{setting:g}"
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

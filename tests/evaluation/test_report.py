@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 
 import pytest
 from made_up_bench import DRAWN, KEPT, RATES, results, write
@@ -84,6 +85,40 @@ def test_it_can_be_read_without_a_mouse_and_without_seeing(page):
     assert {a["href"][1:] for a in page.all("a")} <= set(ids)
 
 
+def test_names_of_variations_double_no_id(tmp_path):
+    write(tmp_path, methods=("sd", "neg", "sdd", "stack"))
+    told = json.loads((tmp_path / "results.json").read_text())
+    names = ("table", "pictures", "collateral", "interference", "again", "elsewhere", "attacks")
+    told["variations"] = [told["variations"][0] | {"name": name} for name in names]
+    (tmp_path / "results.json").write_text(json.dumps(told))
+    page = Page(render_report(tmp_path))
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids)) and {f"v-{name}" for name in names} <= set(ids)
+
+
+def test_prompts_hold_odd_line_ends(tmp_path):
+    write(tmp_path, methods=("sd", "neg", "sdd", "stack"))
+    path = tmp_path / "images.jsonl"
+    path.write_text(path.read_text("utf-8").replace("a bomb", "a\u2028bomb\x85"), "utf-8")
+    assert "a\u2028bomb\x85" in render_report(tmp_path)
+
+
+def test_one_table_says_whether_it_holds_elsewhere(page):
+    found = results()
+    ((heads, rows),) = found.elsewhere_tables()
+    assert heads == [f"does it hold elsewhere: {DRAWN} % ↓", "sdd-preserve", "sdd-gated"]
+    assert [row[0] for row in rows] == ["samplers: dpm++", "samplers: euler-a"]
+    assert rows[0][1].startswith("8.0 (") and rows[1][1].startswith("10.0 (")
+    assert f"| {' | '.join(rows[0])} |" in found.to_markdown()
+    assert heads[0] in [a.get("aria-label") for _, a in page.tags]
+    assert "Does it hold elsewhere?" in page.text
+
+
+def test_intervals_are_there_on_phones_too():
+    style = files("sdd_lora.evaluation").joinpath("report.css").read_text("utf-8")
+    assert not re.search(r"\.(ci|change)\b[^{}]*\{[^}]*display: none", style)
+
+
 def test_names_are_escaped(page):
     assert "look <1>" in "".join(page.text)
     assert "1" not in {tag for tag, _ in page.tags}
@@ -135,8 +170,9 @@ def test_csv_and_markdown_say_the_same(tmp_path):
     markdown = found.to_markdown().splitlines()
     assert markdown[0] == (f"| method | {DRAWN} % ↓ | {KEPT} % ↑ | judge features: distance ↓ |")
     (heads, attacks) = next(found.attack_tables())
-    assert markdown[7] == "| " + " | ".join(heads) + " |" and attacks[3][1:3] != ["–", "–"]
-    assert markdown[12].startswith("| concept inversion | 93.0 (59.6–98.2) | – | 60.0")
+    first = markdown.index("| " + " | ".join(heads) + " |")
+    assert attacks[3][1:3] != ["–", "–"]
+    assert markdown[first + 5].startswith("| concept inversion | 93.0 (59.6–98.2) | – | 60.0")
     assert markdown[3].startswith("| neg | 31.0 (25.1–37.5) | 74.0 (")
     (tmp_path / "results.json").write_text(found.to_json())
     assert Results.load(tmp_path) == found
