@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.files import atomic_folder, refuse_existing, sha256_of
+from sdd_lora.safetensors_file import header_from_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -22,7 +23,10 @@ PUBLISHED = (
     METRICS_FILE, "before-after.png",
 )  # fmt: skip
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_OTHER_TENSORS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pickle", ".pkl", ".pt", ".pth")
+_OTHER_TENSORS = (
+    ".bin", ".ckpt", ".gguf", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".onnx", ".pb",
+    ".pickle", ".pkl", ".pt", ".pth", ".tflite",
+)  # fmt: skip
 
 
 def is_hub_id(name: str) -> bool:
@@ -88,7 +92,9 @@ def _listing(repository: str, revision: str | None) -> tuple[str | None, dict[st
 
 
 def _download(repository: str, commit: str | None, entry: Any) -> Path:
-    """One file, checked against the hub's record: SHA-256 of large files, git's hash of others."""
+    """One file, checked against the hub's record (SHA-256 of large files, git's hash of others),
+    and to be what its name says. Raises BadInput for other content under safetensors' name.
+    """
     with _hub_errors(repository):
         path = Path(_client().hf_hub_download(repository, entry.rfilename, revision=commit))
     content = path.read_bytes()
@@ -102,6 +108,8 @@ def _download(repository: str, commit: str | None, entry: Any) -> Path:
             f"{repository}: {entry.rfilename} is not what the hub says: hash {found}, expected "
             f"{expected}; remove {path} and pull again"
         )
+    if entry.rfilename.endswith(".safetensors"):
+        header_from_bytes(content, len(content), f"{repository}: {entry.rfilename}")
     return path
 
 

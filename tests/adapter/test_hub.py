@@ -1,6 +1,7 @@
 """push and pull through huggingface_hub's own client, against a stand-in for the hub."""
 
 import json
+import pickle
 import socket
 
 import pytest
@@ -70,7 +71,7 @@ def test_numbers_of_another_adapter_are_refused(hub, run, tmp_path):
         push(run, REPOSITORY)
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "deep/down/x.PT", "a.bin", "b.pkl"])
+@pytest.mark.parametrize("name", ["model.ckpt", "deep/down/x.PT", "a.bin", "b.pkl", "w.npz"])
 def test_anything_but_safetensors_is_refused(hub, run, tmp_path, name):
     push(run, REPOSITORY)
     hub.repositories[REPOSITORY][name] = b"\x80\x04."
@@ -78,6 +79,16 @@ def test_anything_but_safetensors_is_refused(hub, run, tmp_path, name):
         pull(REPOSITORY, tmp_path / "pulled")
     with pytest.raises(BadInput, match=r"only safetensors are pulled"):
         Adapter.load(REPOSITORY)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.peft.safetensors"])
+def test_a_pickle_under_another_name_is_refused(hub, run, tmp_path, name):
+    push(run, REPOSITORY)
+    del hub.repositories[REPOSITORY]["metrics.json"]
+    hub.repositories[REPOSITORY][name] = pickle.dumps({"weight": 1})
+    with pytest.raises(BadInput, match=rf"{REPOSITORY}: {name}: .*(not a safetensors|truncated)"):
+        pull(REPOSITORY, tmp_path / "pulled")
+    assert not (tmp_path / "pulled").exists()
 
 
 def test_what_is_not_there(hub, run, tmp_path):
