@@ -189,6 +189,8 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
 
     try:
         entries = json.loads(text, object_pairs_hook=unique)
+        if b"\\u" in text:  # an escape can spell half a surrogate pair, which is no text
+            json.dumps(entries, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not a safetensors file: its header is no JSON") from error
     if not isinstance(entries, dict):

@@ -30,6 +30,7 @@ BAD = {
     "a header longer than the file": (file_of({}, length=999), "truncated: the header needs 1,007"),
     "no JSON": (file_of(b"{{{"), "its header is no JSON"),
     "no UTF-8": (file_of(b'{"\xff": 1}'), "its header is no JSON"),
+    "half a surrogate pair": (file_of(b'{"__metadata__":{"a":"\\ud800"}}'), "header is no JSON"),
     "a list": (file_of([]), "no JSON object"),
     "nested a million times": (file_of(b"[" * 1_000_000), "its header is no JSON"),
     "missing data": (file_of({"a": entry(0, 8)}, b"1234"), "truncated: the header describes 8"),
@@ -71,6 +72,12 @@ def test_a_million_keys_are_refused_before_they_are_parsed(tmp_path):
     path.write_bytes(file_of(header))
     with pytest.raises(BadInput, match="at most 16,777,216 are read"):
         sf.read_header(path)
+
+
+def test_escapes_of_real_characters_are_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(file_of(b'{"__metadata__":{"a":"\\u00e9\\ud83d\\ude00\\\\ud800"}}'))
+    assert sf.read_header(path).metadata == {"a": "é😀\\ud800"}
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from sdd_lora.adapter import card, formats, hub
+from sdd_lora import names
+from sdd_lora.adapter import card, formats, hub, widths
 from sdd_lora.adapter.card import METADATA_KEY
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.errors import BadInput
@@ -108,7 +109,8 @@ class Adapter:
 
     def derived(self, factors: dict[str, Factors], **metadata: Any) -> "Adapter":
         """Another delta made from this one: the identity and what was measured don't carry over."""
-        kept = {k: v for k, v in self.metadata.items() if k not in ("identity", "measures")}
+        own = ("identity", "measures", "resized_from")
+        kept = {key: value for key, value in self.metadata.items() if key not in own}
         return Adapter(factors, kept | metadata)
 
     @property
@@ -133,6 +135,10 @@ class Adapter:
         """
         known = self.metadata.get("identity")
         return known if isinstance(known, str) else _fingerprint(self.factors)
+
+    def fits(self, sizes: names.Widths) -> bool:
+        """Whether its matrices have the sizes of a model of these widths."""
+        return widths.fits({n: part.weight_shape for n, part in self.factors.items()}, sizes)
 
     @property
     def lineage(self) -> tuple[str, ...]:
@@ -187,6 +193,19 @@ def adapter_file(source: str | Path) -> Path:
     return hub.download_adapter(str(source))
 
 
+def stored_dtype(source: str | Path) -> str:
+    """The dtype that an adapter's factors are stored in; fp32 where it is none of `DTYPES`, or
+    several.
+    """
+    tensors, _ = _read(adapter_file(source))
+    found = {
+        str(tensor.dtype).removeprefix("torch.")
+        for key, tensor in tensors.items()
+        if not key.endswith(".alpha")
+    }
+    return next((name for name, dtype in DTYPES.items() if found == {str(dtype)}), "fp32")
+
+
 def is_adapter_folder(path: Path) -> bool:
     """Whether a folder is a run's, or one that diffusers saved an adapter in."""
     return any((path / name).is_file() for name in _FILES_OF_FOLDER)
@@ -200,20 +219,34 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     """Tensors of a legacy file, through torch's unpickler of tensors alone: nothing is executed."""
-    import pickle
-
     import torch
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # damaged bytes are a program that may stumble over anything
         raise BadInput(
             f"{path}: not read: it is broken, or holds more than tensors, which is not executed "
             f"({type(error).__name__})"
         ) from error
-    if not isinstance(content, dict) or not all(torch.is_tensor(v) for v in content.values()):
+    if not isinstance(content, dict):
         raise BadInput(f"{path}: expected a dictionary of tensors")
+    for key, value in content.items():
+        if not isinstance(key, str) or not _is_plain(value):
+            raise BadInput(f"{path}: expected a dictionary of plain tensors by name, found {key!r}")
     return content
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor of real numbers side by side, not sparse, quantised or absent."""
+    import torch
+
+    return (
+        torch.is_tensor(value)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+    )
 
 
 def _fitting(key: str, tensor: np.ndarray, dtype: str) -> np.ndarray:

@@ -11,8 +11,9 @@ from typing import Any
 from sdd_lora import names
 from sdd_lora.adapter import card, formats, widths
 from sdd_lora.adapter.adapter import PICKLES
+from sdd_lora.adapter.factors import require_alpha
 from sdd_lora.errors import BadInput
-from sdd_lora.safetensors_file import Header, header_of, open_input, read_tensor
+from sdd_lora.safetensors_file import DTYPES, Header, header_of, open_input, read_tensor
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,15 @@ def _describe(path: Path, header: Header, content: bytes) -> Description:
     ranks, scales, shapes = {}, {}, {}
     for name, keys in modules.items():
         try:
-            down, up = (header.tensors[keys[part]].shape for part in ("down", "up"))
-            ranks[name], _, shapes[name] = formats.geometry_of(name, down, up)
+            down, up = (header.tensors[keys[part]] for part in ("down", "up"))
+            for info in (down, up):
+                formats.require_float(DTYPES[info.dtype])
+            ranks[name], _, shapes[name] = formats.geometry_of(name, down.shape, up.shape)
             stored = None
             if "alpha" in keys:
                 stored = read_tensor(io.BytesIO(content), header, keys["alpha"])
             alpha = alphas.alpha_of(name, ranks[name], stored)
+            require_alpha(alpha)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
         scales[name] = alpha / ranks[name]

@@ -30,8 +30,7 @@ class Factors:
             )
         if self.rank == 0:
             raise BadInput("rank 0: there is nothing in it")
-        if not math.isfinite(self.alpha) or self.alpha == 0:
-            raise BadInput(f"alpha is {self.alpha}; expected a finite number other than 0")
+        require_alpha(self.alpha)
         if not (np.isfinite(self.down).all() and np.isfinite(self.up).all()):
             raise BadInput("values that are not finite (NaN or infinity)")
 
@@ -89,6 +88,12 @@ class Factors:
         ratio = np.divide(tall, wide, out=np.ones_like(wide), where=used)
         power = np.exp2(np.round(np.log2(ratio) / 2)).astype(np.float32)
         return replace(self, down=self.down * power[:, None], up=self.up / power)
+
+
+def require_alpha(alpha: float) -> None:
+    """Raises BadInput where alpha can't scale a delta."""
+    if not math.isfinite(alpha) or alpha == 0:
+        raise BadInput(f"alpha is {alpha}; expected a finite number other than 0")
 
 
 def inner(a: Factors, b: Factors) -> float:

@@ -218,9 +218,14 @@ def to_float32(value: Any) -> np.ndarray:
         if value.is_floating_point():
             value = value.float()
         value = value.numpy()
-    if value.dtype.kind not in "fV":  # ml_dtypes' types are of kind V or f
-        raise BadInput(f"dtype {value.dtype}; expected a float type")
+    require_float(value.dtype)
     return np.asarray(value, np.float32)
+
+
+def require_float(dtype: np.dtype) -> None:
+    """Raises BadInput for whole numbers, truth values and the like."""
+    if dtype.kind not in "fV":  # ml_dtypes' types are of kind V or f
+        raise BadInput(f"dtype {dtype}; expected a float type")
 
 
 class PeftAlphas:
@@ -233,7 +238,7 @@ class PeftAlphas:
             return
         try:
             config = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{PEFT_METADATA_KEY} of the header is no JSON") from error
         if not isinstance(config, dict):
             raise BadInput(f"{PEFT_METADATA_KEY} of the header is no JSON object")
@@ -256,10 +261,14 @@ class PeftAlphas:
         alpha = next((value for key, value in patterns.items() if _matches(key, name)), alpha)
         if alpha is None:
             return float(rank)
-        if not isinstance(alpha, int | float):
-            raise BadInput(f"{PEFT_METADATA_KEY}: alpha is {alpha!r}; expected a number")
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+            found = type(alpha).__name__
+            raise BadInput(f"{PEFT_METADATA_KEY}: lora_alpha is a {found}; expected a number")
         root = float(rank) ** 0.5 if self._field(name, "use_rslora") else 1.0
-        return float(alpha) * root
+        try:
+            return float(alpha) * root
+        except OverflowError as error:
+            raise BadInput(f"{PEFT_METADATA_KEY}: lora_alpha is beyond any float") from error
 
     def _field(self, name: str, field: str) -> Any:
         """A component's entry; `save_lora_adapter` writes the UNet's without a prefix."""
