@@ -6,6 +6,7 @@ User interfaces show `ss_*` (A1111) and ModelSpec 1.0.1 keys of the header, and 
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdd_lora import names
 from sdd_lora.errors import BadInput
 from sdd_lora.files import write_text
 from sdd_lora.safetensors_file import data_sha256
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from sdd_lora.adapter.adapter import Adapter
 
 METADATA_KEY = "sdd_lora"
+SHOWN_CONCEPTS = 12
+MAX_LEVELS = 64  # of our entry's nesting; a recipe has three
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MODELSPEC_FIELDS = ("description", "author", "license", "date", "usage_hint")
 _FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -99,15 +103,28 @@ def describe(metadata: Mapping[str, Any]) -> str:
     """One sentence on what the adapter does; empty where nothing is known."""
     if metadata.get("description"):
         return str(metadata["description"])
-    concepts = ", ".join(map(str, metadata.get("concepts", [])))
-    return f"Keeps Stable Diffusion 1.x from drawing: {concepts}." if concepts else ""
+    concepts = shortened(metadata.get("concepts", []))
+    made = "Made of adapters trained" if "merged_from" in metadata else "Trained"
+    model = base_model(metadata) or "Stable Diffusion 1.x"
+    return f"{made} to keep {model} from drawing: {concepts}." if concepts else ""
+
+
+def shortened(concepts: Iterable[Any]) -> str:
+    """The first `SHOWN_CONCEPTS` of them, and how many more there are.
+
+    "axe, in oil" is left out where "axe" is there too: the recipe and the sidecar list all of them.
+    """
+    listed = dict.fromkeys(map(str, concepts))
+    distinct = [c for c in listed if "," not in c or c.partition(",")[0] not in listed]
+    more = len(distinct) - SHOWN_CONCEPTS
+    return ", ".join(distinct[:SHOWN_CONCEPTS]) + (f" and {more} more" if more > 0 else "")
 
 
 def sidecar(adapter: "Adapter") -> dict[str, Any]:
     """What `<name>.json` beside the file says, under the keys that A1111 and InvokeAI read."""
     return {
         "description": describe(adapter.metadata),
-        "sd version": "SD1",
+        "sd version": "SD1" if adapter.fits(names.SD15) else "Unknown",
         "activation text": "",
         "preferred weight": 1.0,
         "notes": "\n".join(_notes(adapter)),
@@ -115,9 +132,19 @@ def sidecar(adapter: "Adapter") -> dict[str, Any]:
     }
 
 
+def sidecar_path(path: Path) -> Path:
+    """Where user interfaces look for the sidecar of an adapter's file."""
+    return path.with_suffix(".json")
+
+
+def has_labels(adapter: "Adapter") -> bool:
+    """Whether a sidecar would say anything: of many foreign files nothing is known."""
+    return bool(describe(adapter.metadata)) or any(_notes(adapter))
+
+
 def write_sidecar(adapter: "Adapter", path: Path) -> Path:
     """Write `<name>.json` beside the adapter file `path`; returns where."""
-    target = Path(path).with_suffix(".json")
+    target = sidecar_path(Path(path))
     write_text(target, json.dumps(sidecar(adapter), indent=2, ensure_ascii=False) + "\n")
     return target
 
@@ -144,12 +171,15 @@ def _render(
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"percent": _percent, "interval": _interval}
+    environment.filters |= {"percent": _percent, "interval": _interval, "shortened": shortened}
     return environment.from_string(template).render(
         front_matter=_front_matter(metadata, _LORA_TAGS if adapter else ()),
         adapter=adapter,
         name=adapter.name if adapter else metadata["name"],
         parts=metadata.get("merged_from", []),
+        resized=metadata.get("resized_from"),
+        is_sd15=adapter is not None and adapter.fits(names.SD15),
+        is_demo=adapter is not None and adapter.fits(names.DEMO),
         description=describe(metadata),
         base=base_model(metadata),
         modules=len(adapter.factors) if adapter else 0,
@@ -173,7 +203,8 @@ def _tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]
 def _own(text: str) -> dict[str, Any]:
     try:
         metadata = json.loads(text)
-    except ValueError:
+        _require_writable(metadata)
+    except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise BadInput(f"the header's {METADATA_KEY} is damaged; expected a JSON object")
@@ -182,11 +213,26 @@ def _own(text: str) -> dict[str, Any]:
     for key, fields in _ROW_FIELDS.items():
         for row in metadata.get(key, []):
             _check_fields(f"{key}: ", row, fields, required=True)
+    if resized := metadata.get("resized_from"):
+        _check_fields("resized_from: ", resized, {"relative_error": _NUMBER}, required=True)
     for source in (*metadata.get("merged_from", []), metadata.get("resized_from", {})):
         _check_fields("", source, _SOURCE_FIELDS)
         for identity in source.get("lineage") or []:
             _check_fields("lineage: ", {"identity": identity}, {"identity": str}, required=True)
     return metadata
+
+
+def _require_writable(value: Any, levels: int = MAX_LEVELS) -> None:
+    """Raises ValueError where JSON that could be read can't be written again: half a surrogate
+    pair, or nesting that an encoder can't follow.
+    """
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, dict | list):
+        if levels == 0:
+            raise ValueError
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            _require_writable(inner, levels - 1)
 
 
 def _check_fields(
@@ -195,8 +241,15 @@ def _check_fields(
     """What labels are made of must be of the right types: a file may say anything."""
     for key, kind in fields.items():
         value = found.get(key) if isinstance(found, dict) else None
-        if (required or value is not None) and not isinstance(value, kind):
+        if (required or value is not None) and not _is_of(value, kind):
             raise BadInput(f"the header's {METADATA_KEY} is damaged: {where}{key} is {value!r:.40}")
+
+
+def _is_of(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether a value is of a kind; of numbers only those that a finite float holds."""
+    if kind == _NUMBER:
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind)
 
 
 def _foreign(header: Mapping[str, str]) -> dict[str, Any]:
@@ -216,6 +269,8 @@ def _notes(adapter: "Adapter") -> Iterable[str]:
         yield f"Trained on {base}."
     for part in adapter.metadata.get("merged_from", []):
         yield f"Contains {part['name']} at weight {part['weight']:g}."
+    if extracted := adapter.metadata.get("extracted_from"):
+        yield f"What {extracted['tuned']} changed of {extracted['base']}."
     for row in adapter.metadata.get("measures", []):
         rates = f"{_percent(row['before'])} → {_percent(row['after'])}"
         yield f"{row['name']} ({row['group']}): {rates}"
@@ -238,7 +293,8 @@ def _front_matter(metadata: Mapping[str, Any], tags: Iterable[str]) -> str:
     base = base_model(metadata)
     if base and _HUB_ID.fullmatch(base):
         entries["base_model"] = base
-        entries["widget"] = [{"text": str(concept)} for concept in metadata.get("concepts", [])]
+        shown = metadata.get("concepts", [])[:SHOWN_CONCEPTS]
+        entries["widget"] = [{"text": str(concept)} for concept in shown]
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).rstrip()
 
 

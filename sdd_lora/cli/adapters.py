@@ -40,8 +40,14 @@ Energy = Annotated[
 ]
 
 
-def check_outputs(force: bool, *paths: Path) -> None:
-    """Raises BadInput where an output exists and `force` was not given, or two are one file."""
+def check_outputs(force: bool, adapter: Path, *others: Path) -> None:
+    """Raises BadInput where an output exists and `force` was not given, or two are one file.
+
+    An adapter's outputs are its file and the sidecar beside it.
+    """
+    from sdd_lora.adapter.card import sidecar_path
+
+    paths = [adapter, sidecar_path(adapter), *others]
     for path in paths:
         refuse_existing(path, force)
     if len({path.resolve() for path in paths}) < len(paths):
@@ -49,24 +55,18 @@ def check_outputs(force: bool, *paths: Path) -> None:
         raise BadInput(f"{named}: two outputs are one file; give each a name of its own")
 
 
-def stored_dtype(source: str) -> str:
-    """The dtype that a file's factors are stored in; fp32 where it is none that we write."""
-    from sdd_lora.adapter.adapter import DTYPES, adapter_file
-    from sdd_lora.checkpoint.layout import read_any_header
-    from sdd_lora.safetensors_file import DTYPES as STORED
-
-    tensors = read_any_header(adapter_file(source)).tensors
-    found = {STORED[info.dtype] for key, info in tensors.items() if not key.endswith(".alpha")}
-    return next((name for name, dtype in DTYPES.items() if found == {dtype}), "fp32")
-
-
 def write(adapter: "Adapter", path: Path, form: str, dtype: str) -> dict[str, Any]:
-    """Save an adapter; what was written, for --json."""
+    """Save an adapter, and beside it the sidecar where it has something to say; what was written,
+    for --json.
+    """
+    from sdd_lora.adapter.card import has_labels, write_sidecar
     from sdd_lora.adapter.describe import describe
 
     written = describe(adapter.save(path, format=form, dtype=dtype))
+    sidecar = write_sidecar(adapter, path) if has_labels(adapter) else None
     return {
         "output": str(path),
+        "sidecar": None if sidecar is None else str(sidecar),
         "form": form,
         "dtype": dtype,
         "rank": adapter.rank,

@@ -34,11 +34,10 @@ def convert(
 
         sdd-lora convert runs/weapons -o weapons.peft.safetensors --to peft --dtype fp32
     """
-    from sdd_lora.adapter.adapter import Adapter
-    from sdd_lora.cli.adapters import line, stored_dtype, write
-    from sdd_lora.files import refuse_existing
+    from sdd_lora.adapter.adapter import Adapter, stored_dtype
+    from sdd_lora.cli.adapters import check_outputs, line, write
 
-    refuse_existing(output, force)
+    check_outputs(force, output)
     adapter = Adapter.load(file)
     written = write(adapter, output, to.value, dtype.value if dtype else stored_dtype(file))
     return Result(written, line(written))

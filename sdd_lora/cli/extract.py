@@ -42,10 +42,9 @@ def extract(
 
     from sdd_lora.checkpoint import difference
     from sdd_lora.checkpoint.source import locate
-    from sdd_lora.cli.adapters import line, write
-    from sdd_lora.files import refuse_existing
+    from sdd_lora.cli.adapters import check_outputs, line, write
 
-    refuse_existing(output, force)
+    check_outputs(force, output)
     tuned_path = Path(locate(tuned))
     found = difference.extract(tuned_path, Path(locate(base)), rank, energy)
     written = write(found.adapter, output, "kohya", dtype.value)

@@ -22,12 +22,11 @@ def resize(
         sdd-lora resize stack.safetensors -o small.safetensors --energy 0.99
     """
     from sdd_lora.adapter import compose
-    from sdd_lora.adapter.adapter import Adapter
-    from sdd_lora.cli.adapters import line, stored_dtype, write
+    from sdd_lora.adapter.adapter import Adapter, stored_dtype
+    from sdd_lora.cli.adapters import check_outputs, line, write
     from sdd_lora.cli.tables import table
-    from sdd_lora.files import refuse_existing
 
-    refuse_existing(output, force)
+    check_outputs(force, output)
     compose.require_one_size(rank, energy)
     adapter = Adapter.load(file)
     result = compose.resize(adapter, rank, energy)

@@ -61,7 +61,7 @@ def stack(
     from sdd_lora.files import atomic_output
     from sdd_lora.progress import warn
 
-    check_outputs(force, *filter(None, [output, heat_map]))
+    check_outputs(force, output, *([heat_map] if heat_map else []))
     parts = [(Adapter.load(path), weight) for path, weight in map(weighted, adapters)]
     total = compose.stack(parts, name or output.stem)
     report = interference(parts)

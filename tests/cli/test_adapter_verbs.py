@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import checkpoint_models as models
 import numpy as np
@@ -118,6 +121,18 @@ def test_legacy_pickles_are_converted_and_not_inspected(ask, call, b, tmp_path):
     assert distance(adapter, Adapter.load(tmp_path / "new.safetensors")) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pickle_from_before_torch_1_6_is_converted_in_its_dtype(ask, a, tmp_path, dtype):
+    adapter, old = Adapter.load(a), tmp_path / "old.pt"
+    tensors = {k: torch.from_numpy(v).to(dtype) for k, v in adapter.to_state_dict("kohya").items()}
+    torch.save(tensors, old, _use_new_zipfile_serialization=False)
+    out = tmp_path / "new.safetensors"
+    expected = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    assert ask("convert", old, "-o", out)["dtype"] == expected
+    assert distance(Adapter.load(old), Adapter.load(out)) == 0
+    assert ask("resize", old, "-o", tmp_path / "r.safetensors", "--rank", 1)["dtype"] == expected
+
+
 def test_an_output_that_exists_is_refused(call, a, tmp_path):
     before = a.read_bytes()
     for arguments in (["convert", a], ["resize", a, "--rank", 1], ["stack", a]):
@@ -125,6 +140,45 @@ def test_an_output_that_exists_is_refused(call, a, tmp_path):
     assert a.read_bytes() == before
     call("resize", a, "--rank", 1, "-o", a, "--force")
     assert Adapter.load(a).rank == 1
+
+
+def test_every_verb_writes_the_sidecar(ask, call, a, model, tmp_path):
+    """`<name>.json` beside the file, where A1111 and InvokeAI look; it is an output like others."""
+    tuned = tmp_path / "tuned.safetensors"
+    call("bake", model, a, "-o", tuned)
+    said = {
+        "convert": (["convert", a], "Trained to keep Stable Diffusion 1.x from drawing: bomb."),
+        "resize": (["resize", a, "--rank", 2], "Trained to keep"),
+        "stack": (["stack", a, f"{a}:0.5"], "Contains random-1 at weight 0.5."),
+        "extract": (
+            ["extract", tuned, "--base", model, "--rank", 1],
+            "What tuned.safetensors changed",
+        ),
+    }
+    for name, (arguments, text) in said.items():
+        sidecar = tmp_path / f"{name}.json"
+        written = ask(*arguments, "-o", tmp_path / f"{name}.safetensors")
+        assert written["sidecar"] == str(sidecar)
+        content = json.loads(sidecar.read_text("utf-8"))
+        assert text in content["description"] + content["notes"]
+        (tmp_path / f"{name}.safetensors").unlink()
+        printed = call(*arguments, "-o", tmp_path / f"{name}.safetensors", code=2)
+        assert f"{name}.json: exists already" in printed.err
+        assert not (tmp_path / f"{name}.safetensors").exists()
+        call(*arguments, "-o", tmp_path / f"{name}.safetensors", "--force")
+    printed = call("convert", a, "-o", tmp_path / "name.json", code=2)
+    assert "two outputs are one file" in printed.err
+    assert not (tmp_path / "name.json").exists()
+
+
+def test_a_foreign_file_of_which_nothing_is_known_gets_no_sidecar(ask, tmp_path):
+    foreign = tmp_path / "f.safetensors"
+    save_file(random_adapter(modules=(TO_K,)).to_state_dict("kohya"), foreign)
+    mine = tmp_path / "o.json"
+    mine.write_text('{"activation text": "by somebody"}')
+    out = tmp_path / "o.safetensors"
+    assert ask("convert", foreign, "-o", out, "--force")["sidecar"] is None
+    assert mine.read_text() == '{"activation text": "by somebody"}'
 
 
 def test_resize_says_what_it_costs(ask, call, a, tmp_path):
@@ -173,11 +227,58 @@ def test_a_stack_and_its_heat_map_are_written_both_or_neither(call, a, tmp_path)
             "two outputs are one file"
             in call("stack", a, "-o", out, "--heat-map", same, code=2).err
         )
-    for picture in (tmp_path / "absent" / "x.png", tmp_path):
+    for picture in (tmp_path / "absent" / "x.png", tmp_path, tmp_path / "s.json"):
         assert call("stack", a, "-o", out, "--heat-map", picture, "--force", code=2).err
     absent = tmp_path / "absent" / "s.safetensors"
     assert call("stack", a, "-o", absent, "--heat-map", tmp_path / "x.png", code=2).err
     assert list(tmp_path.iterdir()) == [a]
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder in which nothing can be made: by its mode, or for root, whom no mode stops, the
+    kernel's own.
+    """
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o555)
+    if os.access(folder, os.W_OK):
+        folder = Path("/sys")
+        if not folder.is_dir():
+            pytest.skip("runs as root, and there is no /sys")
+    yield folder
+
+
+def test_a_read_only_folder_takes_nothing(call, hub, a, read_only, tmp_path):  # noqa: F811
+    out = read_only / "sdd-lora-x.safetensors"
+    before = sorted(tmp_path.iterdir())
+    here = tmp_path / "s.safetensors"
+    for arguments in (
+        ["convert", a, "-o", out],
+        ["resize", a, "--rank", 1, "-o", out],
+        ["stack", a, "-o", out],
+        ["stack", a, "-o", out, "--heat-map", tmp_path / "s.png"],
+        ["stack", a, "-o", here, "--heat-map", read_only / "sdd-lora-x.png"],
+    ):
+        assert "can't write there: " in call(*arguments, code=2).err
+        assert not out.exists()
+        assert sorted(tmp_path.iterdir()) == before
+    hub.repositories["me/x"] = {"adapter.safetensors": a.read_bytes()}
+    pulled = read_only / "sdd-lora-x"
+    assert "can't write there: " in call("pull", "me/x", "-o", pulled, code=2).err
+    assert not pulled.exists()
+
+
+def test_a_file_of_a_million_keys_is_refused_by_its_length(call, tmp_path):
+    """Its header would fill gigabytes as Python's objects."""
+    path = tmp_path / "many.safetensors"
+    entry = '"lora_unet_{}.alpha":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    header = "{" + ",".join(entry.format(n) for n in range(10**6)) + "}"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    del header
+    out = tmp_path / "o.safetensors"
+    for arguments in (["inspect", path], ["verify", path], ["convert", path, "-o", out]):
+        assert "at most 16,777,216 are read" in call(*arguments, code=2).err
+    assert not out.exists()
 
 
 def test_verify_says_who_loads_it_and_whether_it_fits(ask, call, a, b, model, tmp_path):
