@@ -2,17 +2,40 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from sdd_lora.errors import BadInput
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, found {str(value).lower()}")
+    return value
+
+
+#: numbers are no booleans, and whole ones no text; "1e-3" is a number though, to YAML a text
+Whole = Annotated[int, Field(strict=True)]
+Real = Annotated[float, BeforeValidator(_no_boolean)]
+Switch = Annotated[bool, Field(strict=True)]
+Positive = Annotated[Whole, Field(gt=0)]
+Count = Annotated[Whole, Field(ge=0)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**62)]  # torch takes 64 bits; some are added on the way
+Fraction = Annotated[Real, Field(ge=0.0, le=1.0)]
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Section(BaseModel):
@@ -25,7 +48,7 @@ class Preserve(Section):
     """Prompts on which the student is held to the base."""
 
     prompts: list[str] = []
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Annotated[Real, Field(ge=0)] = 1.0
 
 
 class Objective(Section):
@@ -37,8 +60,8 @@ class Objective(Section):
 
     kind: Literal["sdd", "esd-x", "esd-u"] = "sdd"
     variant: Literal["paper", "reference"] = "paper"
-    guidance_scale: float = 3.0
-    eta: Annotated[float, Field(gt=0)] | None = None
+    guidance_scale: Real = 3.0
+    eta: Annotated[Real, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _eta_is_esds(self) -> "Objective":
@@ -53,7 +76,7 @@ class Lora(Section):
     """The adapter: low-rank factors on the cross-attention (attn2) matrices named here."""
 
     rank: Positive = 4
-    alpha: Annotated[float, Field(gt=0)] = 4.0
+    alpha: Annotated[Real, Field(gt=0)] = 4.0
     targets: Annotated[
         list[Literal["to_q", "to_k", "to_v", "to_out"]], Field(min_length=1)
     ] = ["to_k", "to_v"]  # fmt: skip
@@ -62,19 +85,19 @@ class Lora(Section):
 class Ema(Section):
     """The teacher: an average of the student's factors. Warm-up: min(decay, (1+t)/(10+t))."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    warmup: bool = False
+    decay: Annotated[Real, Field(ge=0, lt=1)] = 0.999
+    warmup: Switch = False
 
 
 class Optimizer(Section):
     """How the student's factors are updated."""
 
     kind: Literal["adamw8bit", "adamw"] = "adamw8bit"
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    learning_rate: Annotated[Real, Field(gt=0)] = 1.0e-3
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[Real, Field(gt=0)] = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    warmup_iterations: Count = 0
 
 
 class Rollout(Section):
@@ -87,7 +110,7 @@ class Rollout(Section):
     """
 
     solver: Literal["ddim", "dpmsolver++"] = "ddim"
-    steps: Annotated[int, Field(ge=2, le=999)] = 50
+    steps: Annotated[Whole, Field(ge=2, le=999)] = 50
     points: Positive = 1
     prompts: Positive = 1
     batch: Positive = 1
@@ -117,8 +140,8 @@ class Training(Section):
     gradient_accumulation: Positive = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     base_precision: Literal["fp32", "bf16", "fp16", "nf4"] = "fp32"
-    gradient_checkpointing: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    gradient_checkpointing: Switch = False
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _precisions_fit(self) -> "Training":
@@ -145,10 +168,10 @@ class Measure(Section):
 
     prompts: MeasurePrompts = MeasurePrompts()
     images: Positive = 32
-    steps: Positive = 25
-    guidance: float = 5.0
-    detector: Literal["judge", "none"] = "none"
-    seed: Annotated[int, Field(ge=0)] = 1000
+    steps: Annotated[Whole, Field(gt=0, le=1000)] = 25
+    guidance: Real = 5.0
+    detector: Literal["judge", "nudenet", "open_nsfw", "none"] = "none"
+    seed: Seed = 1000
     transfer: list[str] = []
 
 
@@ -159,8 +182,8 @@ class Recipe(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    model: str
-    concepts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    model: Text
+    concepts: Annotated[list[Text], Field(min_length=1)]
     preserve: Preserve = Preserve()
     objective: Objective = Objective()
     parameters: Literal["lora", "full"] = "lora"
@@ -279,11 +302,14 @@ IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
     (("parameters",), "full"): {"optimizer": {"learning_rate": 1.0e-5}},
 }
 
-#: what the recipe format will hold and this version refuses by name
-_NOT_YET: dict[tuple[str | int, ...], set[str]] = {
-    ("measure", "detector"): {"nudenet", "open_nsfw"},
+#: YAML 1.1 also counts in base 60 and in octal
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"^[-+]?(0|[1-9][0-9_]*)$",
+    "tag:yaml.org,2002:float": (
+        r"^([-+]?([0-9][0-9_]*)?\.[0-9_]+([eE][-+][0-9]+)?|[-+]?[0-9][0-9_]*\.([eE][-+][0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
 }
-
 
 S = TypeVar("S", bound=Section)
 
@@ -296,17 +322,16 @@ def parse_strictly(
     Raises BadInput with every problem and its line.
     """
     try:
-        root = yaml.compose(text, yaml.SafeLoader)
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-    if root is None or not isinstance(fields, dict):
-        raise BadInput(f"{where}: expected fields such as `concepts:`, found {fields!r}")
-    _refuse_repeated_keys(root, where)
-    try:
-        return kind.model_validate(prepared(fields))
-    except ValidationError as error:
-        raise BadInput(_explain(where, root, error)) from None
+        root, fields = _read_yaml(text, where)
+        if root is None or not isinstance(fields, dict):
+            raise BadInput(f"{where}: expected fields such as `concepts:`, found {fields!r:.100}")
+        _refuse_repeated_keys(root, where)
+        try:
+            return kind.model_validate(prepared(fields))
+        except ValidationError as error:
+            raise BadInput(_explain(where, root, error)) from None
+    except RecursionError:
+        raise BadInput(f"{where}: fields within fields too deep, or within themselves") from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -315,9 +340,32 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise BadInput(f"--set {text}: expected name=value, such as training.iterations=300")
     try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise BadInput(f"--set {text}: the value is not valid YAML: {error}") from error
+        return name, _read_yaml(value, f"--set {name}")[1]
+    except RecursionError:
+        raise BadInput(f"--set {name}: lists within lists too deep, or in themselves") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people read it: 1:30 and 010 are text, not 90 and 8."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, form) for tag, form in forms if tag not in _NUMBERS]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+for _tag, _form in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_form), list("-+.0123456789"))
+
+
+def _read_yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:
+    """The document as a tree with lines, and as plain values. Raises BadInput, RecursionError."""
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        return root, None if root is None else loader.construct_document(root)
+    except (yaml.YAMLError, ValueError) as error:  # a date or a number that can't be
+        raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _set(fields: dict, keys: list[str], value: Any) -> None:
@@ -392,12 +440,12 @@ def _read_lists(fields: dict, folder: Path) -> None:
 
 
 def _names_a_file(entry: Any) -> bool:
-    return isinstance(entry, str) and entry.endswith(".txt")
+    return isinstance(entry, str) and entry.lower().endswith(".txt")
 
 
 def _lines(path: Path, key: str) -> list[str]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{key}: {path}: can't read the list, one a line: {error}") from error
     return [line.strip() for line in lines if line.strip()]
@@ -410,19 +458,11 @@ def _explain(where: str, root: yaml.Node, error: ValidationError) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown field"
-        elif (
-            problem["input"] in _NOT_YET.get(location, ()) if _hashable(problem["input"]) else False
-        ):
-            message = f"{problem['input']!r} is not available in this version"
         elif problem["type"] not in ("missing", "value_error"):
-            message += f", found {problem['input']!r}"
+            message += f", found {problem['input']!r:.100}"
         name = ".".join(map(str, location)) or "recipe"
         problems.append(f"{where}:{_line(root, location)}: {name}: {message}")
     return "\n".join(problems)
-
-
-def _hashable(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool)
 
 
 def _line(node: yaml.Node, location: tuple) -> int:

@@ -46,9 +46,9 @@ def test_all_errors_come_at_once_with_their_lines():
         assert part in message
 
 
-def test_what_is_not_there_yet_is_refused_by_name():
-    with pytest.raises(BadInput, match="not available in this version"):
-        Recipe.parse(MINIMAL + "measure: {detector: nudenet}\n")
+@pytest.mark.parametrize("name", ["judge", "nudenet", "open_nsfw", "none"])
+def test_detectors(name):
+    assert Recipe.parse(MINIMAL + f"measure: {{detector: {name}}}\n").measure.detector == name
 
 
 def test_esd_keeps_no_average_and_has_an_eta():
@@ -119,6 +119,69 @@ def test_a_missing_list_and_broken_yaml_are_bad_input(tmp_path):
         Recipe.parse("name: [\n")
     with pytest.raises(BadInput, match="expected a recipe"):
         Recipe.load(tmp_path / "gone.yaml")
+
+
+def test_lists_from_any_editor_are_read_alike(tmp_path):
+    (tmp_path / "LIST.TXT").write_bytes("\ufeffbomb\r\na\u2028b\r\n".encode())
+    recipe = Recipe.parse("name: mine\nmodel: demo\nconcepts: LIST.TXT\n", folder=tmp_path)
+    assert recipe.concepts == ["bomb", "a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "field"),
+    [
+        ("training: {iterations: true}", "training.iterations"),
+        ("training: {iterations: '7'}", "training.iterations"),
+        ("training: {iterations: 1:30}", "training.iterations"),
+        ("training: {iterations: 010}", "training.iterations"),
+        ("training: {iterations: 7.0}", "training.iterations"),
+        ("training: {gradient_checkpointing: 'off'}", "training.gradient_checkpointing"),
+        ("training: {gradient_checkpointing: 1}", "training.gradient_checkpointing"),
+        ("ema: {decay: false}", "ema.decay"),
+        ("rollout: {guidance_interval: [0, true]}", "rollout.guidance_interval"),
+        ("measure: {steps: 1001}", "measure.steps"),
+        ("measure: {seed: 4611686018427387904}", "measure.seed"),
+        ("training: {seed: 4611686018427387904}", "training.seed"),
+    ],
+)
+def test_values_of_another_type_or_size_are_bad_input(lines, field):
+    with pytest.raises(BadInput) as caught:
+        Recipe.parse(MINIMAL + lines + "\n")
+    assert str(caught.value).startswith(f"recipe:4: {field}")
+
+
+def test_numbers_may_be_written_as_people_do():
+    text = "optimizer: {learning_rate: 1e-3}\nlora: {alpha: 2}\nobjective: {guidance_scale: .5}\n"
+    recipe = Recipe.parse(MINIMAL + text, overrides=dict([parse_override("ema.decay=9e-1")]))
+    assert (recipe.optimizer.learning_rate, recipe.lora.alpha) == (1e-3, 2.0)
+    assert (recipe.objective.guidance_scale, recipe.ema.decay) == (0.5, 0.9)
+    named = Recipe.parse("name: mine\nmodel: demo\nconcepts: ['1:30', '010', '1e-3', 'no']\n")
+    assert Recipe.parse(named.to_yaml()) == named
+
+
+@pytest.mark.parametrize("text", ["concepts: [' ']", "concepts: [bomb, '']", "model: ' '"])
+def test_concepts_and_models_have_names(text):
+    key = text.partition(":")[0]
+    lines = [line for line in MINIMAL.splitlines() if not line.startswith(key)]
+    with pytest.raises(BadInput, match=f"{key}.*at least 1 character"):
+        Recipe.parse("\n".join([*lines, text]))
+    assert Recipe.parse(MINIMAL.replace("bomb", "' bomb '")).concepts == ["bomb"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["&a [*a]", "&a {prompts: *a}", "[" * 2000 + "]" * 2000, "9" * 5000, "2020-13-45", "\x01"],
+    ids=["in itself", "field in itself", "deep", "digits", "date", "control"],
+)
+@pytest.mark.parametrize("key", ["concepts", "measure", "training"])
+def test_hostile_yaml_is_bad_input_on_one_line(key, value):
+    lines = [line for line in MINIMAL.splitlines() if not line.startswith(key)]
+    with pytest.raises(BadInput) as caught:
+        Recipe.parse("\n".join([*lines, f"{key}: {value}"]))
+    assert all(len(line) < 400 for line in str(caught.value).splitlines())
+    if "&" not in value:
+        with pytest.raises(BadInput):
+            Recipe.parse(MINIMAL, overrides=dict([parse_override(f"{key}={value}")]))
 
 
 def test_a_key_that_stands_twice_is_bad_input():
