@@ -7,7 +7,7 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -44,10 +44,11 @@ def train_base(work: Path, steps: int | None, learning_rate: float | None) -> No
     )  # fmt: skip
 
 
-def export_base(work: Path) -> None:
-    """Write the averaged weights, of a run that may still go on, as the package's `demo`."""
+def export_base(work: Path, earlier: Sequence[Path]) -> None:
+    """Write the averaged weights, of a run that may still go on, as the package's `demo`; with
+    states of earlier runs, the mean of all their averages."""
     tokenizer = make_tokenizer(work)
-    ema = diffusion.average_so_far(work / "diffusion.pt", tokenizer)
+    ema = diffusion.average_so_far([work / "diffusion.pt", *earlier], tokenizer)
     export.save_folder(export.assemble(work, autoencoder.train(work), tokenizer, ema), DEMO_FOLDER)
 
 
@@ -129,14 +130,23 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("~/.cache/sdd_lora/build").expanduser())
     parser.add_argument("--steps", type=int, help="of the diffusion, community and look stages")
     parser.add_argument("--learning-rate", type=float, help="of the same stages, at its peak")
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="STATE",
+        help="of the export stage: an earlier run to average in; repeatable",
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.manual_seed(0)
+    training = (arguments.steps, arguments.learning_rate)
+    options = dict.fromkeys(_TRAININGS, training) | {"export": (arguments.earlier,)}
     for stage in arguments.stages:
         started = time.time()
-        extra = (arguments.steps, arguments.learning_rate) if stage in _TRAININGS else ()
-        STAGES[stage](arguments.work, *extra)
+        STAGES[stage](arguments.work, *options.get(stage, ()))
         log.info("%s took %.1f min", stage, (time.time() - started) / 60)
 
 

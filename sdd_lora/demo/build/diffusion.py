@@ -4,7 +4,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from sdd_lora.demo.build.checkpoints import load_state, save_state
 from sdd_lora.demo.build.palette import recoloured
 from sdd_lora.demo.build.schedule import Ema, cosine
 from sdd_lora.demo.vocabulary import nouns, styles
+from sdd_lora.training.ema import update_average
 
 log = logging.getLogger(__name__)
 
@@ -207,11 +208,14 @@ def train_base(
     return train(encoded, model, tokenizer, work / "diffusion.pt", steps, learning_rate, misses)
 
 
-def average_so_far(state: Path, tokenizer: CLIPTokenizer) -> Ema:
-    """The weight average of a run, finished or not."""
-    ema = Ema(make_model(tokenizer), EMA_DECAY)
-    load_state(state, ema=ema)
-    return ema
+def average_so_far(states: Sequence[Path], tokenizer: CLIPTokenizer) -> Ema:
+    """The mean of runs' weight averages, finished or not; runs that went on one from another."""
+    mean = Ema(make_model(tokenizer), EMA_DECAY)
+    for number, state in enumerate(states):
+        ema = Ema(make_model(tokenizer), EMA_DECAY)
+        load_state(state, ema=ema)
+        update_average(mean.average, ema.average, number / (number + 1))
+    return mean
 
 
 def train_community(

@@ -24,7 +24,7 @@ EMPTY_IMAGES, EMPTY_SEED = 1000, 150_000
 MISSES_SEED = 800_000
 _RECIPES = ("weapons", "substances", "gore", "unsafe", "style")
 #: how adapters for adapters/demo are measured, beside the recipes' own way
-PUBLISHED = {"measure.images": 200, "measure.seed": 60_000}
+PUBLISHED = {"measure.images": 120, "measure.seed": 60_000}
 #: a style's prompts are of every group twice, with it and without
 PUBLISHED_STYLE = {**PUBLISHED, "measure.images": 24}
 
