@@ -35,7 +35,7 @@ from sdd_lora.checkpoint.layout import (
 )
 from sdd_lora.checkpoint.provenance import BakedAdapter, Baking
 from sdd_lora.checkpoint.room import insert_room
-from sdd_lora.checkpoint.source import EMBEDDED, locate, named
+from sdd_lora.checkpoint.source import EMBEDDED, MODEL_SUFFIXES, locate, named
 from sdd_lora.checkpoint.stream import (
     PAGE_BYTES,
     copy_range,
@@ -153,17 +153,22 @@ def bake(
 def _require_adapters(adapters: Weighted) -> None:
     if not adapters:
         raise BadInput("nothing to bake: expected at least one adapter")
-    seen: set[str] = set()
+    seen: list[BakedAdapter] = []
     for adapter, weight in adapters:
         if not math.isfinite(weight) or weight == 0:
             raise BadInput(f"{adapter.name}: expected a finite weight other than 0, found {weight}")
         if not adapter.factors:
             raise BadInput(f"{adapter.name}: nothing to bake: it holds no module")
-        if adapter.identity in seen:
-            raise BadInput(
-                f"{adapter.name}: given twice; give it once, with the sum of the weights"
-            )
-        seen.add(adapter.identity)
+        new = BakedAdapter.of(adapter, weight)
+        for earlier in seen:
+            if new.identity == earlier.identity:
+                raise BadInput(f"{new.name}: given twice; give it once, with the sum of weights")
+            if new.identities & earlier.identities:
+                raise BadInput(
+                    f"{new.name} and {earlier.name}: one was made from the other, or both from a "
+                    "third, which would be in the model twice; give one of them"
+                )
+        seen.append(new)
 
 
 class _Job:
@@ -262,8 +267,8 @@ class _Job:
                 self._write(edits, file)
 
     def _stale(self) -> list[Path]:
-        """Copies in formats that aren't edited, of weights that are."""
-        folders = {edits.path.parent for edits in self.edits}
+        """Copies that aren't edited, of weights that are."""
+        folders = {self.checkpoint.path, *(edits.path.parent for edits in self.edits)}
         return [path for path in self.checkpoint.unread if path.parent in folders]
 
     def _require_new(self, out: Path, force: bool) -> None:
@@ -273,6 +278,10 @@ class _Job:
         refuse_existing(out, force)
         if source.is_file() and out.suffix != ".safetensors":
             raise BadInput(f"{out}: expected an output named *.safetensors")
+        if source.is_dir() and out.suffix in MODEL_SUFFIXES:
+            raise BadInput(
+                f"{out}: the model is a folder, and so is what is written; expected a folder's name"
+            )
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise BadInput(f"{out}: lies inside the input; choose another output")
 

@@ -25,33 +25,64 @@ IN_IT = 0.5
 class Presence:
     """`recorded`: what the model's provenance says of the adapter, None where it says nothing.
 
+    `expected`: the weight at which the adapter should then lie in the model, itself or as a part of
+    the recorded one; 1 where nothing is recorded, None where the record doesn't say.
     `strength`: the weight at which the adapter's delta lies in (model − base), by projection;
     `share`: the part of that difference's norm that the adapter explains. None without a base.
     """
 
     recorded: BakedAdapter | None
+    expected: float | None = 1.0
     strength: float | None = None
     share: float | None = None
 
+    @property
+    def present(self) -> bool:
+        """By the weights where they were compared and it is known what to expect, else recorded."""
+        if self.expected is None or self.strength is None:
+            return self.recorded is not None and self.expected != 0
+        return self.expected != 0 and self.strength / self.expected >= IN_IT
+
 
 def chain_of_model(path: str | Path) -> tuple[Baking, ...]:
-    """Everything that was baked into a model, oldest first. Raises BadInput."""
+    """Everything that was baked into a model, oldest first. Raises BadInput.
+
+    A call's entries in several files, which differ in their fingerprints alone, count once.
+    """
     checkpoint = open_checkpoint(Path(path))
     chains = [provenance.chain_of(file, header) for file, header in checkpoint.headers.items()]
-    return max(chains, key=len)
+    merged: list[Baking] = []
+    for chain in sorted(chains, key=len, reverse=True):
+        at = len(merged)
+        for baking in reversed(chain):  # what is new goes before what it was followed by
+            calls = [known.call for known in merged]
+            if baking.call in calls:
+                at = calls.index(baking.call)
+            else:
+                merged.insert(at, baking)
+    return tuple(merged)
 
 
 def find(model: str | Path, adapter: Adapter, base: str | Path | None = None) -> Presence:
     """Whether `adapter` is in `model`. Raises BadInput where the files can't be compared."""
     chain = chain_of_model(model)
-    wanted = {adapter.identity, *provenance.lineage_of(adapter)}
+    wanted = {adapter.identity, *adapter.lineage}
     recorded = next(
         (known for baking in chain for known in baking.adapters if known.identities & wanted), None
     )
+    expected = 1.0 if recorded is None else _expected(recorded, adapter)
     if base is None:
-        return Presence(recorded)
+        return Presence(recorded, expected)
     strength, share = project(open_checkpoint(Path(model)), open_checkpoint(Path(base)), adapter)
-    return Presence(recorded, strength, share)
+    return Presence(recorded, expected, strength, share)
+
+
+def _expected(known: BakedAdapter, adapter: Adapter) -> float | None:
+    """The weight of `adapter` in a model that holds `known`, by what both hold in common."""
+    ours = {adapter.identity: 1.0} | provenance.parts_of(adapter)
+    theirs = {known.identity: 1.0} | known.parts
+    common = (identity for identity in theirs if ours.get(identity))
+    return next((known.weight * theirs[each] / ours[each] for each in common), None)
 
 
 def refuse_present(
@@ -84,10 +115,16 @@ def project(model: Checkpoint, base: Checkpoint, adapter: Adapter) -> tuple[floa
         delta = Delta.of([(factors, 1.0)])
         for block in delta.blocks():
             change = delta.rows(block)
-            difference = ours.rows(block) - theirs.rows(block)
+            with np.errstate(invalid="ignore"):  # seen below
+                difference = ours.rows(block) - theirs.rows(block)
             product += float((difference * change).sum())
             square += float((change * change).sum())
             difference_square += float((difference * difference).sum())
+        if not math.isfinite(difference_square):
+            raise BadInput(
+                f"{module}: holds NaN or infinite weights in {model.path} or in {base.path}, which "
+                "can't be compared"
+            )
     norms = math.sqrt(square * difference_square)
     return (product / square if square else 0.0), (product / norms if norms else 0.0)
 

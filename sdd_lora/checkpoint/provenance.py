@@ -8,7 +8,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +27,11 @@ SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class BakedAdapter:
-    """An adapter as a chain names it; `lineage` holds the identities of what it was made from."""
+    """An adapter as a chain names it.
+
+    `lineage` holds the identities of what it was made from, `parts` those that were stacked in it,
+    each with its weight there.
+    """
 
     name: str
     identity: str
@@ -35,15 +39,17 @@ class BakedAdapter:
     lineage: tuple[str, ...] = ()
     concepts: tuple[str, ...] = ()
     recipe_sha256: str | None = None
+    parts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapter: Adapter, weight: float) -> "BakedAdapter":
         recipe = adapter.metadata.get("recipe")
         return cls(
-            adapter.name, adapter.identity, weight, lineage_of(adapter),
+            adapter.name, adapter.identity, weight, adapter.lineage,
             tuple(map(str, adapter.metadata.get("concepts") or ())),
             hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
             if recipe else None,
+            parts_of(adapter),
         )  # fmt: skip
 
     @property
@@ -68,14 +74,24 @@ class Baking:
     rest: str = UNKNOWN_DIGEST
     whole: bool = False
 
+    @property
+    def call(self) -> "Baking":
+        """What all files have in common that one call of `bake` wrote."""
+        unknown = UNKNOWN_DIGEST
+        return replace(self, before=unknown, after=unknown, rest=unknown)
 
-def lineage_of(adapter: Adapter) -> tuple[str, ...]:
-    """Identities of the adapters that this one was stacked or resized from."""
-    sources = list(adapter.metadata.get("merged_from") or ())
-    if resized := adapter.metadata.get("resized_from"):
-        sources.append(resized)
-    found = (part.get("identity") for part in sources if isinstance(part, dict))
-    return tuple(identity for identity in found if isinstance(identity, str))
+
+def parts_of(adapter: Adapter) -> dict[str, float]:
+    """Identity → weight of the adapters that this one is the sum of, or was resized from (at 1)."""
+    found: dict[str, float] = {}
+    merged = [part for part in adapter.metadata.get("merged_from", ()) if "identity" in part]
+    for part in merged:
+        found[part["identity"]] = found.get(part["identity"], 0.0) + part["weight"]
+    resized = adapter.metadata.get("resized_from", {}).get("identity")
+    earlier = {identity for part in merged for identity in part.get("lineage") or ()}
+    if resized is not None and resized not in earlier:
+        found.setdefault(resized, 1.0)
+    return found
 
 
 def encode(chain: Iterable[Baking]) -> str:

@@ -11,7 +11,7 @@ COMMUNITY_FILE = Path(str(files("sdd_lora.demo").joinpath("community.safetensors
 
 EMBEDDED = {"demo": DEMO_FOLDER, "demo-community": COMMUNITY_FILE}
 
-_MODEL_SUFFIXES = (".safetensors", ".ckpt")
+MODEL_SUFFIXES = (".safetensors", ".ckpt")
 
 
 def locate(model: str | Path) -> Path:
@@ -30,9 +30,14 @@ def local(model: str | Path) -> Path | None:
     path = named(Path(model))
     if path.exists():
         return path
-    if path.suffix in _MODEL_SUFFIXES or name.count("/") != 1 or path.is_absolute():
+    if path.suffix in MODEL_SUFFIXES or name.count("/") != 1 or path.is_absolute():
         raise BadInput(f"{name}: no such file or folder, and no hub id (owner/name) either")
     return None
+
+
+def locate_file(file: Path) -> Path:
+    """FILE of a verb that takes adapters as well: what is there of that name, or else a MODEL."""
+    return file if file.exists() else locate(file.as_posix())
 
 
 def named(path: Path) -> Path:

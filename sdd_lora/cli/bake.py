@@ -61,7 +61,9 @@ def bake(
             help="stochastic keeps edits that are smaller than the steps of bf16 or fp8.",
         ),
     ] = RoundingChoice.nearest,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of stochastic rounding.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of stochastic rounding [default: 0].")
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -90,12 +92,14 @@ def bake(
     from sdd_lora.adapter.adapter import Adapter
     from sdd_lora.checkpoint import bake as baking
     from sdd_lora.checkpoint.arithmetic import Rounding
+    from sdd_lora.errors import BadInput
 
+    if seed is not None and rounding is not RoundingChoice.stochastic:
+        raise BadInput("--seed goes with --rounding stochastic; nothing else is drawn")
     parts = [(Adapter.load(path), weight) for path, weight in map(weighted, adapters)]
     report = baking.bake(
         model, parts, output, in_place=in_place, undo=undo, ema=ema.value,
-        rounding=Rounding(rounding.value, seed), base=base,
-        force=force,
+        rounding=Rounding(rounding.value, seed or 0), base=base, force=force,
     )  # fmt: skip
     return Result(_data(report), _text(report))
 

@@ -13,7 +13,10 @@ from sdd_lora.cli.common import Result, verb
 def inspect(
     files: Annotated[
         list[Path],
-        typer.Argument(help="Adapters or checkpoints: files, or folders.", metavar="FILE..."),
+        typer.Argument(
+            help="Adapters (files or runs' folders), or models as `bake` takes them.",
+            metavar="FILE...",
+        ),
     ],
     norms: Annotated[
         bool, typer.Option("--norms", help="Read the tensors and show their Frobenius norms.")
@@ -37,7 +40,9 @@ def _describe(path: Path, norms: bool) -> dict[str, Any]:
     from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
     from sdd_lora.adapter.formats import looks_like_adapter
     from sdd_lora.checkpoint.layout import read_any_header
+    from sdd_lora.checkpoint.source import locate_file
 
+    path = locate_file(path)
     if path.is_dir():
         is_adapter = is_adapter_folder(path)
     else:

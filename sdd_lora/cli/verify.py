@@ -14,7 +14,9 @@ from sdd_lora.errors import BadInput
 def verify(
     file: Annotated[
         Path,
-        typer.Argument(help="An adapter (file or run's folder) or a checkpoint.", metavar="FILE"),
+        typer.Argument(
+            help="An adapter (file or run's folder), or a model as `bake` takes it.", metavar="FILE"
+        ),
     ],
     model: Annotated[
         str | None,
@@ -44,7 +46,9 @@ def verify(
     from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
     from sdd_lora.adapter.formats import looks_like_adapter
     from sdd_lora.checkpoint.layout import read_any_header
+    from sdd_lora.checkpoint.source import locate_file
 
+    file = locate_file(file)
     if file.is_dir():
         is_adapter = is_adapter_folder(file)
     else:
@@ -119,15 +123,15 @@ def _checkpoint(path: Path, adapter: Path | None, base: str | None) -> Result:
 
 def _presence(model: Path, adapter: Any, base: str | None) -> tuple[dict[str, Any], str]:
     """Whether an adapter is in a model: by its record, and with a base by its weights."""
-    from sdd_lora.checkpoint.presence import IN_IT, find
+    from sdd_lora.checkpoint.presence import find
     from sdd_lora.checkpoint.source import locate
 
     found = find(model, adapter, None if base is None else locate(base))
-    present, expected, text = False, 1.0, "not recorded as baked in"
-    if found.recorded is not None:
-        present, expected = True, found.recorded.weight
-        text = f"recorded as baked in at weight {expected:g}"
+    text = "not recorded as baked in"
+    if (known := found.recorded) is not None:
+        other = f" with {known.name}" if known.identity != adapter.identity else ""
+        weight = "an unknown weight" if found.expected is None else f"weight {found.expected:g}"
+        text = f"recorded as baked in{other} at {weight}"
     if found.strength is not None:
-        present = found.strength / expected >= IN_IT
         text += f"; by its weights it is in it at {found.strength:.2f}"
-    return asdict(found) | {"present": present}, text
+    return asdict(found) | {"present": found.present}, text

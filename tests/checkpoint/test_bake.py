@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import checkpoint_models as models
 import numpy as np
@@ -16,6 +17,7 @@ from sdd_lora.checkpoint.arithmetic import Rounding
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.layout import open_checkpoint
 from sdd_lora.checkpoint.presence import chain_of_model, find
+from sdd_lora.checkpoint.undo import unbake
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.safetensors_file import read_header, read_tensors
 
@@ -147,6 +149,19 @@ def test_ema_drop(tmp_path):
                  **{"out": tmp_path / "p.safetensors"} | arguments)  # fmt: skip
 
 
+def test_two_ema_copies_in_one_file_are_both_edited(tmp_path):
+    tensors = models.ldm_tensors(ema=True) | models.ldm_tensors(ema=True, ema_prefix=1)
+    source = models.write(tmp_path / "m.safetensors", tensors)
+    adapters = [(models.adapter(size=0.05), 1.0)]
+    report = bake(source, adapters, out=tmp_path / "o.safetensors")
+    require_exact(source, tmp_path / "o.safetensors", adapters, lambda module: [
+        (key := names.checkpoint_key(module)), *names.ema_keys(key)
+    ])  # fmt: skip
+    assert len(set(report.copies)) == 3
+    report = bake(source, adapters, out=tmp_path / "d.safetensors", ema="drop")
+    assert report.copies == ("unet: weights",) and report.dropped == 2 * 686 + 2
+
+
 def test_an_incomplete_ema_copy_is_no_way_around_the_edit(tmp_path):
     tensors = models.ldm_tensors(ema=True)
     del tensors[names.ema_keys(LDM_K0)[0]]
@@ -192,7 +207,7 @@ def test_provenance_names_adapters_and_survives_a_second_bake(tmp_path):
 
 
 def test_baking_twice_is_refused_by_identity_stack_and_weights(tmp_path):
-    from sdd_lora.adapter.compose import stack
+    from sdd_lora.adapter.compose import resize, stack
 
     source = models.write(tmp_path / "m.safetensors", models.cast(models.ldm_tensors(), "fp16"))
     a, b = models.adapter(size=0.05, name="a"), models.adapter(seed=1, size=0.05, name="b")
@@ -201,8 +216,16 @@ def test_baking_twice_is_refused_by_identity_stack_and_weights(tmp_path):
     for again in (a, Adapter.load(tmp_path / "x.safetensors"), stack([(a, 1.0), (b, 1.0)])):
         with pytest.raises(BadInput, match=r"already, as a at weight 0\.5"):
             bake(tmp_path / "a.safetensors", [(again, 1.0)], out=tmp_path / "aa.safetensors")
-    with pytest.raises(BadInput, match="twice"):
+    with pytest.raises(BadInput, match="given twice"):
         bake(source, [(a, 0.5), (a, 0.5)], out=tmp_path / "aa.safetensors")
+    pair = stack([(a, 1.0), (b, 1.0)])
+    c, d = models.adapter(seed=2, name="c"), models.adapter(seed=3, name="d")
+    for more in (pair, stack([(pair, 0.5), (c, 1.0)]), resize(pair, rank=2).adapter):
+        for given in ((a, more), (more, a), (more, stack([(a, 2.0), (d, 1.0)]))):
+            with pytest.raises(BadInput, match="twice"):
+                bake(source, [(x, 1.0) for x in given], out=tmp_path / "aa.safetensors")
+        with pytest.raises(BadInput, match="already"):
+            bake(tmp_path / "a.safetensors", [(more, 1.0)], out=tmp_path / "aa.safetensors")
 
     tensors, metadata = read_tensors(tmp_path / "a.safetensors")
     metadata.pop(provenance.METADATA_KEY)
@@ -250,6 +273,22 @@ def test_what_does_not_fit_is_refused(tmp_path, change, adapter, named):
     with pytest.raises(BadInput, match=named):
         bake(source, [(adapter, 1.0)], out=tmp_path / "o.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_damaged_weight_is_named(tmp_path, value):
+    tensors = models.ldm_tensors()
+    tensors[LDM_K0] = tensors[LDM_K0].copy()
+    tensors[LDM_K0][3, 5] = value
+    source = models.write(tmp_path / "m.safetensors", tensors)
+    before = source.read_bytes()
+    for how in ({"out": tmp_path / "o.safetensors"}, {"in_place": True}):
+        with pytest.raises(BadInput, match=f"{LDM_K0}: holds NaN"):
+            bake(source, [(models.adapter(), 1.0)], **how)
+    with pytest.raises(BadInput, match="can't be compared"):
+        find(source, models.adapter(), source)
+    assert [p.name for p in tmp_path.iterdir()] == [source.name]
+    assert source.read_bytes() == before
 
 
 def test_outputs_that_stand_in_the_way(tmp_path):
@@ -340,6 +379,20 @@ def test_a_folder_keeps_everything_but_the_unets_tensors(tmp_path):
     assert report.output == tmp_path / "o"
     with pytest.raises(BadInput, match="inside"):
         bake(source, adapters, out=source / "o")
+    with pytest.raises(BadInput, match="expected a folder's name"):
+        bake(source, adapters, out=tmp_path / "o.safetensors")
+
+
+@pytest.mark.parametrize("here", [".", "../unet", ".."])
+def test_the_folder_that_one_is_in(tmp_path, monkeypatch, here):
+    root = models.write_folder(tmp_path / "m")
+    monkeypatch.chdir(root / "unet")
+    model = root if here == ".." else root / "unet"
+    original = (root / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    report = bake(here, [(models.adapter(), 1.0)], in_place=True)
+    assert report.undo.resolve() == model.with_name(f"{model.name}.undo1")
+    unbake(Path(here), report.undo, in_place=True)
+    assert (root / "unet/diffusion_pytorch_model.safetensors").read_bytes() == original
 
 
 def test_text_encoder_parts_land_in_a_folders_text_encoder(tmp_path):
@@ -388,6 +441,27 @@ def test_pickled_weights_of_a_folder(tmp_path):
     assert {k: v.tobytes() for k, v in tensors_of(one).items()} == {
         k: v.tobytes() for k, v in tensors_of(other).items()
     }
+
+
+def test_second_copies_in_a_folder_are_left_out_and_listed(tmp_path):
+    source = models.write_folder(tmp_path / "m")
+    single = models.write(source / "m-pruned.safetensors", models.ldm_tensors())
+    (source / "m.ckpt").write_bytes(b"PK and no more")
+    for name in ("unet/model.onnx", "unet/model.onnx_data", "text_encoder/model.onnx"):
+        (source / name).write_bytes(b"x")
+    models.adapter().save(source / "pytorch_lora_weights.safetensors")
+    vae = {"first_stage_model.x.weight": np.ones(2, np.float32)}
+    models.write(source / "vae.safetensors", vae)
+    adapters = [(models.adapter(), 1.0)]
+    report = bake(source, adapters, out=tmp_path / "o")
+    stale = {single.name, "m.ckpt", "unet/model.onnx", "unet/model.onnx_data"}
+    assert set(report.left_out) == stale
+    for name in stale:
+        assert not (tmp_path / "o" / name).exists()
+    for kept in ("pytorch_lora_weights.safetensors", "vae.safetensors", "text_encoder/model.onnx"):
+        assert (tmp_path / "o" / kept).exists()
+    with pytest.raises(BadInput, match="another copy"):
+        bake(source, adapters, in_place=True)
 
 
 def test_a_hub_caches_links_are_followed(tmp_path):

@@ -85,8 +85,34 @@ def test_bad_input_is_one_line_and_exit_code_2(run, files, tmp_path):
         [model, f"{a}:0", "-o", out],
         [a, a, "-o", out],
         [model, a, "-o", out, "--base", a],
+        [model, a, "-o", out, "--seed", "7"],
+        ["demo", a, "-o", out],
     ):
         done = run("bake", *arguments, code=2)
         assert done.err.startswith("sdd-lora: ") and done.err.count("\n") == 1
         assert not done.out
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_models_by_name_are_verified_and_inspected(run, files, tmp_path, monkeypatch):
+    _, a, _ = files
+    monkeypatch.chdir(tmp_path)
+    done = run("inspect", "demo", "demo-community", "--json")
+    folder, file = json.loads(done.out)["files"]
+    assert (folder["kind"], folder["layout"], file["layout"]) == ("checkpoint", "diffusers", "ldm")
+    absent = run("verify", "demo", "--adapter", a, "--json", code=1)
+    assert not json.loads(absent.out)["presence"]["present"]
+    run("bake", "demo", a, "-o", "baked")
+    found = run("verify", "baked", "--adapter", a, "--base", "demo", "--json").out
+    assert json.loads(found)["presence"]["strength"] == pytest.approx(1, abs=0.05)
+    assert "no such file" in run("verify", "nothing", code=2).err
+    assert "no such file" in run("inspect", "nothing.safetensors", code=2).err
+
+
+def test_a_part_of_a_baked_stack_is_named_with_it(run, files, tmp_path):
+    model, a, b = files
+    pair, out = tmp_path / "pair.safetensors", tmp_path / "o.safetensors"
+    run("stack", f"{a}:0.5", f"{b}:2", "-o", pair)
+    run("bake", model, f"{pair}:0.5", "-o", out)
+    text = run("verify", out, "--adapter", a, "--base", model).out
+    assert "recorded as baked in with pair at weight 0.25" in text
