@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,16 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdd_lora.checkpoint.layout import describe, require_sd1
+from sdd_lora.checkpoint import pickles
+from sdd_lora.checkpoint.layout import Description, describe, require_sd1
 from sdd_lora.checkpoint.source import DEMO_FOLDER, local
+from sdd_lora.checkpoint.stream import as_array, read_bytes
 from sdd_lora.errors import BadInput
+from sdd_lora.safetensors_file import open_input, serialize
 
 #: the UNet of SD 1.x where it differs from diffusers' defaults
 SD1_UNET = {"sample_size": 64, "cross_attention_dim": 768}
+SD1_CHANNELS = 4
 
 
 def fingerprint(unet: UNet2DConditionModel) -> str:
@@ -71,6 +78,23 @@ def ddim(pipeline: StableDiffusionPipeline) -> DDIMScheduler:
     return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 
 
+def require_model(model: str, **parts: Any) -> tuple[Path, Description]:
+    """The file or folder of a MODEL, and what is in it; a hub id's files are downloaded, but those
+    of `parts` that are None.
+
+    Raises BadInput where it is missing, damaged, no Stable Diffusion 1.x, or made for more than
+    prompts.
+    """
+    path = local(model) or _download(model, **parts)
+    found = _require_text_to_image(path)
+    if path.is_dir() and not _has_tokenizer(path / "tokenizer"):
+        raise BadInput(
+            f"{path}: expected tokenizer/ with tokenizer.json, or vocab.json and merges.txt, "
+            "beside unet/ and text_encoder/; another copy of the model has it"
+        )
+    return path, found
+
+
 def unet_config(model: str) -> dict[str, Any]:
     """A MODEL's UNet configuration, as diffusers has it; nothing is downloaded or loaded.
 
@@ -80,7 +104,7 @@ def unet_config(model: str) -> dict[str, Any]:
     path = local(model)
     if path is None:
         return dict(SD1_UNET)
-    require_sd1(path)
+    _require_text_to_image(path)
     if path.is_file():
         source = _configuration_for(path).get("config")
         if source is None:
@@ -98,17 +122,18 @@ def best_device() -> torch.device:
 
 
 def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPipeline:
-    path = local(model) or _download(model, **parts)
-    require_sd1(path)
+    path, found = require_model(model, **parts)
     options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None} | parts
     try:
         if path.is_file():
-            return StableDiffusionPipeline.from_single_file(
-                str(path), **_configuration_for(path), **options
-            )
+            with _of_tensors_alone(path) as plain:
+                return StableDiffusionPipeline.from_single_file(
+                    str(plain), **_configuration_for(path), **options,
+                    disable_mmap=plain != path,  # else it could not be removed everywhere
+                )  # fmt: skip
         return StableDiffusionPipeline.from_pretrained(
             path, requires_safety_checker=False, feature_extractor=None, local_files_only=True,
-            **options,
+            variant=_variant(found), **options,
         )  # fmt: skip
     except Exception as error:
         first = " ".join(str(error).split())[:300]
@@ -118,6 +143,49 @@ def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPi
                 f"had from the hub; go online once, or give a diffusers folder ({first})"
             )
         raise BadInput(f"{path}: can't load it: {first}") from error
+
+
+def _require_text_to_image(path: Path) -> Description:
+    found = require_sd1(path)
+    if found.in_channels != SD1_CHANNELS:
+        kind = "an inpainting model" if found.inpainting else "a model for more than prompts"
+        raise BadInput(
+            f"{path}: expected a text-to-image model, whose UNet takes {SD1_CHANNELS} channels, "
+            f"found {kind} with {found.in_channels}"
+        )
+    return found
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Without these, transformers would make an empty one."""
+    whole = (folder / "tokenizer.json").is_file()
+    return whole or all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+
+
+def _variant(found: Description) -> str | None:
+    """Which weights of a folder to load, where it has none without a variant's name."""
+    labels = [label.removeprefix("sharded ") for label in found.copies]
+    return None if "weights" in labels else labels[0].removeprefix("variant ")
+
+
+@contextmanager
+def _of_tensors_alone(path: Path) -> Iterator[Path]:
+    """A single file that diffusers reads: a legacy one that holds other objects too (a trainer's
+    callbacks), which torch rightly refuses, as a temporary file of the model's tensors."""
+    header = pickles.read_header(path) if pickles.is_pickle(path) else None
+    if header is None or not header.refused:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "model.safetensors"
+        with open_input(path) as file, open(plain, "wb") as output:
+            tensors = {
+                key: as_array(read_bytes(file, header, key), info)
+                for key, info in header.tensors.items() if not key.startswith("model_ema.")
+            }  # fmt: skip
+            output.writelines(serialize(tensors, {"format": "pt"}))
+        del tensors
+        yield plain
 
 
 def _download(model: str, **parts: Any) -> Path:
