@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,34 @@ from sdd_lora.adapter.factors import Factors
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation import before_after
 from sdd_lora.files import atomic_output, sha256_of, write_text
+from sdd_lora.generation.images import processes
 from sdd_lora.model import TrainingParts, load_training_parts
-from sdd_lora.progress import say
+from sdd_lora.progress import say, warn
 from sdd_lora.prompts import embed, join_concepts
 from sdd_lora.recipe import Recipe, parse_override
+from sdd_lora.run_folder import (
+    ADAPTER,
+    CARD,
+    METRICS,
+    PEFT_TWIN,
+    PICTURE,
+    RECIPE,
+    STATE,
+    WEIGHTS,
+    check,
+    claim,
+    held,
+    is_finished,
+    move_in,
+    place_of_new,
+    replacement,
+    require_same,
+    settle,
+    under_way,
+)
 from sdd_lora.safetensors_file import serialize
-from sdd_lora.training.trainer import Embeddings, Report, Trainer
+from sdd_lora.training.trainer import Embeddings, Report, Trainer, memory_advice
 
-ADAPTER, PEFT_TWIN, SIDECAR = "adapter.safetensors", "adapter.peft.safetensors", "adapter.json"
-WEIGHTS = "weights.safetensors"
-CARD, RECIPE, METRICS, PICTURE = "README.md", "recipe.yaml", "metrics.json", "before-after.png"
-STATE, TRACKER_LOGS = "state", "tensorboard"
-_FILES = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, METRICS, RECIPE)
 _VERSIONS_OF = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors",
                 "bitsandbytes", "numpy")  # fmt: skip
 
@@ -44,42 +61,30 @@ def train(
 
     With `parameters: full` there is no adapter: what changed of the UNet is written, in fp32 by
     diffusers' names, and the file's path is returned. `resume` continues an unfinished run of the
-    same recipe; `parts` is a base already loaded, which comes back as it was. Raises BadInput where
-    the folder holds another run, SddLoraError where the training fails, KeyboardInterrupt with
-    advice on Ctrl-C.
+    same recipe; `force` starts over where the folder holds a run, and a finished one stays as it is
+    until the new one is. `parts` is a base already loaded, which comes back as it was. Raises
+    BadInput where the folder holds another run or other files, or another process trains into it;
+    SddLoraError where the training fails, KeyboardInterrupt with advice on Ctrl-C.
     """
-    folder = Path(out_dir)
-    _check(folder, recipe, resume, force)
-    shared = parts is not None
-    parts = parts or load_training_parts(recipe.model)
-    before_after.check(recipe, parts.unet)
-    embeddings = encode(recipe, parts)
-    if not shared:
-        parts.text_encoder = None  # its memory is free for training
-    trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings, folder / STATE / "state.pt")
-    processes = trainer.accelerator
-    try:
-        if processes.is_main_process and not resume:
-            _claim(folder, recipe)
-        processes.wait_for_everyone()
-        if resume:
-            trainer.resume()
-        report = trainer.run()
-        metadata = _metadata(recipe, parts.fingerprint)
-        made = _as_adapter(recipe, trainer, metadata) if recipe.parameters == "lora" else None
-    finally:
-        trainer.roles.remove()
-    if processes.is_main_process:
-        made_by = {"recipe_sha256": recipe.sha256}
-        numbers = _training_numbers(report)
-        if made is None:
-            _finish_weights(trainer.teacher_tensors(), metadata, folder, recipe, made_by, numbers)
-        else:
-            made = _finish(made, folder, recipe, made_by, numbers)
-        if not keep_state:
-            shutil.rmtree(folder / STATE)
-    processes.wait_for_everyone()
-    return folder / WEIGHTS if made is None else made
+    folder, state = Path(out_dir), processes()
+    with held(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            check(folder, recipe, resume, force)
+            _tell_what_is_not_measured(recipe)
+        state.wait_for_everyone()
+        place = (under_way(folder) if resume else None) or place_of_new(folder)
+        made, metadata, report = _trained(recipe, folder, place, resume, parts)
+        if state.is_main_process:
+            made_by, numbers = {"recipe_sha256": recipe.sha256}, _training_numbers(report)
+            if isinstance(made, Adapter):
+                made = _finish(made, place, recipe, made_by, numbers)
+            else:
+                _finish_weights(made, metadata, place, recipe, made_by, numbers)
+            if not keep_state:
+                shutil.rmtree(place / STATE)
+            move_in(folder, place)
+        state.wait_for_everyone()
+    return made if isinstance(made, Adapter) else folder / WEIGHTS
 
 
 def measure(
@@ -89,17 +94,18 @@ def measure(
 
     The folder is written as `train` does, without what only a training knows: the adapter and its
     twin, now with the numbers in their headers, sidecar, card, `metrics.json`, picture. Raises
-    BadInput where the recipe measures nothing, or the folder holds another run.
+    BadInput where the recipe measures nothing, or the folder holds another run or other files.
     """
     folder = Path(out_dir)
-    _check(folder, recipe, resume=False, force=force)
-    if not before_after.wanted(recipe):
-        raise BadInput(f"{recipe.name}: expected a recipe that names prompts to measure with")
-    before_after.check(recipe, load_training_parts(recipe.model).unet)
-    _clear(folder)
-    made_by = {"measured_by": recipe.name, "measured_on": recipe.model}
-    _finish(adapter, folder, recipe, made_by, training={})
-    return dict(json.loads((folder / METRICS).read_text("utf-8")))
+    with held(folder):
+        check(folder, recipe, force=force)
+        if not before_after.wanted(recipe):
+            raise BadInput(f"{recipe.name}: expected a recipe that names prompts to measure with")
+        before_after.check(recipe, load_training_parts(recipe.model).unet)
+        made_by = {"measured_by": recipe.name, "measured_on": recipe.model}
+        with replacement(folder) as place:
+            _finish(adapter, place, recipe, made_by, training={})
+        return dict(json.loads((folder / METRICS).read_text("utf-8")))
 
 
 def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
@@ -118,56 +124,40 @@ def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
     )
 
 
-def _check(folder: Path, recipe: Recipe, resume: bool, force: bool) -> None:
-    """Raises BadInput where the folder is another run's, or finished; writes nothing."""
-    written = folder / RECIPE
-    if resume:
-        if not written.exists():
-            raise BadInput(f"{folder}: holds no run to resume; leave --resume away")
-        _require_same(written, recipe)
-        if not _unfinished(folder):
-            raise BadInput(f"{folder}: holds a finished run; nothing to resume")
-        return
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder}: is a file; expected a folder, or a name for one")
-    if folder.exists() and any(folder.iterdir()) and not force:
-        advice = "add --resume to continue it, " if _unfinished(folder) else ""
-        raise BadInput(f"{folder}: holds another run; {advice}choose another folder or add --force")
+def _trained(
+    recipe: Recipe, folder: Path, place: Path, resume: bool, parts: TrainingParts | None
+) -> tuple[Adapter | dict[str, torch.Tensor], dict[str, Any], Report]:
+    """What came of the training (an adapter, or whole weights by name), what it says of itself, and
+    what it took. The folder's earlier files are touched only when everything else is ready."""
+    shared = parts is not None
+    parts = parts or load_training_parts(recipe.model)
+    before_after.check(recipe, parts.unet)
+    embeddings = encode(recipe, parts)
+    if not shared:
+        parts.text_encoder = None  # its memory is free for training
+    path = place / STATE / "state.pt"
+    with memory_advice(recipe):
+        trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings, path)
+        try:
+            trainer.accelerator.wait_for_everyone()  # all have looked at the folder
+            if trainer.accelerator.is_main_process and not resume:
+                claim(folder, place, recipe)
+            trainer.accelerator.wait_for_everyone()
+            if resume:
+                trainer.resume()
+            report = trainer.run()
+            metadata = _metadata(recipe, parts.fingerprint)
+            if recipe.parameters == "full":
+                return trainer.teacher_tensors(), metadata, report
+            return _as_adapter(recipe, trainer, metadata), metadata, report
+        finally:
+            trainer.roles.remove()
 
 
-def _require_same(written: Path, recipe: Recipe) -> None:
-    if Recipe.load(written).sha256 != recipe.sha256:
-        raise BadInput(
-            f"{written}: belongs to another recipe (or other --set values) than the one given; "
-            "resume with that one, or train into another folder"
-        )
-
-
-def _unfinished(folder: Path) -> bool:
-    """A killed run has its recipe from the first moment on, and its numbers in the last."""
-    return (folder / STATE).exists() or (
-        (folder / RECIPE).exists() and not (folder / METRICS).exists()
-    )
-
-
-def _claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder this recipe's: what an earlier run left in it goes."""
-    _clear(folder)
-    write_text(folder / RECIPE, recipe.to_yaml())
-    (folder / STATE).mkdir()
-
-
-def _clear(folder: Path) -> None:
-    """An empty folder: what an earlier run left in it goes."""
-    earlier = [folder / name for name in _FILES]
-    for path in [*earlier, *folder.glob("before-after*.png")]:
-        path.unlink(missing_ok=True)
-    for name in (STATE, TRACKER_LOGS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{folder}: can't make this folder: {error.strerror}") from error
+def _tell_what_is_not_measured(recipe: Recipe) -> None:
+    prompts = recipe.measure.prompts
+    if (prompts.concept or prompts.kept) and recipe.measure.detector == "none":
+        warn("measure.prompts: nothing is drawn or counted, since measure.detector is none")
 
 
 def _as_adapter(recipe: Recipe, trainer: Trainer, metadata: dict[str, Any]) -> Adapter:
@@ -195,7 +185,8 @@ def _finish(
     adapter: Adapter, folder: Path, recipe: Recipe, made_by: dict[str, Any],
     training: dict[str, Any],
 ) -> Adapter:  # fmt: skip
-    """Write the adapter, measure it as written, write it again with its numbers, and its card."""
+    """Write the adapter, measure it as written, write it again with its numbers, and its card; the
+    metrics last."""
     _write(adapter, folder)
     measured = _measured(recipe, folder, adapter=ADAPTER)
     if measured["measures"]:
@@ -204,8 +195,9 @@ def _finish(
         _write(adapter, folder)
     result = {"adapter": _file_numbers(folder / ADAPTER, adapter.parameters)}
     base = adapter.metadata.get("base", {})
-    metrics = _write_metrics(folder, made_by, base, result, training, measured)
+    metrics = _metrics(made_by, base, result, training, measured)
     write_text(folder / CARD, render_card(adapter, metrics))
+    _write_metrics(folder, metrics)
     return adapter
 
 
@@ -213,7 +205,7 @@ def _finish_weights(
     tensors: dict[str, torch.Tensor], metadata: dict[str, Any], folder: Path, recipe: Recipe,
     made_by: dict[str, Any], training: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write fully trained weights, measure them as written, and write their card."""
+    """Write fully trained weights, measure them as written, write their card; the metrics last."""
     header = {"format": "pt", METADATA_KEY: json.dumps(metadata, ensure_ascii=False)}
     with atomic_output(folder / WEIGHTS) as file:
         for chunk in serialize({name: t.numpy() for name, t in tensors.items()}, header):
@@ -221,8 +213,9 @@ def _finish_weights(
     measured = _measured(recipe, folder, weights=WEIGHTS)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     result = {"weights": _file_numbers(folder / WEIGHTS, parameters)}
-    metrics = _write_metrics(folder, made_by, metadata["base"], result, training, measured)
+    metrics = _metrics(made_by, metadata["base"], result, training, measured)
     write_text(folder / CARD, render_weights_card(metadata, metrics))
+    _write_metrics(folder, metrics)
 
 
 def _measured(
@@ -252,11 +245,11 @@ def _file_numbers(path: Path, parameters: int) -> dict[str, Any]:
     return {"sha256": sha256_of(path), "parameters": parameters, "bytes": path.stat().st_size}
 
 
-def _write_metrics(
-    folder: Path, made_by: dict[str, Any], base: dict[str, Any], result: dict[str, Any],
+def _metrics(
+    made_by: dict[str, Any], base: dict[str, Any], result: dict[str, Any],
     training: dict[str, Any], measured: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    metrics = {
+    return {
         "tool": f"sdd_lora {sdd_lora.__version__}",
         "versions": versions(),
         **made_by,
@@ -265,8 +258,10 @@ def _write_metrics(
         "training": training,
         **measured,
     }
+
+
+def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
     write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    return metrics
 
 
 def _training_numbers(report: Report) -> dict[str, Any]:
@@ -312,19 +307,26 @@ def train_recipes(
     recipes = [Recipe.load(path, overrides) for path in recipe_files(paths)]
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):
-        raise BadInput(f"two recipes have the same name: {', '.join(sorted(names))}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise BadInput(f"recipes of the same name, which would share a folder: {', '.join(twice)}")
     several = len(recipes) > 1
     root = output or Path("runs")
     folders = [root / r.name if several or output is None else root for r in recipes]
+    state = processes()
+    if state.is_main_process:
+        for folder in folders:
+            settle(folder)
+    state.wait_for_everyone()
     todo = []
     for recipe, folder in zip(recipes, folders, strict=True):
-        continues = resume and (not several or _unfinished(folder))
-        if resume and several and not continues and (folder / METRICS).exists():
-            _require_same(folder / RECIPE, recipe)
+        continues = resume and (not several or under_way(folder) is not None)
+        if resume and several and not continues and is_finished(folder):
+            require_same(folder / RECIPE, recipe)
             say(f"{folder}: finished already")
             continue
-        _check(folder, recipe, continues, force)
+        check(folder, recipe, continues, force)
         todo.append((recipe, folder, continues))
+    state.wait_for_everyone()  # all have looked at the folders
     loaded: dict[tuple, TrainingParts] = {}
     for recipe, folder, continues in todo:
         # what training leaves changed in the UNet besides its adapters

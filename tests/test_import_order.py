@@ -11,6 +11,7 @@ ORDER = [
     {"errors"},
     {"files", "progress"},
     {"recipe", "names", "safetensors_file"},
+    {"run_folder"},
     {"adapter"},
     {"checkpoint"},
     {"demo"},  # the embedded models and judge: data, a leaf

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from sdd_lora import Adapter, Recipe, runs, train
 from sdd_lora.checkpoint.source import DEMO_FOLDER
-from sdd_lora.errors import BadInput
+from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.files import sha256_of
 from sdd_lora.model import fingerprint, load_training_parts
+from sdd_lora.run_folder import held
 from sdd_lora.runs import train_recipes
 
 SHORT = """
@@ -88,6 +89,70 @@ def test_a_folder_that_holds_another_run_is_refused(measured):
     with pytest.raises(BadInput, match="finished run; nothing to resume"):
         train(recipe, folder, resume=True)
     assert before == {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def test_a_forced_run_takes_an_earlier_ones_place_whole_or_not_at_all(
+    measured, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(measured[0], tmp_path / "run")
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder)
+    with pytest.raises(SddLoraError, match="the loss is nan"):
+        train(short(optimizer__learning_rate=1e30), folder, force=True)
+    assert contents(folder) == before
+    step = runs.Trainer.step
+
+    def stopped(trainer):
+        if trainer.iteration == 2:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    monkeypatch.setattr(runs.Trainer, "step", stopped)
+    with pytest.raises(KeyboardInterrupt, match="iteration 2 of 3"):
+        train(short(), folder, force=True)
+    monkeypatch.undo()
+    assert contents(folder) == before
+    train(short(), folder, resume=True, keep_state=True)
+    train(short(), tmp_path / "alone")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "adapter.json", "adapter.peft.safetensors", "adapter.safetensors",
+        "metrics.json", "notes.txt", "recipe.yaml", "state",
+    ]  # fmt: skip
+    name = "adapter.safetensors"
+    assert (folder / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    with pytest.raises(BadInput, match="finished run; nothing to resume"):
+        train(short(), folder, resume=True)
+
+
+def test_a_folder_that_holds_other_files_is_not_ours_to_clear(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(BadInput, match="holds other files"):
+        train(short(), tmp_path, force=True)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_two_do_not_train_into_one_folder(tmp_path):
+    with held(tmp_path), pytest.raises(BadInput, match="another process"):
+        train(short(), tmp_path)
+
+
+def test_a_measurement_that_fails_leaves_the_folder_as_it_was(measured, tmp_path, monkeypatch):
+    folder, recipe, adapter = measured
+    folder = shutil.copytree(folder, tmp_path / "run")
+    before = contents(folder)
+
+    def fails(*_):
+        raise BadInput("no such file")
+
+    monkeypatch.setattr(runs.before_after, "measure", fails)
+    for out in (folder, tmp_path / "new"):
+        with pytest.raises(BadInput, match="no such file"):
+            runs.measure(adapter, recipe, out, force=True)
+    assert contents(folder) == before and not (tmp_path / "new").exists()
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
@@ -196,6 +261,28 @@ def test_what_could_not_be_measured_is_refused_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_to_carry_over_to_that_is_not_there_costs_no_training(tmp_path):
+    prompts = {"concept": ["a bomb"]}
+    for wrong in ("nope.safetensors", str(tmp_path)):
+        recipe = short(
+            measure__detector="judge", measure__prompts=prompts, measure__transfer=[wrong]
+        )
+        with pytest.raises(BadInput, match=r"measure\.transfer: "):
+            train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_no_detector_looks_at_are_told(tmp_path, caplog, monkeypatch):
+    def stops(*_):
+        raise BadInput("far enough")
+
+    monkeypatch.setattr(runs, "_trained", stops)
+    for recipe in (short(), short(measure__prompts={"kept": ["a cat"]})):
+        with pytest.raises(BadInput, match="far enough"):
+            train(recipe, tmp_path / "run")
+    assert caplog.text.count("measure.prompts: nothing is drawn") == 1
+
+
 def test_recipes_share_a_base_and_leave_it_as_it_was(tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
@@ -231,10 +318,28 @@ def test_a_matrix_stopped_half_way_goes_on_over_one_base(tmp_path, monkeypatch):
     first = (tmp_path / "out" / "one" / "adapter.safetensors").stat().st_mtime_ns
     with pytest.raises(BadInput, match=r"recipe\.yaml: belongs to another recipe"):
         train_recipes([tmp_path], tmp_path / "out", ["training.seed=1"], resume=True)
+    (tmp_path / "out" / "one" / "state").mkdir()  # as --keep-state leaves it
     resumed = train_recipes([tmp_path], tmp_path / "out", [], resume=True)
     assert [folder.name for folder, _ in resumed] == ["one", "three", "two"]
     assert list(map(adapter, resumed)) == list(map(adapter, whole))
     assert (tmp_path / "out" / "one" / "adapter.safetensors").stat().st_mtime_ns == first
+
+
+def test_memory_that_runs_out_before_the_first_iteration_gives_advice_too(tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(runs, "Trainer", fails)
+    with pytest.raises(SddLoraError, match=r"out of memory.*rollout\.batch=1"):
+        train(short(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_that_two_recipes_share_are_told(tmp_path):
+    for file, name in (("a", "one"), ("b", "two"), ("c", "two")):
+        (tmp_path / f"{file}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
+    with pytest.raises(BadInput, match=r"share a folder: two$"):
+        train_recipes([tmp_path], tmp_path / "out", [])
 
 
 def test_nothing_is_trained_before_all_recipes_are_read(tmp_path):

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sdd_lora.cli.common import Result, verb, weighted
+from sdd_lora.errors import BadInput
 
 
 @verb("measure")
@@ -44,15 +45,23 @@ def measure(
         sdd-lora measure my.safetensors:0.7 --recipe gore.yaml --set model=demo-community -o there
     """
     from sdd_lora import runs
-    from sdd_lora.adapter.adapter import Adapter
+    from sdd_lora.adapter.adapter import Adapter, adapter_file
     from sdd_lora.adapter.compose import stack
     from sdd_lora.cli.tables import measures_table
     from sdd_lora.recipe import Recipe, parse_override
+    from sdd_lora.run_folder import ADAPTER, PEFT_TWIN
 
     settings = Recipe.load(recipe, dict(map(parse_override, changes or [])))
-    parts = [(Adapter.load(path), weight) for path, weight in map(weighted, adapters)]
+    named = [weighted(adapter) for adapter in adapters]
+    for path, _ in named:
+        source = adapter_file(path).resolve()
+        if source in ((output / ADAPTER).resolve(), (output / PEFT_TWIN).resolve()):
+            raise BadInput(f"{source}: is measured and written at once; choose another output")
+    parts = [(Adapter.load(path), weight) for path, weight in named]
     if len(parts) == 1 and parts[0][1] == 1:
         measured = parts[0][0]
+        if name is not None:
+            measured = Adapter(measured.factors, measured.metadata | {"name": name})
     else:
         measured = stack(parts, name or output.name)
     metrics = runs.measure(measured, settings, output, force=force)

@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,12 @@ from sdd_lora.recipe import Optimizer as OptimizerSettings
 from sdd_lora.recipe import Recipe
 from sdd_lora.training import objectives
 from sdd_lora.training.ema import decay_at, update_average
-from sdd_lora.training.memory import is_out_of_memory, keep_freed_memory
+from sdd_lora.training.memory import (
+    is_out_of_memory,
+    keep_freed_memory,
+    peak_bytes,
+    reset_peak,
+)
 from sdd_lora.training.quantised import quantise
 from sdd_lora.training.roles import STUDENT, TEACHER, make_roles
 from sdd_lora.training.rollout import Points, Rollout, generator_for
@@ -33,6 +37,7 @@ from sdd_lora.training.rollout import Points, Rollout, generator_for
 #: bitsandbytes keeps the states of smaller tensors in 32 bits unless told otherwise
 _ALWAYS_8BIT = 1
 _CHECKPOINT_EVERY_S = 30.0
+_CHECKPOINT_EVERY_SAVES = 20  # saving takes at most a twentieth of the time
 _PRESERVE_STREAM = 1 << 32  # keeps the choice of kept prompts apart from the trajectories' noise
 
 
@@ -54,12 +59,13 @@ class Embeddings:
 
 @dataclass
 class Report:
-    """What a finished training took."""
+    """What a finished training took; `peak_bytes` is None where an earlier training in the same
+    process hides it."""
 
     iterations: int
     unet_passes: int
     seconds: float
-    peak_bytes: int
+    peak_bytes: int | None
     final_loss: float
 
 
@@ -69,6 +75,8 @@ class Trainer:
     Everything that a resumed run needs is in `state_dict`; all randomness derives from
     (seed, iteration, global sample index).
     """
+
+    _one_was_here = False  # in this process
 
     def __init__(
         self, recipe: Recipe, unet: UNet2DConditionModel, scheduler: DDIMScheduler,
@@ -87,6 +95,8 @@ class Trainer:
             project_dir=None if state_path is None else state_path.parent.parent,
         )
         self._check_processes()
+        self._peak_is_own = reset_peak() or not Trainer._one_was_here
+        Trainer._one_was_here = True
         device = self.accelerator.device
         if training.base_precision == "nf4":
             quantise(unet, device, DTYPES[training.precision])
@@ -226,22 +236,19 @@ class Trainer:
     # ── the run ──────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> Report:
-        """All iterations left, checkpointed. Raises KeyboardInterrupt with advice on Ctrl-C,
-        SddLoraError with advice where memory runs out."""
+        """All iterations left, checkpointed. Raises KeyboardInterrupt with advice on Ctrl-C."""
         total = self.recipe.training.iterations
         if self.state_path is not None:
             self.accelerator.init_trackers("tensorboard")
         try:
             self._iterate(total)
+        except _InterruptedTwice:
+            raise
         except KeyboardInterrupt:
             self.save_state()
             raise KeyboardInterrupt(
                 f"interrupted at iteration {self.iteration} of {total}; --resume continues"
             ) from None
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise SddLoraError(self._memory_advice()) from error
         self.save_state()
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -249,12 +256,13 @@ class Trainer:
             iterations=total,
             unet_passes=self._total_passes(),
             seconds=self.seconds,
-            peak_bytes=peak_bytes(),
+            peak_bytes=peak_bytes() if self._peak_is_own else None,
             final_loss=sum(self.losses[-20:]) / len(self.losses[-20:]),
         )
 
     def _iterate(self, total: int) -> None:
         started, before, saved = time.monotonic(), self.seconds, time.monotonic()
+        pause = _CHECKPOINT_EVERY_S
         with progress("training", total, self.iteration) as advance, _whole_steps() as interrupted:
             while self.iteration < total:
                 loss = self.step()
@@ -263,11 +271,13 @@ class Trainer:
                 rate = self.iteration / self.seconds
                 advance(1, f"loss {loss:.4f}  {rate:.2f} it/s")
                 self.accelerator.log({"loss": loss}, step=self.iteration)
-                due = time.monotonic() - saved > _CHECKPOINT_EVERY_S
+                due = time.monotonic() - saved > pause
                 due, stop = self._any_process(due, interrupted())
                 if due:
+                    saving = time.monotonic()
                     self.save_state()
                     saved = time.monotonic()
+                    pause = max(_CHECKPOINT_EVERY_S, _CHECKPOINT_EVERY_SAVES * (saved - saving))
                 if stop:
                     raise KeyboardInterrupt
 
@@ -277,26 +287,6 @@ class Trainer:
             return flags
         raised = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
         return tuple(bool(count > 0) for count in self.accelerator.reduce(raised, "sum"))
-
-    def _memory_advice(self) -> str:
-        training, batch = self.recipe.training, self.recipe.rollout.batch
-        parts = 2 * training.gradient_accumulation
-        advice = [
-            (batch > 1, f"rollout.batch={batch // 2} (beside --set "
-             f"training.gradient_accumulation={parts} it learns the same)"),
-            (not training.gradient_checkpointing, "training.gradient_checkpointing=true"),
-            (training.base_precision == "fp32",
-             "training.precision=bf16 --set training.base_precision=bf16"),
-            (training.base_precision in ("bf16", "fp16") and self.recipe.parameters == "lora",
-             "training.base_precision=nf4"),
-            (self.recipe.parameters == "full", "parameters=lora"),
-        ]  # fmt: skip
-        steps = [f"--set {step}" for applies, step in advice if applies]
-        return (
-            f"iteration {self.iteration}: out of memory at {peak_bytes() / 1e9:.1f} GB. "
-            + ("Try, in this order: " + "; ".join(steps) if steps else "Nothing here takes less")
-            + "; or close other programs that hold memory"
-        )
 
     def _total_passes(self) -> int:
         passes = torch.tensor(
@@ -423,6 +413,44 @@ def learning_rate_factor(iteration: int, iterations: int, settings: OptimizerSet
 
 
 @contextmanager
+def memory_advice(recipe: Recipe) -> Iterator[None]:
+    """Where memory runs out in the block: SddLoraError, with what of the recipe to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        steps = [f"--set {step}" for step in _savings(recipe)]
+        advice = f"Try, in this order: {'; '.join(steps)}" if steps else "Nothing here takes less"
+        raise SddLoraError(
+            f"out of memory at {peak_bytes() / 1e9:.1f} GB. {advice}; or close other programs that "
+            "hold memory"
+        ) from error
+
+
+def _savings(recipe: Recipe) -> list[str]:
+    """Changes that take less memory, the cheapest first."""
+    training, batch = recipe.training, recipe.rollout.batch
+    parts = 2 * training.gradient_accumulation
+    savings = {
+        f"rollout.batch={batch // 2} (beside --set training.gradient_accumulation={parts} it "
+        "learns the same)": batch > 1,
+        "training.gradient_checkpointing=true": not training.gradient_checkpointing,
+        "training.precision=bf16 --set training.base_precision=bf16":
+            training.base_precision == "fp32",
+        "optimizer.kind=adamw8bit": recipe.optimizer.kind == "adamw",
+        "training.base_precision=nf4":
+            training.base_precision in ("bf16", "fp16") and recipe.parameters == "lora",
+        "parameters=lora": recipe.parameters == "full",
+    }  # fmt: skip
+    return [change for change, applies in savings.items() if applies]
+
+
+class _InterruptedTwice(KeyboardInterrupt):
+    """Within an iteration, whose state is not to be saved."""
+
+
+@contextmanager
 def _whole_steps() -> Iterator[Callable[[], bool]]:
     """Ctrl-C waits for the iteration under way, so that what is saved is whole: the function that
     this yields says whether it came. A second Ctrl-C doesn't wait, and then nothing is saved."""
@@ -430,7 +458,9 @@ def _whole_steps() -> Iterator[Callable[[], bool]]:
 
     def wait(*_: object) -> None:
         if waiting:
-            raise SddLoraError("interrupted twice; --resume continues from the last checkpoint")
+            raise _InterruptedTwice(
+                "interrupted twice; --resume continues from the last checkpoint"
+            )
         waiting.append(1)
 
     def interrupted() -> bool:
@@ -444,20 +474,6 @@ def _whole_steps() -> Iterator[Callable[[], bool]]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def peak_bytes() -> int:
-    """Peak memory so far: of the CUDA device where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _tracker() -> str | None:

@@ -45,7 +45,8 @@ def measured(way):
     """Peak bytes of one iteration, without what the libraries take."""
     import torch
 
-    from sdd_lora.training.trainer import Embeddings, Trainer, peak_bytes
+    from sdd_lora.training.memory import peak_bytes
+    from sdd_lora.training.trainer import Embeddings, Trainer
     from tests.small import ddim
 
     recipe = recipe_of(way)
@@ -62,7 +63,7 @@ def in_the_authors_manner():
     """Two UNets, gradients for all of the student, AdamW on attn2, EMA over every parameter."""
     import torch
 
-    from sdd_lora.training.trainer import peak_bytes
+    from sdd_lora.training.memory import peak_bytes
     from tests.small import ddim
 
     ddim()

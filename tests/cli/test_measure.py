@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from sdd_lora import runs
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.cli import app
 from tests.adapters import random_adapter
 
 RECIPE = """
@@ -26,6 +29,8 @@ def folder(tmp_path):
     (tmp_path / "r.yaml").write_text(RECIPE)
     random_adapter(strength=0.5, seed=1).save(tmp_path / "a.safetensors")
     random_adapter(strength=0.5, seed=2).save(tmp_path / "b.safetensors")
+    (tmp_path / "run").mkdir()
+    random_adapter(strength=0.5, seed=3).save(tmp_path / "run" / "adapter.safetensors")
     return tmp_path
 
 
@@ -54,10 +59,28 @@ def test_several_are_measured_as_their_sum(folder):
     assert (folder / "both" / "before-after.png").stat().st_size > 1000
 
 
+def test_one_adapter_gets_the_name_too_and_stays_itself(folder, monkeypatch):
+    measured = []
+
+    def note(adapter, *_, **__):
+        measured.append(adapter)
+        return {"measures": []}
+
+    monkeypatch.setattr(runs, "measure", note)
+    arguments = [str(folder / "a.safetensors"), "--recipe", str(folder / "r.yaml"), "-o", "out"]
+    for named in ([], ["--name", "mine"]):
+        done = CliRunner().invoke(app, ["measure", *arguments, *named])
+        assert done.exit_code == 0, done.output
+    assert [adapter.name for adapter in measured] == ["a", "mine"]
+    assert measured[0].identity == measured[1].identity
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a.safetensors", "-o", "."], "holds another run"),
+        (["a.safetensors", "-o", "."], "holds other files"),
+        (["a.safetensors", "-o", ".", "--force"], "holds other files"),
+        (["run", "-o", "run", "--force"], "is measured and written at once"),
         (["gone.safetensors", "-o", "out"], "gone.safetensors"),
         (["a.safetensors", "-o", "out", "--set", "measure.detector=none"], "prompts to measure"),
     ],

@@ -1,7 +1,9 @@
 """The loop: resuming bit for bit, what is trained, what a failure says."""
 
+import mmap
 import os
 import signal
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +13,12 @@ from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.recipe import Optimizer, Recipe
 from sdd_lora.training import trainer as trainer_module
 from sdd_lora.training.roles import STUDENT, TEACHER
-from sdd_lora.training.trainer import Trainer, learning_rate_factor, make_optimizer
+from sdd_lora.training.trainer import (
+    Trainer,
+    learning_rate_factor,
+    make_optimizer,
+    memory_advice,
+)
 from tests.small import ddim, embeddings, small_unet
 
 
@@ -355,38 +362,95 @@ def test_fp16_autocast_trains_fp32_factors():
     assert all(torch.isfinite(t).all() for t in result(trained).values())
 
 
+def raising(error):
+    def fails(*_, **__):
+        raise error
+
+    return fails
+
+
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory."),
-     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+     RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"),
+     MemoryError()],
+    ids=["CUDA", "Linux", "Windows", "MPS", "Python"],
 )  # fmt: skip
 def test_out_of_memory_gives_advice(monkeypatch, error):
     trained = trainer(recipe())
-
-    def fails(*_):
-        raise error
-
-    monkeypatch.setattr(trained, "_estimate", fails)
-    with pytest.raises(SddLoraError) as caught:
+    monkeypatch.setattr(trained, "_estimate", raising(error))
+    with pytest.raises(SddLoraError) as caught, memory_advice(trained.recipe):
         trained.run()
     message = str(caught.value)
-    assert "iteration 0: out of memory" in message
+    assert "out of memory at" in message
     for step in ("--set rollout.batch=1", "training.gradient_accumulation=2",
                  "--set training.gradient_checkpointing=true",
                  "--set training.base_precision=bf16"):  # fmt: skip
         assert step in message
-    assert "parameters=lora" not in message
+    assert "parameters=lora" not in message and "adamw8bit" not in message
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
-    trained = trainer(recipe())
-
-    def fails(*_):
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"), memory_advice(recipe()):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(trained, "_estimate", fails)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        trained.run()
+
+def test_a_second_ctrl_c_leaves_the_last_checkpoint_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "state" / "state.pt"
+    interrupted = trainer(recipe(), path)
+    interrupted.step()
+    interrupted.save_state()
+    before = path.read_bytes()
+
+    def twice(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer_module, "update_average", twice)
+    with pytest.raises(KeyboardInterrupt, match="twice; --resume continues from the last"):
+        interrupted.run()
+    assert path.read_bytes() == before
+
+
+def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    trained = trainer(recipe(training={"iterations": 100}), tmp_path / "state" / "state.pt")
+    now, saved = [0.0], []
+
+    def step():
+        now[0] += 10
+        trained.iteration += 1
+        return 1.0
+
+    def save():
+        saved.append(now[0])
+        now[0] += 5
+
+    monkeypatch.setattr(trained, "step", step)
+    monkeypatch.setattr(trained, "save_state", save)
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: now[0])
+    trained.run()
+    assert saved[0] == 40
+    assert {after - before for before, after in pairwise(saved[:-1])} == {115}  # not the last
+
+
+def test_a_second_training_of_a_process_has_a_peak_of_its_own():
+    """Or none, where the platform can't tell."""
+    size = 400_000_000
+    with mmap.mmap(-1, size) as held:  # a tensor's memory would stay with the process
+        held.write(b"x" * size)
+        first = trainer(recipe(training={"iterations": 1})).run().peak_bytes
+    second = trainer(recipe(training={"iterations": 1})).run().peak_bytes
+    assert first is None or first > size
+    assert second is None or second < first - 0.9 * size
+
+
+def test_where_no_peak_can_be_reset_only_the_first_training_has_one(monkeypatch):
+    monkeypatch.setattr(trainer_module, "reset_peak", lambda: False)
+    monkeypatch.setattr(Trainer, "_one_was_here", False)
+    peaks = [trainer(recipe(training={"iterations": 1})).run().peak_bytes for _ in range(2)]
+    assert peaks[0] > 0 and peaks[1] is None
 
 
 def test_another_number_of_processes_is_bad_input(tmp_path):
