@@ -325,7 +325,6 @@ def parse_strictly(
         root, fields = _read_yaml(text, where)
         if root is None or not isinstance(fields, dict):
             raise BadInput(f"{where}: expected fields such as `concepts:`, found {fields!r:.100}")
-        _refuse_repeated_keys(root, where)
         try:
             return kind.model_validate(prepared(fields))
         except ValidationError as error:
@@ -363,7 +362,10 @@ def _read_yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
-        return root, None if root is None else loader.construct_document(root)
+        if root is None:
+            return None, None
+        _refuse_repeated_keys(root, where)  # before `<<` puts a merged field beside its own
+        return root, loader.construct_document(root)
     except (yaml.YAMLError, ValueError) as error:  # a date or a number that can't be
         raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 

@@ -189,6 +189,11 @@ def test_a_key_that_stands_twice_is_bad_input():
         Recipe.parse(MINIMAL + "concepts: [axe]\n", where="r.yaml")
 
 
+def test_a_field_may_stand_beside_what_is_merged_into_its_section():
+    ema = Recipe.parse(MINIMAL + "ema: {<<: {decay: 0.5, warmup: true}, decay: 0.9}\n").ema
+    assert (ema.decay, ema.warmup) == (0.9, True)
+
+
 def test_a_half_precision_base_needs_that_precision():
     with pytest.raises(BadInput, match="needs precision bf16 too"):
         Recipe.parse(MINIMAL + "training: {base_precision: bf16}\n")
