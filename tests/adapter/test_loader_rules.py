@@ -41,11 +41,12 @@ def bare(adapter: Adapter) -> dict[str, np.ndarray]:
     return {k.removeprefix("unet."): v for k, v in adapter.to_state_dict("peft").items()}
 
 
-def test_diffusers_pipeline_loads_nothing_of_bare_names(tmp_path, caplog):
+def test_diffusers_pipeline_loads_nothing_of_bare_names(tmp_path, caplog, monkeypatch):
     path = tmp_path / "a.safetensors"
     save_file(bare(random_adapter()), path)
     assert who_loads(path) == {"peft"}
     pipe = pipeline()
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     with caplog.at_level(logging.WARNING, logger="diffusers"):
         pipe.load_lora_weights(str(path))
     assert "No LoRA keys associated" in caplog.text
