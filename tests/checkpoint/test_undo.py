@@ -511,8 +511,8 @@ def test_kill_at_random_moments_in_place(tmp_path, source, folder, kind):
     A.save(tmp_path / "a.safetensors", dtype="fp32")
     shutil.copy(source, tmp_path / "other.safetensors")
     original = contents(model)
-    bake(model, [(A, 1.0)], out=tmp_path / "o.safetensors")
-    baked = tensors_in(tmp_path / "o.safetensors")
+    bake(model, [(A, 1.0)], out=tmp_path / f"o{model.suffix}")
+    baked = tensors_in(tmp_path / f"o{model.suffix}")
     rng = random.Random(kind)
     for _ in range(ROUNDS):
         arguments = [str(model), str(tmp_path / "a.safetensors"), "{'in_place': True}"]
@@ -534,11 +534,11 @@ def test_kill_at_random_moments_in_place(tmp_path, source, folder, kind):
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_kill_at_random_moments_while_a_copy_is_written(tmp_path, source, folder, kind):
     model = source if kind == "file" else folder
-    out = tmp_path / ("o.safetensors" if kind == "file" else "o")
+    out = tmp_path / f"o{model.suffix}"
     A.save(tmp_path / "a.safetensors", dtype="fp32")
     original = contents(model)
-    bake(model, [(A, 1.0)], out=tmp_path / "whole.safetensors")
-    whole = contents(tmp_path / "whole.safetensors")
+    bake(model, [(A, 1.0)], out=tmp_path / f"whole{model.suffix}")
+    whole = contents(tmp_path / f"whole{model.suffix}")
     rng = random.Random(kind)
     for n in range(ROUNDS):
         arguments = f"{{'out': {str(out)!r}, 'force': {n % 2 == 1}}}"
