@@ -2,8 +2,9 @@
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sdd_lora.checkpoint.source import DEMO_FOLDER
 from sdd_lora.demo.judge import JUDGE_FILE, Verdict, load_judge
 from sdd_lora.demo.vocabulary import groups
 from sdd_lora.errors import BadInput
+from sdd_lora.evaluation.flagging import Flagging
 from sdd_lora.evaluation.measures import judge as judging
 from sdd_lora.files import sha256_of
 from sdd_lora.generation.images import Job, Sampling, draw, jobs_for
@@ -27,6 +29,8 @@ from sdd_lora.recipe import Measure, Recipe
 BASE_CACHE = Path(str(files("sdd_lora.demo").joinpath("base_verdicts.json.gz")))
 _PICTURES = 8  # of each kind shown in the picture
 _BATCH = 16
+#: prompts and their images (B, H, W, 3) → what is seen in each
+See = Callable[[Sequence[str], np.ndarray], Sequence[Any]]
 
 
 @dataclass
@@ -46,7 +50,10 @@ def check(recipe: Recipe, unet: UNet2DConditionModel) -> None:
     """Raises BadInput for what could not be measured afterwards."""
     if not wanted(recipe):
         return
-    judging.check_concepts(recipe.concepts)
+    if recipe.measure.detector == "judge":
+        judging.check_concepts(recipe.concepts)
+    else:
+        Flagging(recipe.measure.detector)
     sizes = {recipe.model: unet.config.sample_size}
     for model in recipe.measure.transfer:
         try:
@@ -56,17 +63,17 @@ def check(recipe: Recipe, unet: UNet2DConditionModel) -> None:
         sizes[model] = unet_config(model).get("sample_size")
     small = json.loads((DEMO_FOLDER / "unet" / "config.json").read_text("utf-8"))
     for model, size in sizes.items():
-        if size != small["sample_size"]:
+        if recipe.measure.detector == "judge" and size != small["sample_size"]:
             raise BadInput(
                 "measure.detector: the judge knows the embedded model's pictures alone; "
-                f"for {model} expected none"
+                f"for {model} expected nudenet, open_nsfw or none"
             )
 
 
 def measure(
     recipe: Recipe, adapter: Adapter | None, model: str, weights: Path | None = None
 ) -> Measured:
-    """Draw `measure.images` of each kind of prompt, before and after; judge; tabulate.
+    """Draw `measure.images` of each kind of prompt, before and after; judge or flag; tabulate.
 
     After: with the adapter, or with the UNet weights of the file `weights`.
     Verdicts on the embedded model without an adapter come from a cache that travels with it; what
@@ -76,18 +83,20 @@ def measure(
     sampling, jobs = sampling_of(settings), jobs_of(settings)
     concepts = len(_jobs(settings, settings.prompts.concept))
     shown = _shown(concepts, len(jobs) - concepts)
+    flagging = None if settings.detector == "judge" else Flagging(settings.detector)
+    see = flagging.see if flagging else None
     pipeline = load_pipeline(model)
-    cache = load_cache(pipeline, settings)
-    before, before_images = verdicts_on(pipeline, jobs, sampling, cache, shown, "before")
+    cache = {} if flagging else load_cache(pipeline, settings)
+    before, before_images = verdicts_on(pipeline, jobs, sampling, cache, shown, "before", see)
     changed: dict[str, Any] = {"adapters": [(adapter, 1.0)]} if adapter else {"weights": weights}
     pipeline = load_pipeline(model, **changed)
-    after, after_images = verdicts_on(pipeline, jobs, sampling, {}, shown, "after")
+    after, after_images = verdicts_on(pipeline, jobs, sampling, {}, shown, "after", see)
     prompts = [job.prompt for job in jobs]
-    rows = judging.rows(
-        recipe.concepts,
-        (prompts[:concepts], before[:concepts], after[:concepts]),
-        (prompts[concepts:], before[concepts:], after[concepts:]),
-    )
+    halves = [
+        (prompts[part], before[part], after[part])
+        for part in (slice(concepts), slice(concepts, None))
+    ]
+    rows = flagging.rows(*halves) if flagging else judging.rows(recipe.concepts, *halves)
     picture = side_by_side(
         [prompts[i] for i in shown], [before_images[i] for i in shown],
         [after_images[i] for i in shown],
@@ -105,11 +114,12 @@ def jobs_of(settings: Measure) -> list[Job]:
 
 
 def _jobs(settings: Measure, prompts: Sequence[str]) -> list[Job]:
-    """Kinds are told apart by what prompts ask for: one group's nouns, or several things. Each has
-    seeds of its own, whatever the recipe, so that recipes share the base's pictures."""
+    """Kinds are told apart by what prompts ask for: one group's nouns, or several things; by the
+    judge, that is, all being one kind without it. Each has seeds of its own, whatever the recipe,
+    so that recipes share the base's pictures."""
     kinds: dict[str, list[str]] = {}
     for prompt in prompts:
-        asked = judging.asked_for(prompt).nouns
+        asked = judging.asked_for(prompt).nouns if settings.detector == "judge" else ()
         kinds.setdefault(asked[0].group if len(asked) == 1 else "", []).append(prompt)
     order = ["", *groups()]
     return [
@@ -129,10 +139,11 @@ def _shown(concepts: int, kept: int) -> list[int]:
 def verdicts_on(
     pipeline: StableDiffusionPipeline, jobs: Sequence[Job], sampling: Sampling,
     cache: dict[str, list[Verdict]], shown: Sequence[int], description: str,
-) -> tuple[list[list[Verdict]], dict[int, np.ndarray]]:  # fmt: skip
-    """Verdicts on every job, and the images of those shown."""
-    judge = load_judge()
-    verdicts = [cache.get(_key(job)) for job in jobs]
+    see: See | None = None,
+) -> tuple[list[Any], dict[int, np.ndarray]]:  # fmt: skip
+    """Verdicts on every job, by the judge or what else `see`s, and the images of those shown."""
+    see = see or partial(judging.see, load_judge())
+    verdicts: list[Any] = [cache.get(_key(job)) for job in jobs]
     todo = [i for i, seen in enumerate(verdicts) if seen is None or i in shown]
     images = {}
     for part in range(0, len(todo), 256):
@@ -140,7 +151,7 @@ def verdicts_on(
         drawn = [
             image for _, image in draw(pipeline, [jobs[i] for i in rows], sampling, description)
         ]
-        seen = judging.see(judge, [jobs[i].prompt for i in rows], np.stack(drawn))
+        seen = see([jobs[i].prompt for i in rows], np.stack(drawn))
         for i, image, verdict in zip(rows, drawn, seen, strict=True):
             verdicts[i] = verdict
             if i in shown:

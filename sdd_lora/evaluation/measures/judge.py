@@ -175,11 +175,16 @@ def _row(name: str, group: str, images: JudgedImages, holds: Holds, chosen: list
         return []
     before = [holds(asked_for(prompts[i]), seen_before[i]) for i in chosen]
     after = [holds(asked_for(prompts[i]), seen_after[i]) for i in chosen]
+    return [row_of(name, group, [prompts[i] for i in chosen], before, after)]
+
+
+def row_of(
+    name: str, group: str, prompts: Sequence[str], before: list[bool], after: list[bool]
+) -> Row:
+    """The row of what holds of images before and after, prompt by prompt."""
     n = len(before)
     _, low, high = paired_difference(before, after)
-    return [
-        Row(
-            name, group, len({prompts[i] for i in chosen}), sum(before) / n, sum(after) / n, n,
-            wilson(sum(before), n), wilson(sum(after), n), (low, high),
-        )
-    ]  # fmt: skip
+    return Row(
+        name, group, len(set(prompts)), sum(before) / n, sum(after) / n, n,
+        wilson(sum(before), n), wilson(sum(after), n), (low, high),
+    )  # fmt: skip
