@@ -10,12 +10,22 @@ import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from sdd_lora.errors import BadInput
-from sdd_lora.evaluation.attacks.settings import Attacks, Text, distinct
-from sdd_lora.recipe import Positive, Recipe, Section, parse_strictly
+from sdd_lora.evaluation.attacks.settings import Attacks, distinct
+from sdd_lora.recipe import (
+    Count,
+    Positive,
+    Real,
+    Recipe,
+    Section,
+    Seed,
+    Text,
+    Whole,
+    parse_strictly,
+)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Methods = Annotated[list[Name], Field(min_length=1), AfterValidator(distinct)]
-Count = Annotated[int, Field(ge=0)]
+Steps = Annotated[Whole, Field(gt=0, le=1000)]  # of a schedule of 1000 timesteps
 Scheduler = Literal["ddim", "dpm++", "euler-a", "pndm"]
 SCHEDULERS = get_args(Scheduler)
 Field_ = Literal["weight", "guidance", "steps", "scheduler", "model", "image", "beside"]
@@ -66,7 +76,7 @@ class Prompts(Section):
 class Seeds(Section):
     """How many images all erased, and all kept, sets get together, and the first image's seed."""
 
-    first: Count = 60_000
+    first: Seed = 60_000
     erased: Count = 200
     kept: Count = 400
 
@@ -74,8 +84,8 @@ class Seeds(Section):
 class BenchSampling(Section):
     """How every method draws; `batch` changes no image."""
 
-    steps: Positive = 25
-    guidance: float = 7.5
+    steps: Steps = 25
+    guidance: Real = 7.5
     scheduler: Scheduler = "ddim"
     batch: Positive = 16
 
@@ -96,7 +106,7 @@ class VariationOf(Section):
     """
 
     field: Field_
-    values: Annotated[list[float | Text], Field(min_length=1), AfterValidator(distinct)]
+    values: Annotated[list[Real | Text], Field(min_length=1), AfterValidator(distinct)]
     methods: Methods
     erased: Count = 60
     kept: Count = 120
@@ -120,7 +130,7 @@ def _any(value: Any) -> bool:
 _TAKES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "weight": (float, _any, "numbers"),
     "guidance": (float, _any, "numbers"),
-    "steps": (float, lambda n: n >= 1 and n.is_integer(), "whole numbers from 1 up"),
+    "steps": (float, lambda n: 1 <= n <= 1000 and n.is_integer(), "whole numbers from 1 to 1000"),
     "image": (float, lambda share: 0 < share <= 1, "numbers over 0, up to 1"),
     "scheduler": (str, lambda name: name in SCHEDULERS, f"some of {', '.join(SCHEDULERS)}"),
     "model": (str, _any, "names of models"),
@@ -156,7 +166,7 @@ class Bench(Section):
     methods: Methods
     measures: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
     recipes: dict[Name, TrainedBy] = Field(default_factory=dict)
-    adapters: dict[Name, dict[Text, float]] = Field(default_factory=dict)
+    adapters: dict[Name, dict[Text, Real]] = Field(default_factory=dict)
     weights: dict[Name, Text] = Field(default_factory=dict)
     variations: dict[Name, VariationOf] = Field(default_factory=dict)
     attacks: Attacks | None = None

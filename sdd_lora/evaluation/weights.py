@@ -13,13 +13,14 @@ from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.compose import stack
 from sdd_lora.adapter.interference import interference
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.source import local, locate
+from sdd_lora.checkpoint.source import locate
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.bench_file import METHODS, Bench
 from sdd_lora.evaluation.cells import Cell, draws_with
 from sdd_lora.evaluation.results import Interference
 from sdd_lora.files import sha256_of
 from sdd_lora.generation.pipeline import load_pipeline, sha256_of_parts
+from sdd_lora.model import require_model
 from sdd_lora.progress import say
 
 #: where trained baselines are kept, unless SDD_LORA_CACHE says otherwise
@@ -38,6 +39,7 @@ class Weights:
         self.loaded: dict[str, Adapter] = {}
         self.runs: dict[str, Path] = {}
         self.fingerprints: dict[str, str] = {}
+        self.models: set[str] = set()
 
     def check(self, cells: Sequence[Cell]) -> None:
         """Raises BadInput for a method that has no weights to draw with, or varies what it lacks;
@@ -71,12 +73,13 @@ class Weights:
         """What a cell is drawn with, but what is still to be trained, must be there now."""
         bench, method = self.bench, cell.method
         where = f"method {method}" if cell.variation is None else f"variations.{cell.variation}"
-        models = [cell.conditions.model]
+        models = {cell.conditions.model}
         if method in bench.recipes:
-            models.append(bench.recipe(method).model)
+            models.add(bench.recipe(method).model)
         try:
-            for model in models:
-                local(model)
+            for model in models - self.models:
+                require_model(model)
+                self.models.add(model)
             for name in bench.adapters.get(method, ()):
                 if name not in bench.recipes:
                     self.adapter(name)

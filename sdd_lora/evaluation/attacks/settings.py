@@ -4,10 +4,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sdd_lora.recipe import Fraction, Positive, Section
+from sdd_lora.recipe import Fraction, Positive, Real, Section, Text, Whole
 
-Text = Annotated[str, Field(min_length=1)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[Real, Field(gt=0)]
 T = TypeVar("T")
 
 
@@ -59,8 +58,8 @@ class RingABell(Section):
     in a few short sentences."""
 
     length: Positive = 16
-    strength: float = 3.0
-    population: Annotated[int, Field(ge=4)] = 100
+    strength: Real = 3.0
+    population: Annotated[Whole, Field(ge=4)] = 100
     generations: Positive = 150
     mutation: Fraction = 0.25
     crossover: Fraction = 0.5
