@@ -1,5 +1,6 @@
 """What every verb shares: --json, --debug, -q, exit codes."""
 
+import errno
 import functools
 import inspect
 import json
@@ -9,11 +10,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
+from sdd_lora import __version__
 from sdd_lora.errors import BadInput, SddLoraError
 
 app = typer.Typer(
@@ -33,6 +36,23 @@ _QUIET_LIBRARIES = {
     "DIFFUSERS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",
 }
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sdd-lora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None: ...
 
 
 @dataclass
@@ -60,6 +80,7 @@ def verb(name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
             _set_up_logging(quiet, debug)
             try:
                 result = function(**arguments)
+                _print(result, json_output)
             except KeyboardInterrupt as error:
                 _fail(str(error) or "interrupted", EXIT_INTERRUPTED, debug)
             except SddLoraError as error:
@@ -67,9 +88,8 @@ def verb(name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
             except typer.Exit:
                 raise
             except Exception as error:
-                _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, debug)
+                _fail(*_told(error), debug)
             else:
-                _print(result, json_output)
                 raise typer.Exit(result.exit_code)
 
         signature = inspect.signature(function)
@@ -87,10 +107,40 @@ def verb(name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
     return decorate
 
 
+def speaks() -> bool:
+    """Of the processes that torchrun started, is this the one that prints? The others fall silent,
+    but for warnings."""
+    from sdd_lora.generation.images import processes
+
+    is_main = bool(processes().is_main_process)
+    if not is_main:
+        logging.getLogger("sdd_lora").setLevel(logging.WARNING)
+    return is_main
+
+
 def _print(result: Result, as_json: bool) -> None:
     text = json.dumps(result.data, indent=2, ensure_ascii=False) if as_json else result.text
-    if text:
+    if not text:
+        return
+    try:
         print(text, flush=True)
+    except OSError as error:
+        _drop_stdout()
+        raise SddLoraError(f"stdout: the result can't be written: {error.strerror}") from error
+
+
+def _drop_stdout() -> None:
+    """Python would try once more at its end to write what could not be written."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """What to say of an error that nobody has put into words, and the exit code."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        shown = str(error.filename)[:40]
+        return f"{shown}…: no such file or folder: too long a name", BadInput.exit_code
+    return f"{type(error).__name__}: {error} (--debug shows where)", 1
 
 
 def _fail(message: str, exit_code: int, debug: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sdd_lora.cli.common import Result, verb
+from sdd_lora.cli.common import Result, speaks, verb
 
 
 class DemoRecipe(str, Enum):
@@ -69,7 +69,10 @@ def demo(
         changes.append(f"measure.images={images}")
     path = packaged_recipe(f"demo/{recipe.value}")
     folder = output or Path("runs") / f"demo-{recipe.value}"
+    speaker = speaks()
     ((folder, metrics),) = train_recipes([path], folder, changes, resume=resume, force=force)
+    if not speaker:
+        raise typer.Exit
     text = (
         f"{measures_table(metrics)}\n\nadapter  {folder / 'adapter.safetensors'} "
         f"({metrics['adapter']['bytes'] / 1000:.0f} kB, "

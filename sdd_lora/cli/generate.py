@@ -1,14 +1,21 @@
 """`sdd-lora generate`."""
 
-import logging
+import math
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdd_lora.cli.common import Result, verb, weighted
+from sdd_lora.cli.common import Result, speaks, verb, weighted
 from sdd_lora.errors import BadInput
+
+if TYPE_CHECKING:
+    from sdd_lora.generation.images import Job
+
+#: torch takes seeds of 64 bits
+_SEEDS = 2**63
 
 
 class Scheduler(str, Enum):
@@ -98,22 +105,22 @@ def generate(
     adapters = [weighted(a) for a in adapter or []]
 
     from sdd_lora.files import sha256_of
-    from sdd_lora.generation.images import Sampling, check_sampling, jobs_of, processes
+    from sdd_lora.generation.images import Sampling, check_sampling, jobs_of
     from sdd_lora.generation.images import generate as draw_images
-    from sdd_lora.generation.pipeline import load_adapters, load_pipeline
+    from sdd_lora.generation.pipeline import load_adapters, load_pipeline, sha256_of_parts
 
     sampling = Sampling(
         steps, guidance, scheduler.value, method, concept, batch, width=width, height=height
     )
     jobs = jobs_of(texts, images, seed)
+    _check_numbers(guidance, jobs)
     check_sampling(sampling, jobs)
-    is_main = processes().is_main_process
-    if not is_main:
-        logging.getLogger("sdd_lora").setLevel(logging.WARNING)  # one process speaks for all
+    speaker = speaks()
     loaded = load_adapters(adapters)
     pipeline = load_pipeline(model, loaded, weights=weights)
     settings = {
         "model": model,
+        "parts": sha256_of_parts(pipeline),
         "adapters": [
             {"adapter": name, "weight": w, "identity": a.identity}
             for (name, w), (a, _) in zip(adapters, loaded, strict=True)
@@ -121,7 +128,17 @@ def generate(
         "weights": None if weights is None else sha256_of(weights),
     }
     drawn = draw_images(pipeline, jobs, sampling, output, settings)
-    if not is_main:
+    if not speaker:
         raise typer.Exit
     text = f"{drawn} images drawn, {len(jobs)} in {output}"
     return Result({"folder": str(output), "images": len(jobs), "drawn": drawn}, text)
+
+
+def _check_numbers(guidance: float, jobs: "Sequence[Job]") -> None:
+    """Raises BadInput for a guidance that is no number, and seeds that no generator takes."""
+    for scale in {guidance, *(job.guidance for job in jobs if job.guidance is not None)}:
+        if not math.isfinite(scale):
+            raise BadInput(f"guidance: expected a finite number, found {scale}")
+    highest = max(job.seed for job in jobs)
+    if highest >= _SEEDS:
+        raise BadInput(f"seeds: expected less than 2^63, found {highest}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sdd_lora.cli.common import Result, verb
+from sdd_lora.cli.common import Result, speaks, verb
 
 
 @verb("train")
@@ -35,7 +35,8 @@ def train(
     """Train safety adapters by recipe, measure them, and write their cards.
 
     Ctrl-C (or a crash) leaves a run that --resume continues. Several recipes run one after another
-    over one loaded base, and end in a summary.
+    over one loaded base, and end in a summary. With --force a finished run stays until the new one
+    is whole.
 
     Examples:
 
@@ -44,11 +45,17 @@ def train(
         sdd-lora train recipes/demo -o runs --set training.iterations=50
 
         sdd-lora train recipes/demo/gore.yaml --resume
+
+    Several processes share each recipe's trajectories:
+    `torchrun --nproc-per-node 2 -m sdd_lora train …`.
     """
     from sdd_lora.cli.tables import measures_table, runs_table
     from sdd_lora.runs import train_recipes
 
+    speaker = speaks()
     finished = train_recipes(recipes, output, changes or [], resume, keep_state, force)
+    if not speaker:
+        raise typer.Exit
     if len(finished) == 1:
         folder, metrics = finished[0]
         text = f"{folder}\n{measures_table(metrics)}"

@@ -321,6 +321,10 @@ def _savings(recipe: Recipe) -> list[tuple[dict[str, Any], str]]:
             {"training.precision": half, "training.base_precision": half},
             f"the base is rounded to {half}; faster where the card computes in it",
         ))  # fmt: skip
+    if recipe.optimizer.kind == "adamw":
+        savings.append((
+            {"optimizer.kind": "adamw8bit"}, "the optimizer's averages are rounded to 8 bits"
+        ))  # fmt: skip
     if training.base_precision != "nf4" and recipe.parameters == "lora":
         savings.append((
             {"training.base_precision": "nf4"},

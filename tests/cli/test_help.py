@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-VERBS = ["demo", "train", "plan", "inspect", "verify", "convert", "resize", "stack", "extract",
-         "bake", "unbake", "generate", "evaluate", "report", "push", "pull"]  # fmt: skip
+import sdd_lora
+
+VERBS = ["demo", "train", "measure", "plan", "inspect", "verify", "convert", "resize", "stack",
+         "extract", "bake", "unbake", "generate", "evaluate", "report", "push", "pull"]  # fmt: skip
 
 
 def run(*arguments):
@@ -34,6 +36,10 @@ def test_every_verb_teaches(verb):
     done = run(verb, "--help")
     assert done.returncode == 0
     assert "Examples" in done.stdout and "--json" in done.stdout
+
+
+def test_the_version_is_told():
+    assert run("--version").stdout == f"sdd-lora {sdd_lora.__version__}\n"
 
 
 def test_an_unknown_verb_is_bad_input():

@@ -71,7 +71,7 @@ def test_one_adapter_gets_the_name_too_and_stays_itself(folder, monkeypatch):
     for named in ([], ["--name", "mine"]):
         done = CliRunner().invoke(app, ["measure", *arguments, *named])
         assert done.exit_code == 0, done.output
-    assert [adapter.name for adapter in measured] == ["a", "mine"]
+    assert [adapter.name for adapter in measured] == ["random", "mine"]
     assert measured[0].identity == measured[1].identity
 
 

@@ -3,8 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from sdd_lora.checkpoint.source import COMMUNITY_FILE
+from sdd_lora.cli import app
 
 RECIPE = """
 name: short
@@ -49,6 +55,44 @@ def test_train_then_generate_with_the_adapter(tmp_path):
     assert settings["adapters"][0]["weight"] == 0.5
 
 
+def test_images_of_a_model_that_changed_since_are_not_taken_for_its_own(tmp_path):
+    path, out = tmp_path / "m.safetensors", tmp_path / "out"
+    tensors = load_file(COMMUNITY_FILE)
+    save_file(tensors, path)
+    command = ["generate", str(path), "--prompt", "a cat", "--steps", "1", "-o", str(out)]
+    for drawn in (1, 0):
+        done = CliRunner().invoke(app, [*command, "--json"])
+        assert json.loads(done.stdout)["drawn"] == drawn
+    key = next(key for key in tensors if key.startswith("first_stage_model.decoder"))
+    save_file(tensors | {key: 2 * tensors[key]}, path)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and "another run (parts differ)" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
+def test_of_several_processes_one_prints_the_result(tmp_path):
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "sdd_lora", "train", "r.yaml", "-o", "run"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("not measured") == 1
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_result_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sdd_lora", "inspect", COMMUNITY_FILE],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "sdd-lora: stdout: the result can't be written: No space left on device\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -56,6 +100,11 @@ def test_train_then_generate_with_the_adapter(tmp_path):
         (["train", "r.yaml", "--set", "lora.rank=none"], "lora.rank"),
         (["train", "r.yaml", "--set", "model=gone/at/all"], "no such file or folder"),
         (["train", "r.yaml", "--resume"], "no run to resume"),
+        (["train", "r.yaml", "--resume", "--force"], "expected one of them"),
+        (["train", "r.yaml", "-o", "x" * 300], "too long a name"),
+        (["generate", "x" * 300, "--prompt", "x", "-o", "out"], "too long a name"),
+        (["generate", "demo", "--prompt", "x", "-o", "out", "--guidance", "nan"], "finite number"),
+        (["generate", "demo", "--prompt", "x", "-o", "out", "--seed", 2**64], "less than 2^63"),
         (["generate", "demo", "-o", "out"], "no prompt"),
         (["generate", "demo", "--prompt", "x", "--adapter", "gone:2", "-o", "out"], "gone"),
         (["generate", "demo", "--prompt", "x", "--method", "neg", "-o", "out"], "--concept"),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sdd_lora.cli.tables import runs_table
+from sdd_lora.cli.tables import measures_table, runs_table
 
 
 def metrics(*measures, passes=1234, seconds=90.0):
@@ -13,6 +13,11 @@ def metrics(*measures, passes=1234, seconds=90.0):
         ],
         "training": {"unet_passes": passes, "seconds": seconds},
     }
+
+
+def test_what_a_measurement_takes_is_told_where_there_was_none():
+    told = measures_table({"measures": []})
+    assert "measure.prompts" in told and "measure.detector" in told
 
 
 def test_several_runs_are_summed_up_in_a_row_each():
