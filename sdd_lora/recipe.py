@@ -280,12 +280,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "demo": {
         "objective": {"variant": "reference"},
-        "preserve": {"weight": 4.0},
+        "preserve": {"weight": 2.5},
         "ema": {"decay": 0.96, "warmup": True},
-        "optimizer": {"learning_rate": 4.0e-3},
-        "rollout": {"steps": 10, "batch": 4, "prompts": 3},
-        "training": {"iterations": 150},
-        "measure": {"detector": "judge", "images": 24, "guidance": 3.0},
+        "optimizer": {"learning_rate": 5.0e-3},
+        "rollout": {"steps": 10, "points": 2, "batch": 4, "prompts": 3},
+        "training": {"iterations": 180},
+        "measure": {"detector": "judge", "images": 16, "guidance": 3.0},
     },
 }  # fmt: skip
 

@@ -43,6 +43,7 @@ from sdd_lora.checkpoint.stream import (
     pad_header,
     read_at,
     read_bytes,
+    start_writing,
     write_at,
 )
 from sdd_lora.checkpoint.undo import (
@@ -366,7 +367,9 @@ class _Job:
             info = edits.header.tensors[key]
             data = read_bytes(source, edits.header, key)
             after, tally = edit(key, data, info, Delta.of(parts), self.rounding)
-            write_at(target, output.data_start + output.tensors[key].start, after)
+            position = output.data_start + output.tensors[key].start
+            write_at(target, position, after)
+            start_writing(target, position, len(after))
             change = Change(
                 module, edits.path, key, info.dtype, tally.intended, tally.realised, tally.error
             )
@@ -421,7 +424,6 @@ class _Job:
             with _workers() as pool:
                 edited = self._start_editing(pool, edits, file, file, header)
                 before, after = self._tell(edits, file, edited)
-            _sync(file)
             baking = Baking(
                 self.baked, _name(self.rounding), self.ema, before=before, after=after, rest=rest
             )
@@ -429,14 +431,16 @@ class _Job:
             metadata = provenance.metadata_with(header, chain)
             head = encode_header(header.tensors, metadata, like=header.data_start)
             text = head[8:].rstrip(b" ")
-            if 8 + len(text) <= header.data_start:
+            fits = 8 + len(text) <= header.data_start
+            if fits:
                 head = pad_header(text, header.data_start)
-            elif not insert_room(file, len(head) - header.data_start):
-                provenance.write_sidecar(edits.path, chain, next(iter(edits.parts)))
-                return
-            write_at(file, 0, head)
-            _sync(file)
-        provenance.sidecar_of(edits.path).unlink(missing_ok=True)
+            if inside := fits or insert_room(file, len(head) - header.data_start):
+                write_at(file, 0, head)
+            _sync(file)  # once: until the journal goes, no order matters
+        if inside:
+            provenance.sidecar_of(edits.path).unlink(missing_ok=True)
+        else:
+            provenance.write_sidecar(edits.path, chain, next(iter(edits.parts)))
 
 
 @contextmanager
@@ -493,8 +497,8 @@ def _move(source: Path, target: Path) -> None:
         with open(source, "rb") as kept, atomic_output(target) as moved:
             shutil.copyfileobj(kept, moved, 1 << 20)
         source.unlink()
-    sync_folder(target.parent)
-    sync_folder(source.parent)
+    for folder in {target.parent, source.parent}:
+        sync_folder(folder)
 
 
 def _sync(file: BinaryIO) -> None:

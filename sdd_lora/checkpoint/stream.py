@@ -96,7 +96,7 @@ def copy_range(source: BinaryIO, target: BinaryIO, segment: Segment) -> None:
         )
         if moved == 0:
             raise BadInput(f"{source.name}: truncated while it was read")
-        _start_writing(target, segment.target + done, moved)
+        start_writing(target, segment.target + done, moved)
         done += moved
 
 
@@ -113,7 +113,7 @@ def _copy_some(source: BinaryIO, target: BinaryIO, start: int, to: int, size: in
     return len(block)
 
 
-def _start_writing(target: BinaryIO, start: int, size: int) -> None:
+def start_writing(target: BinaryIO, start: int, size: int) -> None:
     """Have the disk begin, where it would wait until a tenth of the memory is full of new data."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(target.fileno(), start, size, os.POSIX_FADV_DONTNEED)
