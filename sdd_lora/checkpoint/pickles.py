@@ -89,7 +89,7 @@ def read_header(path: Path) -> PickleHeader:
     try:
         return _read_archive(path)
     except OSError as error:
-        raise BadInput(f"{path}: can't be read: {error.strerror or error}") from error
+        raise BadInput(f"{path}: can't be read, or damaged: {error.strerror or error}") from error
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise BadInput(f"{path}: damaged or no torch file: {error}") from error
 
