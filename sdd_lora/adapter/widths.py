@@ -39,7 +39,7 @@ def require_one_model(shapes: Shapes) -> None:
     known = _known_shapes(widths, in_channels=untold)  # 4, or 9 of an inpainting model
     for name, shape in shapes.items():
         expected = known.get(name, ())
-        found, wanted = _without_ones(shape), _without_ones(expected)
+        found, wanted = without_ones(shape), without_ones(expected)
         if len(found) != len(wanted) or any(
             n != m and not math.isnan(m) for n, m in zip(found, wanted, strict=True)
         ):
@@ -74,6 +74,6 @@ def _known_shapes(widths: names.Widths, in_channels: int = 4) -> dict[str, tuple
     return names.unet_shapes(widths, in_channels) | names.text_encoder_shapes(widths.context)
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """1×1 convolutions are matrices and back."""
     return shape[:2] if shape[2:] == (1, 1) else shape

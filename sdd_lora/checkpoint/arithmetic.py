@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from sdd_lora.adapter.factors import Factors
+from sdd_lora.adapter.widths import without_ones
 from sdd_lora.checkpoint.stream import as_array
 from sdd_lora.errors import BadInput
 from sdd_lora.safetensors_file import TensorInfo
@@ -144,8 +145,4 @@ def _require_finite(
 
 def fits(delta_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:
     """Whether a delta is for a weight of this shape; 1×1 convolutions are matrices and back."""
-    return _without_ones(delta_shape) == _without_ones(weight_shape)
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if shape[2:] == (1, 1) else shape
+    return without_ones(delta_shape) == without_ones(weight_shape)
