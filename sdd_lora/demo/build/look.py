@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -37,7 +36,7 @@ def train(work: Path, autoencoder: AutoencoderKL, steps: int, learning_rate: flo
     state = work / "look.pt"
     average = diffusion.train(encoded, model, pipeline.tokenizer, state, steps, learning_rate, {})
     average.copy_to(model)
-    tensors = convert_state_dict_to_kohya(get_peft_model_state_dict(unet))
+    tensors = {f"unet.{key}": value for key, value in get_peft_model_state_dict(unet).items()}
     return Adapter.from_state_dict(tensors, {"name": "look", "description": __doc__})
 
 
