@@ -11,3 +11,7 @@ class BadInput(SddLoraError):
     """The input is wrong (missing, truncated, another family, …): nothing was written."""
 
     exit_code = 2
+
+
+class Busy(BadInput):
+    """Another process holds the file or folder."""

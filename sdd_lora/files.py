@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from sdd_lora.errors import BadInput, SddLoraError
+from sdd_lora.errors import BadInput, Busy, SddLoraError
 
 
 def refuse_existing(path: Path, force: bool) -> None:
@@ -89,7 +89,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Hold a file or folder against other calls of this tool, where the platform has locks.
 
-    Raises BadInput where another process holds it, or it can't be read.
+    Raises Busy where another process holds it, BadInput where it can't be read.
     """
     if os.name == "nt":
         yield
@@ -107,7 +107,7 @@ def locked(path: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             replaced = True  # or still held
         if replaced:
-            raise BadInput(f"{path}: another process is changing it; wait for it to end")
+            raise Busy(f"{path}: another process is changing it; wait for it to end")
         yield
     finally:
         os.close(descriptor)

@@ -30,8 +30,8 @@ _NEW, _MOVING = ".sdd-lora-new", ".sdd-lora-moving"
 def held(folder: Path) -> Iterator[None]:
     """Hold a run's folder against other processes.
 
-    It is made where it is missing, and goes again where nothing came of it. Raises BadInput where
-    it can't be made, or another process holds it.
+    It is made where it is missing, and goes again where nothing came of it. Raises Busy where
+    another process holds it, BadInput where it can't be made.
     """
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -51,7 +51,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def settle(folder: Path) -> None:
-    """Finish what a killed call was doing to a folder. Raises BadInput where a process is at it."""
+    """Finish what a killed call was doing to a folder. Raises Busy where a process is at it."""
     if folder.is_dir():
         with held(folder):
             pass
@@ -75,6 +75,19 @@ def check(folder: Path, recipe: Recipe, resume: bool = False, force: bool = Fals
     if not force:
         advice = "add --resume to continue it, " if _is_resumable(folder) else ""
         raise BadInput(f"{folder}: holds another run; {advice}choose another folder or add --force")
+
+
+def is_left(folder: Path, recipe: Recipe) -> bool:
+    """Has the recipe still to be trained, from its start or on, in a folder that is held?
+
+    Raises BadInput where the folder is another recipe's, or holds other files.
+    """
+    unfinished = under_way(folder) is not None
+    if is_finished(folder) and not unfinished:
+        require_same(folder / RECIPE, recipe)
+        return False
+    check(folder, recipe, resume=unfinished)
+    return True
 
 
 def require_same(written: Path, recipe: Recipe) -> None:

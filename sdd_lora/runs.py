@@ -2,12 +2,14 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import sdd_lora
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.card import METADATA_KEY, render_card, render_weights_card, write_sidecar
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.errors import BadInput
+from sdd_lora.errors import BadInput, Busy, SddLoraError
 from sdd_lora.evaluation import before_after
 from sdd_lora.files import atomic_output, sha256_of, write_text
 from sdd_lora.generation.images import processes
@@ -39,6 +41,7 @@ from sdd_lora.run_folder import (
     claim,
     held,
     is_finished,
+    is_left,
     move_in,
     place_of_new,
     replacement,
@@ -49,6 +52,7 @@ from sdd_lora.run_folder import (
 from sdd_lora.safetensors_file import serialize
 from sdd_lora.training.trainer import Embeddings, Report, Trainer, memory_advice
 
+_LOOK_AGAIN_S = 5.0  # after what other processes hold
 _VERSIONS_OF = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors",
                 "bitsandbytes", "numpy")  # fmt: skip
 
@@ -63,28 +67,12 @@ def train(
     diffusers' names, and the file's path is returned. `resume` continues an unfinished run of the
     same recipe; `force` starts over where the folder holds a run, and a finished one stays as it is
     until the new one is. `parts` is a base already loaded, which comes back as it was. Raises
-    BadInput where the folder holds another run or other files, or another process trains into it;
+    BadInput where the folder holds another run or other files, Busy where another process trains;
     SddLoraError where the training fails, KeyboardInterrupt with advice on Ctrl-C.
     """
-    folder, state = Path(out_dir), processes()
-    with held(folder) if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            check(folder, recipe, resume, force)
-            _tell_what_is_not_measured(recipe)
-        state.wait_for_everyone()
-        place = (under_way(folder) if resume else None) or place_of_new(folder)
-        made, metadata, report = _trained(recipe, folder, place, resume, parts)
-        if state.is_main_process:
-            made_by, numbers = {"recipe_sha256": recipe.sha256}, _training_numbers(report)
-            if isinstance(made, Adapter):
-                made = _finish(made, place, recipe, made_by, numbers)
-            else:
-                _finish_weights(made, metadata, place, recipe, made_by, numbers)
-            if not keep_state:
-                shutil.rmtree(place / STATE)
-            move_in(folder, place)
-        state.wait_for_everyone()
-    return made if isinstance(made, Adapter) else folder / WEIGHTS
+    folder = Path(out_dir)
+    with held(folder) if processes().is_main_process else nullcontext():
+        return _train_held(recipe, folder, resume, keep_state, force, parts)
 
 
 def measure(
@@ -106,6 +94,31 @@ def measure(
         with replacement(folder) as place:
             _finish(adapter, place, recipe, made_by, training={})
         return dict(json.loads((folder / METRICS).read_text("utf-8")))
+
+
+def _train_held(
+    recipe: Recipe, folder: Path, resume: bool, keep_state: bool, force: bool,
+    parts: TrainingParts | None,
+) -> Adapter | Path:  # fmt: skip
+    """`train`, in a folder that the main process holds."""
+    state = processes()
+    if state.is_main_process:
+        check(folder, recipe, resume, force)
+        _tell_what_is_not_measured(recipe)
+    state.wait_for_everyone()
+    place = (under_way(folder) if resume else None) or place_of_new(folder)
+    made, metadata, report = _trained(recipe, folder, place, resume, parts)
+    if state.is_main_process:
+        made_by, numbers = {"recipe_sha256": recipe.sha256}, _training_numbers(report)
+        if isinstance(made, Adapter):
+            made = _finish(made, place, recipe, made_by, numbers)
+        else:
+            _finish_weights(made, metadata, place, recipe, made_by, numbers)
+        if not keep_state:
+            shutil.rmtree(place / STATE)
+        move_in(folder, place)
+    state.wait_for_everyone()
+    return made if isinstance(made, Adapter) else folder / WEIGHTS
 
 
 def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
@@ -303,22 +316,15 @@ def train_recipes(
     All recipes are read, and their errors reported, before the first one starts. Of several,
     `resume` leaves finished ones alone, continues the one under way and starts the others.
     """
-    overrides = dict(map(parse_override, changes))
-    recipes = [Recipe.load(path, overrides) for path in recipe_files(paths)]
-    names = [recipe.name for recipe in recipes]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise BadInput(f"recipes of the same name, which would share a folder: {', '.join(twice)}")
-    several = len(recipes) > 1
-    root = output or Path("runs")
-    folders = [root / r.name if several or output is None else root for r in recipes]
+    asked = _recipes_and_folders(paths, output, changes)
+    several = len(asked) > 1
     state = processes()
     if state.is_main_process:
-        for folder in folders:
+        for _, folder in asked:
             settle(folder)
     state.wait_for_everyone()
     todo = []
-    for recipe, folder in zip(recipes, folders, strict=True):
+    for recipe, folder in asked:
         continues = resume and (not several or under_way(folder) is not None)
         if resume and several and not continues and is_finished(folder):
             require_same(folder / RECIPE, recipe)
@@ -329,19 +335,117 @@ def train_recipes(
     state.wait_for_everyone()  # all have looked at the folders
     loaded: dict[tuple, TrainingParts] = {}
     for recipe, folder, continues in todo:
-        # what training leaves changed in the UNet besides its adapters
-        training = recipe.training
-        kind = (
-            recipe.model, training.precision, training.base_precision,
-            training.gradient_checkpointing,
-        )  # fmt: skip
-        if several and kind not in loaded:
-            loaded = {kind: load_training_parts(recipe.model)}
         train(
             recipe, folder, resume=continues, keep_state=keep_state, force=force,
-            parts=loaded.get(kind),
+            parts=_base_of(recipe, loaded) if several else None,
         )  # fmt: skip
-    return [(f, json.loads((f / METRICS).read_text("utf-8"))) for f in folders]
+    return [_finished_run(folder) for _, folder in asked]
+
+
+@dataclass
+class Shared:
+    """What came of recipes that several processes trained.
+
+    `finished` holds each run's folder and metrics, `here` the folders of those that this process
+    made; `failed` says why what nobody finished failed here.
+    """
+
+    finished: list[tuple[Path, dict[str, Any]]]
+    here: set[Path]
+    failed: dict[Path, str]
+
+
+def share_recipes(
+    paths: Sequence[Path], output: Path | None, changes: Sequence[str], keep_state: bool = False
+) -> Shared:
+    """Train recipes beside other processes that do the same, over a base that each loads once.
+
+    Each walks through all recipes and passes by what is finished and what another process holds;
+    what a killed one left, whoever comes next continues. A recipe that fails stops no other one.
+    Returns when nothing is left to train or to wait for. Raises BadInput, before anything starts,
+    where a folder is another recipe's or holds other files.
+    """
+    if os.name == "nt":
+        raise BadInput("--share tells processes apart by locks, which this tool has not on Windows")
+    if processes().num_processes > 1:
+        raise BadInput("--share is for processes started one by one; torchrun's share each recipe")
+    asked = _recipes_and_folders(paths, output, changes)
+    for recipe, folder in asked:
+        if folder.exists():
+            with suppress(Busy), held(folder):
+                is_left(folder, recipe)
+    here: set[Path] = set()
+    failed: dict[Path, str] = {}
+    loaded: dict[tuple, TrainingParts] = {}
+    left, told = asked, 0
+    while left:
+        busy = []
+        for recipe, folder in left:
+            try:
+                if _trained_here(recipe, folder, keep_state, loaded):
+                    here.add(folder)
+            except Busy:
+                busy.append((recipe, folder))
+            except SddLoraError as error:
+                warn(f"{folder}: {error}")
+                failed[folder] = str(error)
+                loaded.clear()  # whatever state it is in
+        if busy:
+            if len(busy) != told:
+                say(f"waiting for other processes: {len(busy)} of {len(asked)} runs")
+            told = len(busy)
+            time.sleep(_LOOK_AGAIN_S)
+        left = busy
+    folders = [folder for _, folder in asked]
+    return Shared(
+        [_finished_run(folder) for folder in folders if is_finished(folder)], here,
+        {folder: why for folder, why in failed.items() if not is_finished(folder)},
+    )  # fmt: skip
+
+
+def _trained_here(
+    recipe: Recipe, folder: Path, keep_state: bool, loaded: dict[tuple, TrainingParts]
+) -> bool:
+    """Train a recipe unless it is finished; was it trained? Raises Busy where another process is at
+    it: first the lock, then the look, so that nothing changes in between."""
+    with held(folder):
+        if not is_left(folder, recipe):
+            return False
+        say(f"{folder}: training")
+        resume, parts = under_way(folder) is not None, _base_of(recipe, loaded)
+        _train_held(recipe, folder, resume, keep_state, force=False, parts=parts)
+        return True
+
+
+def _recipes_and_folders(
+    paths: Sequence[Path], output: Path | None, changes: Sequence[str]
+) -> list[tuple[Recipe, Path]]:
+    """Each recipe, and the folder of its run."""
+    overrides = dict(map(parse_override, changes))
+    recipes = [Recipe.load(path, overrides) for path in recipe_files(paths)]
+    names = [recipe.name for recipe in recipes]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise BadInput(f"recipes of the same name, which would share a folder: {', '.join(twice)}")
+    root, several = output or Path("runs"), len(recipes) > 1
+    return [(r, root / r.name if several or output is None else root) for r in recipes]
+
+
+def _base_of(recipe: Recipe, loaded: dict[tuple, TrainingParts]) -> TrainingParts:
+    """The recipe's base, which stays in `loaded`, alone, for the next recipe of its kind."""
+    training = recipe.training
+    kind = (  # what training leaves changed in the UNet besides its adapters
+        recipe.model, training.precision, training.base_precision,
+        training.gradient_checkpointing,
+    )  # fmt: skip
+    if kind not in loaded:
+        loaded.clear()
+        loaded[kind] = load_training_parts(recipe.model)
+    return loaded[kind]
+
+
+def _finished_run(folder: Path) -> tuple[Path, dict[str, Any]]:
+    return folder, json.loads((folder / METRICS).read_text("utf-8"))
 
 
 def packaged_recipe(name: str) -> Path:

@@ -1,11 +1,12 @@
 """`sdd-lora train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sdd_lora.cli.common import Result, speaks, verb
+from sdd_lora.errors import BadInput
 
 
 @verb("train")
@@ -31,6 +32,14 @@ def train(
         bool, typer.Option("--keep-state", help="Keep the training state of a finished run.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--share",
+            help="Share the recipes with other processes of this same command: pass by what is "
+            "finished or held by another, continue what a killed one left.",
+        ),
+    ] = False,
 ) -> Result:
     """Train safety adapters by recipe, measure them, and write their cards.
 
@@ -46,13 +55,24 @@ def train(
 
         sdd-lora train recipes/demo/gore.yaml --resume
 
-    Several processes share each recipe's trajectories:
+    Many recipes spread over processes, each with its own base: start the same command with --share
+    in as many terminals (with `CUDA_VISIBLE_DEVICES=0`, `1`, … before it, where there are several
+    GPUs). Each takes the next recipe that is neither finished nor held, and all end together, in a
+    summary of what was made here and elsewhere. Start one more, or kill one, at any time.
+
+        sdd-lora train recipes/demo -o runs --share
+
+    One recipe's trajectories spread over processes:
     `torchrun --nproc-per-node 2 -m sdd_lora train …`.
     """
     from sdd_lora.cli.tables import measures_table, runs_table
     from sdd_lora.runs import train_recipes
 
     speaker = speaks()
+    if share:
+        if force:
+            raise BadInput("--share leaves finished runs alone, --force does not: expected one")
+        return _shared(recipes, output, changes or [], keep_state)
     finished = train_recipes(recipes, output, changes or [], resume, keep_state, force)
     if not speaker:
         raise typer.Exit
@@ -62,3 +82,20 @@ def train(
     else:
         text = runs_table(finished)
     return Result({"runs": [{"folder": str(f)} | m for f, m in finished]}, text)
+
+
+def _shared(
+    recipes: list[Path], output: Path | None, changes: list[str], keep_state: bool
+) -> Result:
+    from sdd_lora.cli.tables import runs_table
+    from sdd_lora.runs import share_recipes
+
+    shared = share_recipes(recipes, output, changes, keep_state)
+    runs: list[dict[str, Any]] = [
+        {"folder": str(folder), "made": "here" if folder in shared.here else "elsewhere"} | metrics
+        for folder, metrics in shared.finished
+    ]
+    failures = [f"{folder}: failed: {why}" for folder, why in shared.failed.items()]
+    text = "\n".join([runs_table(shared.finished, shared.here), *failures])
+    data = {"runs": runs, "failed": {str(folder): why for folder, why in shared.failed.items()}}
+    return Result(data, text, exit_code=1 if shared.failed else 0)
