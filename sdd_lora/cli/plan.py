@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from sdd_lora.recipe import Recipe
     from sdd_lora.training.footprint import Footprint, Saving
 
+    Counted = tuple[Footprint, list[Saving]]
+
 #: what a device's context, its allocator's gaps and the kernels' workspaces take beside tensors
 _RESERVED = 600_000_000
 #: fp16 or bf16 operations a second that an RTX 3060 comes to in a UNet, about 40 % of what its data
@@ -53,7 +55,7 @@ def plan(
 ) -> Result:
     """Say what training a recipe will take, before anything is downloaded or allocated.
 
-    Memory by part, UNet passes, arithmetic, disk. Several recipes are summed up.
+    Memory by part, UNet passes, arithmetic, disk. Several recipes have a row each, and their sum.
 
     Examples:
 
@@ -69,23 +71,51 @@ def plan(
     most = None if within is None else _bytes_of(within)
     overrides = dict(map(parse_override, changes or []))
     read = [Recipe.load(path, overrides) for path in recipe_files(recipes)]
-    plans = [_planned(recipe, most) for recipe in read]
-    text = "\n\n".join(text for _, text in plans)
+    counted: dict[str, Counted] = {}
+    plans = []
+    for recipe in read:
+        kind = _kind(recipe)
+        if kind not in counted:
+            counted[kind] = _count(recipe, most)
+        plans.append(_planned(recipe, most, *counted[kind]))
     data: dict[str, Any] = {"plans": [data for data, _ in plans]}
-    if len(plans) > 1:
+    several = len(plans) > 1
+    text = "\n\n".join(text for _, text in plans)
+    if several and most is None:
+        text = _rows(data["plans"])
+    if several:
         data["sum"] = _sum(data["plans"])
         text += "\n\n" + _sum_text(data["sum"])
     unfit = any(p.get("fits") is False for p in data["plans"])
     return Result(data, text, exit_code=1 if unfit else 0)
 
 
-def _planned(recipe: "Recipe", most: int | None) -> tuple[dict[str, Any], str]:
-    from sdd_lora.checkpoint.source import local
+def _kind(recipe: "Recipe") -> str:
+    """Of the recipe, what its footprint depends on: that of a hundred concepts is counted once."""
+    from sdd_lora.recipe import Measure
+
+    prompts = [""] if recipe.preserve.prompts else []
+    preserve = recipe.preserve.model_copy(update={"prompts": prompts})
+    training = recipe.training.model_copy(update={"iterations": 1, "seed": 0})
+    alike = {"name": "", "concepts": [], "measure": Measure(), "preset": "paper"}
+    return recipe.model_copy(update=alike | {"preserve": preserve, "training": training}).to_yaml()
+
+
+def _count(recipe: "Recipe", most: int | None) -> "Counted":
+    """The footprint, and what brings it down to `most` bytes."""
     from sdd_lora.model import unet_config
     from sdd_lora.training.footprint import fit, footprint
 
     config = unet_config(recipe.model)
     found = footprint(recipe, config)
+    return found, [] if most is None else fit(recipe, config, found, most - _RESERVED)
+
+
+def _planned(
+    recipe: "Recipe", most: int | None, found: "Footprint", savings: "list[Saving]"
+) -> tuple[dict[str, Any], str]:
+    from sdd_lora.checkpoint.source import local
+
     iterations = recipe.training.iterations
     flops = found.cost_in_forwards * found.forward_flops * iterations
     data: dict[str, Any] = {
@@ -106,7 +136,6 @@ def _planned(recipe: "Recipe", most: int | None) -> tuple[dict[str, Any], str]:
     }
     text = _text(data)
     if most is not None:
-        savings = fit(recipe, config, found, most - _RESERVED)
         least = savings[-1].plan.total if savings else found.total
         data["fits"] = least + _RESERVED <= most
         data["savings"] = [
@@ -144,6 +173,18 @@ def _text(data: dict[str, Any]) -> str:
         f"{disk['result'] / 1e6:.1f} MB of results, {disk['state_while_training'] / 1e6:.1f} MB "
         "more while training",
     ])  # fmt: skip
+
+
+def _rows(plans: list[dict[str, Any]]) -> str:
+    head = ["recipe", "peak GB", "iterations", "UNet passes", f"{_CARD}, about", "results MB"]
+    rows = [
+        [
+            p["name"], _gb(p["bytes"]["total"]), str(p["iterations"]), f"{p['unet_passes']:,}",
+            _time(p["estimated_seconds"][_CARD]), f"{p['disk']['result'] / 1e6:.1f}",
+        ]
+        for p in plans
+    ]  # fmt: skip
+    return table(head, rows)
 
 
 def _fit_text(as_it_is: int, savings: list["Saving"], most: int, fits: bool) -> str:

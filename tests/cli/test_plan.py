@@ -10,6 +10,7 @@ from sdd_lora.cli import app
 from sdd_lora.cli.plan import _bytes_of
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
+from sdd_lora.training import footprint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DEMO = """
@@ -40,6 +41,36 @@ def test_a_folder_is_summed_up(recipe):
     one, two = found["plans"]
     assert one["bytes"]["total"] == two["bytes"]["total"] == found["sum"]["peak"]
     assert found["sum"]["unet_passes"] == 2 * one["unet_passes"]
+
+
+def test_a_hundred_concepts_are_counted_once_and_planned_as_each_is_alone(recipe, monkeypatch):
+    alone, counted = json.loads(plan(recipe, "--json").stdout)["plans"][0], []
+    count = footprint.footprint
+    monkeypatch.setattr(
+        footprint, "footprint", lambda *of: counted.append(of[0].name) or count(*of)
+    )
+    for number in range(1, 100):
+        text = DEMO.format(name=f"n{number}").replace("[axe]", f"[bomb, thing {number}]")
+        more = f"training: {{iterations: {1500 * number}, seed: {number}}}\n"
+        (recipe.parent / f"{number:03}.yaml").write_text(text + more)
+    kept = DEMO.format(name="kept") + "preserve: {prompts: [a cat, a pizza]}\n"
+    (recipe.parent / "kept.yaml").write_text(kept)
+    found = json.loads(plan(recipe.parent, "--json").stdout)
+    assert counted == ["n1", "kept"]
+    plans = {p["name"]: p for p in found["plans"]}
+    assert plans["one"] == alone
+    assert plans["n99"]["bytes"] == alone["bytes"]
+    assert plans["n99"]["unet_passes"] == 99 * alone["unet_passes"]
+    assert plans["kept"]["unet_passes"] == alone["unet_passes"] + 2 * 4 * 1500
+    assert plans["kept"]["bytes"]["total"] > alone["bytes"]["total"]
+    assert found["sum"]["recipes"] == 101
+
+
+def test_several_have_a_row_each(recipe):
+    (recipe.parent / "two.yaml").write_text(DEMO.format(name="two"))
+    head, one, two, _, total = plan(recipe.parent).stdout.splitlines()
+    assert head.split()[0] == "recipe" and one.split()[0] == "one" and two.split()[0] == "two"
+    assert total.startswith("all 2, one after another")
 
 
 def test_what_fits_is_named_with_its_costs(recipe):
