@@ -73,13 +73,27 @@ class Objective(Section):
 
 
 class Lora(Section):
-    """The adapter: low-rank factors on the cross-attention (attn2) matrices named here."""
+    """The adapter: low-rank factors on the cross-attention (attn2) matrices named here.
+
+    `init: concepts` starts to_k's and to_v's down factors in the directions where the concepts'
+    embeddings differ most from those of the kept prompts and ∅; `random` as peft does.
+    """
 
     rank: Positive = 4
     alpha: Annotated[Real, Field(gt=0)] = 4.0
     targets: Annotated[
         list[Literal["to_q", "to_k", "to_v", "to_out"]], Field(min_length=1)
     ] = ["to_k", "to_v"]  # fmt: skip
+    init: Literal["random", "concepts"] = "random"
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> "Lora":
+        if self.init == "concepts" and not {"to_k", "to_v"} & set(self.targets):
+            raise ValueError(
+                "init: concepts starts to_k and to_v, which see prompts: expected one of them in "
+                "targets, or init: random"
+            )
+        return self
 
 
 class Ema(Section):

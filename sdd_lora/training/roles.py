@@ -124,6 +124,14 @@ class LoraRoles(Roles):
     def parameters(self) -> list[nn.Parameter]:
         return list(self.trained(STUDENT).values())
 
+    @torch.no_grad()
+    def start_along(self, directions: torch.Tensor) -> None:
+        """Give the down factors of to_k and to_v the rows `directions` (rank, d), in every role."""
+        for adapter in self._adapters:
+            for name, factor in self.trained(adapter).items():
+                if name.endswith((".to_k.lora_A", ".to_v.lora_A")):
+                    factor.copy_(directions)
+
     def trained(self, role: str) -> dict[str, nn.Parameter]:
         """A role's LoRA factors by name, "module.lora_A" [r, in] and "module.lora_B" [out, r]."""
         adapter = role if role in self._adapters else STUDENT

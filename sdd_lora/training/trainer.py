@@ -23,6 +23,7 @@ from sdd_lora.progress import progress, warn
 from sdd_lora.recipe import Optimizer as OptimizerSettings
 from sdd_lora.recipe import Recipe
 from sdd_lora.training import objectives
+from sdd_lora.training.directions import concept_directions
 from sdd_lora.training.ema import decay_at, update_average
 from sdd_lora.training.memory import (
     is_out_of_memory,
@@ -31,7 +32,7 @@ from sdd_lora.training.memory import (
     reset_peak,
 )
 from sdd_lora.training.quantised import quantise
-from sdd_lora.training.roles import STUDENT, TEACHER, make_roles
+from sdd_lora.training.roles import STUDENT, TEACHER, LoraRoles, make_roles
 from sdd_lora.training.rollout import Points, Rollout, generator_for
 
 #: bitsandbytes keeps the states of smaller tensors in 32 bits unless told otherwise
@@ -55,6 +56,11 @@ class Embeddings:
         return Embeddings(
             self.empty.to(device), self.concepts.to(device), self.joined.to(device), kept
         )
+
+    def directions(self, rank: int) -> torch.Tensor:
+        """Where concepts, each and joined, differ most from kept prompts and ∅: (rank, d)."""
+        kept = self.empty if self.kept is None else torch.cat([self.kept, self.empty])
+        return concept_directions(torch.cat([self.concepts, self.joined]), kept, rank)
 
 
 @dataclass
@@ -109,6 +115,8 @@ class Trainer:
             keep_freed_memory()
         self.roles = make_roles(unet, recipe)
         self.embeddings = embeddings.to(device)
+        if isinstance(self.roles, LoraRoles) and recipe.lora.init == "concepts":
+            self.roles.start_along(embeddings.directions(recipe.lora.rank))
         size = unet.config.sample_size
         self.rollout_batch = recipe.rollout.batch
         self.rollout = Rollout(

@@ -1,0 +1,62 @@
+"""Down factors that start where concepts and kept prompts differ."""
+
+import pytest
+import torch
+
+from sdd_lora.errors import BadInput
+from sdd_lora.model import load_training_parts
+from sdd_lora.recipe import Recipe
+from sdd_lora.runs import encode
+from sdd_lora.training.directions import concept_directions
+from sdd_lora.training.roles import STUDENT, TEACHER
+from sdd_lora.training.trainer import Trainer
+
+
+def along(axes: dict[int, float], width: int = 6) -> torch.Tensor:
+    """Two prompts of three tokens each that vary along some axes."""
+    torch.manual_seed(len(axes))
+    tokens = torch.zeros(2, 3, width)
+    for axis, size in axes.items():
+        tokens[..., axis] = size * torch.randn(2, 3)
+    return tokens
+
+
+def test_the_first_direction_is_what_the_concepts_have_alone_however_small_it_is():
+    directions = concept_directions(along({0: 10.0, 3: 1.0}), along({0: 10.0, 1: 5.0}), rank=1)
+    assert directions.shape == (1, 6)
+    assert directions[0].abs().argmax() == 3
+    assert directions[0, :3].abs().max() < 0.05 * directions[0, 3].abs()
+
+
+def test_every_direction_has_the_same_answer_of_the_concepts():
+    concepts, kept = torch.randn(4, 77, 16), torch.randn(9, 77, 16)
+    answers = concepts @ concept_directions(concepts, kept, rank=5).T
+    torch.testing.assert_close(answers.pow(2).mean((0, 1)).sqrt(), torch.full((5,), 3.0))
+
+
+def test_more_directions_than_the_prompts_have_are_refused():
+    with pytest.raises(BadInput, match=r"lora.rank: expected 6 at most.*found 7"):
+        concept_directions(along({0: 1.0}), along({1: 1.0}), rank=7)
+
+
+@pytest.mark.parametrize("init", ["random", "concepts"])
+def test_a_training_starts_as_the_base_with_the_rows_asked_for(init):
+    recipe = Recipe.model_validate(
+        {
+            "name": "test", "model": "demo", "concepts": ["bomb", "axe"], "preserve": {"prompts": ["a cat"]},
+            "lora": {"rank": 2, "init": init, "targets": ["to_q", "to_k"]},
+        }
+    )  # fmt: skip
+    parts = load_training_parts(recipe.model)
+    embeddings = encode(recipe, parts)
+    trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings)
+    rows = embeddings.directions(2)
+    for role in (STUDENT, TEACHER):
+        for name, factor in trainer.roles.trained(role).items():
+            if name.endswith("lora_B"):
+                assert not factor.any()
+            elif ".to_k." in name:
+                assert torch.equal(factor, rows) is (init == "concepts")
+            else:
+                assert not torch.equal(factor, rows)
+    trainer.roles.remove()
