@@ -103,8 +103,8 @@ class Tally:
 
 def edit(
     name: str, data: bytes, info: TensorInfo, delta: Delta, rounding: Rounding
-) -> tuple[bytes, Tally]:
-    """Add `delta` to a tensor given by its bytes.
+) -> tuple[memoryview, Tally]:
+    """Add `delta` to a tensor given by its bytes; the result's bytes.
 
     Raises BadInput where the result overflows, or the tensor or the delta isn't finite.
     """
@@ -114,31 +114,31 @@ def edit(
     rng = rounding.generator(name)
     with np.errstate(over="ignore", invalid="ignore"):  # seen below
         for block in delta.blocks():
-            before, change = weight[block].astype(np.float64), delta.rows(block)
-            exact = before + change
+            change = delta.rows(block)
+            exact = weight[block].astype(np.float64)
+            exact += change
             result[block] = rounding(exact, weight.dtype, rng)
             after = result[block].astype(np.float64)
-            gained = after - before
-            lost = gained - change
+            lost = after - exact
             error_square = float(np.vdot(lost, lost))
             if not math.isfinite(error_square):  # one number tells of a whole block
-                _require_finite(name, info, before, change, after)
-            tally += Tally(
-                float(np.vdot(change, change)), float(np.vdot(gained, change)), error_square
-            )
-    return result.tobytes(), tally
+                _require_finite(name, info, weight[block], change, exact, after)
+            square = float(np.vdot(change, change))
+            tally += Tally(square, square + float(np.vdot(lost, change)), error_square)
+    return result.reshape(-1).view(np.uint8).data, tally
 
 
 def _require_finite(
-    name: str, info: TensorInfo, before: np.ndarray, change: np.ndarray, after: np.ndarray
-) -> None:
+    name: str, info: TensorInfo, before: np.ndarray, change: np.ndarray, exact: np.ndarray,
+    after: np.ndarray,
+) -> None:  # fmt: skip
     if not np.isfinite(before).all():
         raise BadInput(f"{name}: holds NaN or infinite weights; the model is damaged")
     if not np.isfinite(change).all():
         raise BadInput(f"{name}: the adapters' change of it holds NaN or infinite numbers")
     if not np.isfinite(after).all():
         raise BadInput(
-            f"{name}: the edited weights, up to {np.abs(before + change).max():.3g}, don't fit "
+            f"{name}: the edited weights, up to {np.abs(exact).max():.3g}, don't fit "
             f"{info.dtype}; use a smaller weight or a wider copy of the model"
         )
 

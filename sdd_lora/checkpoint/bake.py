@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +68,8 @@ from sdd_lora.safetensors_file import Header, open_input
 
 #: Below this share of an edit surviving the rounding, or above that error, a warning is due.
 _REALISED_ENOUGH, _ERROR_TOO_MUCH = 0.9, 0.5
+#: At most so much is edited in memory while the journal of a change in place goes to the disk.
+_AHEAD_BYTES = 96 << 20
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ class BakeReport:
 
 @dataclass(frozen=True)
 class _Edited:
-    """One tensor's edit, done: what it was, and digests of the tensor before and after."""
+    """One tensor's edit, done in memory: its new bytes, what it was, and digests of the tensor
+    before and after."""
 
+    data: memoryview
     change: Change
     tally: Tally
     before: str
@@ -358,25 +362,32 @@ class _Job:
 
     def _start_editing(
         self, pool: ThreadPoolExecutor, edits: Edits, source: BinaryIO, target: BinaryIO,
-        output: Header,
+        output: Header, ahead: dict[Place, Future[_Edited]] | None = None,
     ) -> Iterator[_Edited]:  # fmt: skip
-        """Edit the touched tensors, beside whatever else is done; the results in their order."""
+        """Write the touched tensors, edited now or in `ahead`, beside whatever else is done; what
+        was done to them, in their order."""
+        known = ahead or {}
 
-        def edit_one(key: str) -> _Edited:
-            module, parts = edits.parts[key]
-            info = edits.header.tensors[key]
-            data = read_bytes(source, edits.header, key)
-            after, tally = edit(key, data, info, Delta.of(parts), self.rounding)
+        def write_one(key: str) -> _Edited:
+            begun = known.pop(Place(edits.path, key), None)
+            edited = begun.result() if begun else self._edit(edits, source, key)
             position = output.data_start + output.tensors[key].start
-            write_at(target, position, after)
-            start_writing(target, position, len(after))
-            change = Change(
-                module, edits.path, key, info.dtype, tally.intended, tally.realised, tally.error
-            )
-            digests = (hashlib.sha256(part).hexdigest() for part in (data, after))
-            return _Edited(change, tally, *digests)
+            write_at(target, position, edited.data)
+            start_writing(target, position, len(edited.data))
+            return replace(edited, data=memoryview(b""))
 
-        return pool.map(edit_one, edits.parts)
+        return pool.map(write_one, edits.parts)
+
+    def _edit(self, edits: Edits, source: BinaryIO, key: str) -> _Edited:
+        module, parts = edits.parts[key]
+        info = edits.header.tensors[key]
+        before = read_bytes(source, edits.header, key)
+        after, tally = edit(key, before, info, Delta.of(parts), self.rounding)
+        change = Change(
+            module, edits.path, key, info.dtype, tally.intended, tally.realised, tally.error
+        )
+        digests = (hashlib.sha256(data).hexdigest() for data in (before, after))
+        return _Edited(after, change, tally, *digests)
 
     def _tell(self, edits: Edits, source: BinaryIO, edited: Iterable[_Edited]) -> tuple[str, str]:
         """Wait for the edits and report them; returns `Baking.before` and `Baking.after`."""
@@ -399,13 +410,31 @@ class _Job:
         journal = journal_of(root)
         content = self._undo_content()
         require_space(journal.absolute().parent, size_of_undo(content))
-        with atomic_output(journal) as kept:
-            rests = write_undo(kept, content)
-        with _rolled_back_on_failure(root):
-            for edits in self.edits:
-                self._patch(edits, rests[edits.path])
+        with _rolled_back_on_failure(root), ExitStack() as stack:
+            files: dict[Path, BinaryIO] = {
+                edits.path: stack.enter_context(open(edits.path, "r+b")) for edits in self.edits
+            }
+            pool = stack.enter_context(_workers())
+            ahead = self._edit_ahead(pool, files)
+            with atomic_output(journal) as kept:
+                rests = write_undo(kept, content)
+            for edits in self.edits:  # the journal is on the disk: now, and not before
+                self._patch(pool, edits, files[edits.path], ahead, rests[edits.path])
             _move(journal, undo)
         self.report.undo = undo
+
+    def _edit_ahead(
+        self, pool: ThreadPoolExecutor, files: dict[Path, BinaryIO]
+    ) -> dict[Place, Future[_Edited]]:
+        """Begin to edit in memory, up to a limit, while the disk is busy with the journal."""
+        ahead, size = {}, 0
+        for edits in self.edits:
+            for key in edits.parts:
+                size += edits.header.tensors[key].nbytes
+                if size <= _AHEAD_BYTES:
+                    task = pool.submit(self._edit, edits, files[edits.path], key)
+                    ahead[Place(edits.path, key)] = task
+        return ahead
 
     def _require_changeable(self) -> None:
         if stale := self._stale():
@@ -417,26 +446,27 @@ class _Job:
             require_sole(edits.path)
             require_writable(edits.path)
 
-    def _patch(self, edits: Edits, rest: str) -> None:
+    def _patch(
+        self, pool: ThreadPoolExecutor, edits: Edits, file: BinaryIO,
+        ahead: dict[Place, Future[_Edited]], rest: str,
+    ) -> None:  # fmt: skip
         """Edit a file's tensors where they are, then its header or its sidecar."""
         header = edits.header
-        with open(edits.path, "r+b") as file:
-            with _workers() as pool:
-                edited = self._start_editing(pool, edits, file, file, header)
-                before, after = self._tell(edits, file, edited)
-            baking = Baking(
-                self.baked, _name(self.rounding), self.ema, before=before, after=after, rest=rest
-            )
-            chain = (*self.chains[edits.path], baking)
-            metadata = provenance.metadata_with(header, chain)
-            head = encode_header(header.tensors, metadata, like=header.data_start)
-            text = head[8:].rstrip(b" ")
-            fits = 8 + len(text) <= header.data_start
-            if fits:
-                head = pad_header(text, header.data_start)
-            if inside := fits or insert_room(file, len(head) - header.data_start):
-                write_at(file, 0, head)
-            _sync(file)  # once: until the journal goes, no order matters
+        edited = self._start_editing(pool, edits, file, file, header, ahead)
+        before, after = self._tell(edits, file, edited)
+        baking = Baking(
+            self.baked, _name(self.rounding), self.ema, before=before, after=after, rest=rest
+        )
+        chain = (*self.chains[edits.path], baking)
+        metadata = provenance.metadata_with(header, chain)
+        head = encode_header(header.tensors, metadata, like=header.data_start)
+        text = head[8:].rstrip(b" ")
+        fits = 8 + len(text) <= header.data_start
+        if fits:
+            head = pad_header(text, header.data_start)
+        if inside := fits or insert_room(file, len(head) - header.data_start):
+            write_at(file, 0, head)
+        _sync(file)  # once: until the journal goes, no order matters
         if inside:
             provenance.sidecar_of(edits.path).unlink(missing_ok=True)
         else:

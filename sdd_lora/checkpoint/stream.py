@@ -133,7 +133,7 @@ def read_at(file: BinaryIO, position: int, size: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def write_at(target: BinaryIO, position: int, data: bytes) -> None:
+def write_at(target: BinaryIO, position: int, data: bytes | memoryview) -> None:
     """Write all of `data` at `position`; threads may share the file."""
     if not hasattr(os, "pwrite"):
         with _SEEKING:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import checkpoint_models as models
@@ -319,6 +320,33 @@ def writes_until(monkeypatch, count: int, error: BaseException) -> None:
 
     monkeypatch.setattr(baking, "write_at", write_at)
     monkeypatch.setattr("sdd_lora.checkpoint.undo.write_at", write_at)
+
+
+@pytest.mark.parametrize("ahead", [0, 50_000, 1 << 30])
+def test_no_byte_changes_before_the_journal_is_on_the_disk(source, tmp_path, monkeypatch, ahead):
+    """Whatever has been edited in memory by then: nothing, some tensors or all."""
+    bake(source, [(A, 1.0)], out=tmp_path / "o.safetensors")
+    original, edit_ahead, sync = source.read_bytes(), baking._Job._edit_ahead, os.fsync
+    begun, at_syncs = {}, []
+
+    def keep(self, *arguments):
+        found = edit_ahead(self, *arguments)
+        begun.update(found)
+        return found
+
+    def fsync(descriptor):
+        wait(begun.values())
+        at_syncs.append(source.read_bytes() == original)
+        sync(descriptor)
+
+    monkeypatch.setattr(baking, "_AHEAD_BYTES", ahead)
+    monkeypatch.setattr(baking._Job, "_edit_ahead", keep)
+    monkeypatch.setattr(os, "fsync", fsync)
+    changes = bake(source, [(A, 1.0)], in_place=True).changes
+    assert (len(begun) > 0, len(begun) == len(changes)) == (ahead > 0, ahead == 1 << 30)
+    journal, folder, model, *_ = at_syncs
+    assert journal and folder and not model
+    assert tensors_in(source) == tensors_in(tmp_path / "o.safetensors")
 
 
 @pytest.mark.parametrize("count", [0, 1, 33, 64, 65, 66])
