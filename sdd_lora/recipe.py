@@ -294,7 +294,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "demo": {
         "objective": {"variant": "reference"},
-        "preserve": {"weight": 2.5},
+        "preserve": {"weight": 6.0},
+        "lora": {"rank": 8, "alpha": 8.0, "init": "concepts"},
         "ema": {"decay": 0.96, "warmup": True},
         "optimizer": {"learning_rate": 5.0e-3},
         "rollout": {"steps": 10, "points": 2, "batch": 4, "prompts": 3},
@@ -313,7 +314,10 @@ IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
     (("objective", "kind"), "esd-x"): _ESD,
     (("objective", "kind"), "esd-u"): _ESD,
     # learning rate of both papers; whole weights move further a step than a product of factors
-    (("parameters",), "full"): {"optimizer": {"learning_rate": 1.0e-5}},
+    (("parameters",), "full"): {
+        "lora": Lora().model_dump(),
+        "optimizer": {"learning_rate": 1.0e-5},
+    },
 }
 
 #: YAML 1.1 also counts in base 60 and in octal

@@ -43,7 +43,8 @@ def test_more_directions_than_the_prompts_have_are_refused():
 def test_a_training_starts_as_the_base_with_the_rows_asked_for(init):
     recipe = Recipe.model_validate(
         {
-            "name": "test", "model": "demo", "concepts": ["bomb", "axe"], "preserve": {"prompts": ["a cat"]},
+            "name": "test", "model": "demo", "concepts": ["bomb", "axe"],
+            "preserve": {"prompts": ["a cat"]},
             "lora": {"rank": 2, "init": init, "targets": ["to_q", "to_k"]},
         }
     )  # fmt: skip
