@@ -82,7 +82,7 @@ def train_community(work: Path, steps: int | None, learning_rate: float | None) 
 
 
 def train_look(work: Path, steps: int | None, learning_rate: float | None) -> None:
-    """An ordinary style LoRA, written to the work folder; the tests keep a copy in tests/data."""
+    """An ordinary style LoRA, written to the work folder; recipes/bench keeps a copy."""
     adapter = look.train(
         work, autoencoder.train(work), steps or look.STEPS, learning_rate or look.LEARNING_RATE
     )
