@@ -20,6 +20,7 @@ from sdd_lora.demo.build.schedule import write_start
 from sdd_lora.demo.build.tokenizer import make_tokenizer
 from sdd_lora.demo.judge import JUDGE_FILE, load_judge
 from sdd_lora.demo.vocabulary import nouns, styles
+from sdd_lora.generation.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,13 @@ def recover(work: Path) -> None:
     write_start(work / "autoencoder.pt", autoencoder.STEPS, shipped.vae)
     parts = {"unet": shipped.unet, "text_encoder": shipped.text_encoder}
     write_start(work / "diffusion.pt", 0, torch.nn.ModuleDict(parts))
+
+
+def recover_community(work: Path) -> None:
+    """Begin another run of the fine-tune from the shipped `demo-community`, at step 0."""
+    shipped = load_pipeline("demo-community")
+    parts = {"unet": shipped.unet.float(), "text_encoder": shipped.text_encoder.float()}
+    write_start(work / "community.pt", 0, torch.nn.ModuleDict(parts))
 
 
 def train_base(work: Path, steps: int | None, learning_rate: float | None) -> None:
@@ -112,6 +120,7 @@ STAGES: dict[str, Callable[..., object]] = {
     "misses": find_misses,
     "judge": train_judge,
     "check-judge": check_judge,
+    "recover-community": recover_community,
     "community": train_community,
     "look": train_look,
     "measure": measure_base,
