@@ -29,7 +29,8 @@ def paired_difference(before: list[bool], after: list[bool]) -> tuple[float, flo
     total = count + 2
     difference = (gained - lost) / total
     half = _Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / total) / total
-    return (gained - lost) / max(count, 1), difference - half, difference + half
+    low, high = max(-1.0, difference - half), min(1.0, difference + half)
+    return (gained - lost) / max(count, 1), low, high
 
 
 def bootstrap_mean(
