@@ -4,7 +4,7 @@ import torch
 
 from sdd_lora.errors import BadInput
 
-#: the RMS of a concept's tokens along a direction, where a random row of peft's has 0.4 on the demo:
+#: the RMS of a concept's tokens along a direction; a random row of peft's has 0.4 on the demo:
 #: as high as this the other factor has less to learn, and a step turns the direction less
 _ANSWER = 3.0
 #: part of the kept tokens' mean variance that counts as theirs in every direction
