@@ -45,10 +45,15 @@ class Section(BaseModel):
 
 
 class Preserve(Section):
-    """Prompts on which the student is held to the base."""
+    """Prompts on which the student is held to the base.
+
+    `damping` lets an adapter's to_k and to_v answer a little less to these prompts with every
+    update, all of them at once and without a UNet pass: see training/directions.py.
+    """
 
     prompts: list[str] = []
     weight: Annotated[Real, Field(ge=0)] = 1.0
+    damping: Annotated[Real, Field(ge=0)] = 0.0
 
 
 class Objective(Section):
@@ -226,6 +231,12 @@ class Recipe(Section):
                 "parameters: full trains the weights themselves, which 4 bits can't hold: expected "
                 "another training.base_precision, or parameters: lora"
             )
+        sees_prompts = self.parameters == "lora" and {"to_k", "to_v"} & set(self.lora.targets)
+        if self.preserve.damping and not sees_prompts:
+            raise ValueError(
+                "preserve.damping changes an adapter's to_k and to_v, which see prompts: expected "
+                "one of them in lora.targets, or damping: 0"
+            )
         if self.parameters == "lora" and kind == "esd-u":
             raise ValueError(
                 "esd-u changes what is outside the cross-attention, most of it convolutions, and "
@@ -316,6 +327,7 @@ IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
     # learning rate of both papers; whole weights move further a step than a product of factors
     (("parameters",), "full"): {
         "lora": Lora().model_dump(),
+        "preserve": {"damping": 0.0},
         "optimizer": {"learning_rate": 1.0e-5},
     },
 }

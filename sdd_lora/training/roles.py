@@ -22,6 +22,8 @@ from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Lora, Objective, Recipe
 
 STUDENT, TEACHER, BASE = "student", "teacher", "base"
+#: names of the factors that prompts' embeddings go into
+SEES_PROMPTS = (".to_k.lora_A", ".to_v.lora_A")
 
 
 class Roles(ABC):
@@ -129,7 +131,7 @@ class LoraRoles(Roles):
         """Give the down factors of to_k and to_v the rows `directions` (rank, d), in every role."""
         for adapter in self._adapters:
             for name, factor in self.trained(adapter).items():
-                if name.endswith((".to_k.lora_A", ".to_v.lora_A")):
+                if name.endswith(SEES_PROMPTS):
                     factor.copy_(directions)
 
     def trained(self, role: str) -> dict[str, nn.Parameter]:

@@ -23,7 +23,7 @@ from sdd_lora.progress import progress, warn
 from sdd_lora.recipe import Optimizer as OptimizerSettings
 from sdd_lora.recipe import Recipe
 from sdd_lora.training import objectives
-from sdd_lora.training.directions import concept_directions
+from sdd_lora.training.directions import concept_directions, damping
 from sdd_lora.training.ema import decay_at, update_average
 from sdd_lora.training.memory import (
     is_out_of_memory,
@@ -32,7 +32,7 @@ from sdd_lora.training.memory import (
     reset_peak,
 )
 from sdd_lora.training.quantised import quantise
-from sdd_lora.training.roles import STUDENT, TEACHER, LoraRoles, make_roles
+from sdd_lora.training.roles import SEES_PROMPTS, STUDENT, TEACHER, LoraRoles, make_roles
 from sdd_lora.training.rollout import Points, Rollout, generator_for
 
 #: bitsandbytes keeps the states of smaller tensors in 32 bits unless told otherwise
@@ -59,8 +59,15 @@ class Embeddings:
 
     def directions(self, rank: int) -> torch.Tensor:
         """Where concepts, each and joined, differ most from kept prompts and ∅: (rank, d)."""
+        return concept_directions(*self._erased_and_kept(), rank)
+
+    def damping(self, strength: float) -> torch.Tensor:
+        """What down factors are multiplied by, to answer less to kept prompts and ∅: (d, d)."""
+        return damping(*self._erased_and_kept(), strength).to(self.empty.device)
+
+    def _erased_and_kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         kept = self.empty if self.kept is None else torch.cat([self.kept, self.empty])
-        return concept_directions(torch.cat([self.concepts, self.joined]), kept, rank)
+        return torch.cat([self.concepts, self.joined]), kept
 
 
 @dataclass
@@ -117,6 +124,9 @@ class Trainer:
         self.embeddings = embeddings.to(device)
         if isinstance(self.roles, LoraRoles) and recipe.lora.init == "concepts":
             self.roles.start_along(embeddings.directions(recipe.lora.rank))
+        self.damping = None
+        if embeddings.kept is not None and recipe.preserve.damping > 0:
+            self.damping = self.embeddings.damping(recipe.preserve.damping)
         size = unet.config.sample_size
         self.rollout_batch = recipe.rollout.batch
         self.rollout = Rollout(
@@ -160,11 +170,21 @@ class Trainer:
             group["lr"] = settings.learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.damping is not None:
+            self._damp(self.damping)
         if self.roles.averaged:
             decay = decay_at(self.iteration, self.recipe.ema.decay, self.recipe.ema.warmup)
             update_average(self.roles.trained(TEACHER), self.roles.trained(STUDENT), decay)
         self.iteration += 1
         return loss_sum
+
+    @torch.no_grad()
+    def _damp(self, damping: torch.Tensor) -> None:
+        """Let the student's down factors answer less to kept prompts; like weight decay, apart from
+        the gradient, so that the optimizer doesn't scale it."""
+        for name, factor in self.roles.trained(STUDENT).items():
+            if name.endswith(SEES_PROMPTS):
+                factor.copy_(factor @ damping)
 
     def _sample_indices(self, part: int) -> list[int]:
         """Global indices of this process's trajectories within the iteration."""

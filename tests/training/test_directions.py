@@ -7,7 +7,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.model import load_training_parts
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import encode
-from sdd_lora.training.directions import concept_directions
+from sdd_lora.training.directions import concept_directions, damping
 from sdd_lora.training.roles import STUDENT, TEACHER
 from sdd_lora.training.trainer import Trainer
 
@@ -39,6 +39,26 @@ def test_more_directions_than_the_prompts_have_are_refused():
         concept_directions(along({0: 1.0}), along({1: 1.0}), rank=7)
 
 
+def test_damped_factors_minimise_what_their_docstring_says():
+    torch.manual_seed(0)
+    concepts, kept, down = torch.randn(3, 5, 6), torch.randn(4, 5, 6), torch.randn(2, 6)
+    found = (down @ damping(concepts, kept, 0.7)).requires_grad_()
+    assert not torch.allclose(found, down, atol=0.1)
+    ridge = 1e-4 * concepts.square().mean()
+    on_concepts = ((found - down) @ concepts.flatten(0, 1).T).square().sum(0).mean()
+    on_kept = (found @ kept.flatten(0, 1).T).square().sum(0).mean()
+    (on_concepts + ridge * (found - down).square().sum() + 0.7 * on_kept).backward()
+    torch.testing.assert_close(found.grad, torch.zeros_like(down), atol=1e-5, rtol=0)
+
+
+def test_damping_spares_what_no_kept_prompt_has():
+    concepts = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))[None]  # a token an axis
+    kept = torch.diag(torch.tensor([0.0, 10.0, 1.0, 0.0]))[None]
+    found = torch.ones(2, 4) @ damping(concepts, kept, 1.0)
+    expected = torch.tensor([1.0, 0.01, 0.0, 1.0]).expand(2, 4)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("init", ["random", "concepts"])
 def test_a_training_starts_as_the_base_with_the_rows_asked_for(init):
     recipe = Recipe.model_validate(
@@ -61,3 +81,29 @@ def test_a_training_starts_as_the_base_with_the_rows_asked_for(init):
             else:
                 assert not torch.equal(factor, rows)
     trainer.roles.remove()
+
+
+def test_an_update_damps_the_student_where_it_sees_prompts():
+    students = {}
+    for strength in (0.0, 1.0):
+        recipe = Recipe.model_validate(
+            {
+                "name": "test", "model": "demo", "concepts": ["bomb", "axe"],
+                "preserve": {"prompts": ["a cat", "a pizza"], "damping": strength},
+                "lora": {"targets": ["to_q", "to_k", "to_v"]}, "rollout": {"steps": 3},
+            }
+        )  # fmt: skip
+        parts = load_training_parts(recipe.model)
+        embeddings = encode(recipe, parts)
+        trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings)
+        trainer.step()
+        students[strength] = {n: f.detach() for n, f in trainer.roles.trained(STUDENT).items()}
+        trainer.roles.remove()
+    for name, before in students[0.0].items():
+        if name.endswith((".to_k.lora_A", ".to_v.lora_A")):
+            damped = before @ embeddings.damping(1.0)
+            torch.testing.assert_close(students[1.0][name], damped)
+            answers = [(embeddings.kept @ x.T).square().mean() for x in (before, damped)]
+            assert answers[1] < 0.2 * answers[0]
+        else:
+            assert torch.equal(students[1.0][name], before)
