@@ -47,8 +47,8 @@ class Section(BaseModel):
 class Preserve(Section):
     """Prompts on which the student is held to the base.
 
-    `damping` lets an adapter's to_k and to_v answer a little less to these prompts with every
-    update, all of them at once and without a UNet pass: see training/directions.py.
+    `damping` lets an adapter's to_k and to_v answer less to these prompts after each quarter of the
+    training, all of them at once and without a UNet pass: see training/directions.py.
     """
 
     prompts: list[str] = []
@@ -305,7 +305,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "demo": {
         "objective": {"variant": "reference"},
-        "preserve": {"weight": 6.0},
+        "preserve": {"weight": 6.0, "damping": 0.3},
         "lora": {"rank": 8, "alpha": 8.0, "init": "concepts"},
         "ema": {"decay": 0.96, "warmup": True},
         "optimizer": {"learning_rate": 5.0e-3},

@@ -39,8 +39,8 @@ def damping(concepts: torch.Tensor, kept: torch.Tensor, strength: float) -> torc
     `concepts` (N, 77, d) as before, and less on those of `kept` (M, 77, d).
 
     A D is the X that minimises E_c‖(X − A) e‖² + ridge ‖X − A‖² + strength · E_k‖X e‖², whatever
-    the up factor: D = (S_c + ridge · I) (S_c + ridge · I + strength · S_k)⁻¹, where S are the second
-    moments of the tokens. The ridge leaves A alone in directions that no prompt here has.
+    the up factor: D = (S_c + ridge · I) (S_c + ridge · I + strength · S_k)⁻¹, where S are second
+    moments of tokens. The ridge leaves A alone in directions that no prompt here has.
     """
     s_c = _with_ridge(second_moment(concepts), _DAMPING_RIDGE)
     return torch.linalg.solve(s_c + strength * second_moment(kept), s_c).T.float()

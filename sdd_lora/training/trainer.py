@@ -170,21 +170,26 @@ class Trainer:
             group["lr"] = settings.learning_rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.damping is not None:
-            self._damp(self.damping)
         if self.roles.averaged:
             decay = decay_at(self.iteration, self.recipe.ema.decay, self.recipe.ema.warmup)
             update_average(self.roles.trained(TEACHER), self.roles.trained(STUDENT), decay)
         self.iteration += 1
+        if self.damping is not None and self._ends_a_quarter():
+            self._damp(self.damping)
         return loss_sum
+
+    def _ends_a_quarter(self) -> bool:
+        """Of the training: the student has time to make good what damping takes from erasure."""
+        total = self.recipe.training.iterations
+        return 4 * self.iteration // total > 4 * (self.iteration - 1) // total
 
     @torch.no_grad()
     def _damp(self, damping: torch.Tensor) -> None:
-        """Let the student's down factors answer less to kept prompts; like weight decay, apart from
-        the gradient, so that the optimizer doesn't scale it."""
-        for name, factor in self.roles.trained(STUDENT).items():
-            if name.endswith(SEES_PROMPTS):
-                factor.copy_(factor @ damping)
+        """Let the down factors of student and teacher answer less to kept prompts."""
+        for role in (STUDENT, TEACHER) if self.roles.averaged else (STUDENT,):
+            for name, factor in self.roles.trained(role).items():
+                if name.endswith(SEES_PROMPTS):
+                    factor.copy_(factor @ damping)
 
     def _sample_indices(self, part: int) -> list[int]:
         """Global indices of this process's trajectories within the iteration."""

@@ -83,27 +83,34 @@ def test_a_training_starts_as_the_base_with_the_rows_asked_for(init):
     trainer.roles.remove()
 
 
-def test_an_update_damps_the_student_where_it_sees_prompts():
-    students = {}
+@pytest.mark.parametrize("kind", ["sdd", "esd-x"])
+def test_quarters_of_a_training_end_with_damping_where_it_sees_prompts(kind):
+    results = {}
     for strength in (0.0, 1.0):
         recipe = Recipe.model_validate(
             {
                 "name": "test", "model": "demo", "concepts": ["bomb", "axe"],
+                "objective": {"kind": kind} | ({"eta": 1.0} if kind == "esd-x" else {}),
+                "ema": {"decay": 0.5 if kind == "sdd" else 0.0},
                 "preserve": {"prompts": ["a cat", "a pizza"], "damping": strength},
                 "lora": {"targets": ["to_q", "to_k", "to_v"]}, "rollout": {"steps": 3},
+                "training": {"iterations": 8},
             }
         )  # fmt: skip
         parts = load_training_parts(recipe.model)
         embeddings = encode(recipe, parts)
         trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings)
-        trainer.step()
-        students[strength] = {n: f.detach() for n, f in trainer.roles.trained(STUDENT).items()}
+        for _ in range(2):
+            trainer.step()
+            average = trainer.teacher_tensors()
+            results[strength, trainer.iteration] = {n: x.clone() for n, x in average.items()}
         trainer.roles.remove()
-    for name, before in students[0.0].items():
+    for name, undamped in results[0.0, 2].items():
+        assert torch.equal(results[1.0, 1][name], results[0.0, 1][name])
         if name.endswith((".to_k.lora_A", ".to_v.lora_A")):
-            damped = before @ embeddings.damping(1.0)
-            torch.testing.assert_close(students[1.0][name], damped)
-            answers = [(embeddings.kept @ x.T).square().mean() for x in (before, damped)]
+            damped = undamped @ embeddings.damping(1.0)
+            torch.testing.assert_close(results[1.0, 2][name], damped)
+            answers = [(embeddings.kept @ x.T).square().mean() for x in (undamped, damped)]
             assert answers[1] < 0.2 * answers[0]
         else:
-            assert torch.equal(students[1.0][name], before)
+            assert torch.equal(results[1.0, 2][name], undamped)
