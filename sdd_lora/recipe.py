@@ -288,20 +288,15 @@ class Recipe(Section):
 #: named sets of fields, overridden by what a recipe writes; `paper` is the defaults above
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # A first proposal, from reasoning; its erasure is not measured yet. Five points a trajectory of
-    # ten steps cost about 1.9 steps each instead of 25, and 3.6 UNet passes instead of 50; guidance
-    # below t = 200 hardly moves z_t any more. With the loss's 2 passes and preservation's 2, 1200
-    # points take about 9 k passes (the paper's 1500 with preservation: 81 k). A fifth of the
-    # updates needs bigger steps and an average that follows sooner. On the embedded model a tenth
-    # of these iterations is a fair start, with ema.decay 0.96.
+    # What erased most a UNet pass on the embedded model (tests/benchmarks/bench_fewer_passes.py):
+    # three points a trajectory of ten steps take 5.3 passes each instead of 50, and each goes with
+    # three concepts and three kept prompts. With the loss's 4 and preservation's 6 that is 15 an
+    # iteration instead of 54; each iteration does as much as three, and the average follows sooner.
+    # Not tried at full size.
     "fast": {
         "ema": {"decay": 0.99, "warmup": True},
-        "optimizer": {"learning_rate": 2.0e-3},
-        "rollout": {
-            "solver": "dpmsolver++", "steps": 11, "points": 5, "batch": 4,
-            "guidance_interval": [0.2, 1.0],
-        },
-        "training": {"iterations": 300},
+        "rollout": {"steps": 10, "points": 3, "prompts": 3},
+        "training": {"iterations": 500},
     },
     "demo": {
         "objective": {"variant": "reference"},
