@@ -305,7 +305,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema": {"decay": 0.96, "warmup": True},
         "optimizer": {"learning_rate": 5.0e-3},
         "rollout": {"steps": 10, "points": 2, "batch": 4, "prompts": 3},
-        "training": {"iterations": 180},
+        "training": {"iterations": 140},
         "measure": {"detector": "judge", "images": 16, "guidance": 3.0},
     },
 }  # fmt: skip
