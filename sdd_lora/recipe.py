@@ -288,8 +288,8 @@ class Recipe(Section):
 #: named sets of fields, overridden by what a recipe writes; `paper` is the defaults above
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # The rollout of `demo`, where ten steps and three concepts and kept prompts a latent erased more
-    # in less time than twenty steps and one (trials: recipes/demo/weapons.yaml). Two points a
+    # The rollout of `demo`, where ten steps and three prompts of both kinds a latent erased more in
+    # less time than twenty steps and one (trials: recipes/demo/weapons.yaml). Two points a
     # trajectory take 7.2 passes each instead of 50; with the loss's 4 and preservation's 6 it is 17
     # an iteration instead of 54. Each does as much as three, and the average follows sooner. Nobody
     # has tried it at full size.
@@ -367,6 +367,14 @@ def parse_override(text: str) -> tuple[str, Any]:
         return name, _read_yaml(value, f"--set {name}")[1]
     except RecursionError:
         raise BadInput(f"--set {name}: lists within lists too deep, or in themselves") from None
+
+
+def as_options(changes: dict[str, Any]) -> str:
+    """{"ema.warmup": True} → "--set ema.warmup=true", as `parse_override` reads it."""
+    return " ".join(
+        f"--set {name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in changes.items()
+    )
 
 
 class _Loader(yaml.SafeLoader):

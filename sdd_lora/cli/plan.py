@@ -188,13 +188,14 @@ def _rows(plans: list[dict[str, Any]]) -> str:
 
 
 def _fit_text(as_it_is: int, savings: list["Saving"], most: int, fits: bool) -> str:
+    from sdd_lora.recipe import as_options
+
     goal = f"{_gb(most)} GB ({_gb(_RESERVED)} of them for the context)"
     if not savings:
         return f"fits {goal} as it is" if fits else f"does not fit {goal}, and nothing takes less"
     rows = [["as it is", _gb(as_it_is), ""]]
     for saving in savings:
-        flags = " ".join(f"--set {k}={_yaml(v)}" for k, v in saving.changes.items())
-        rows.append([flags, _gb(saving.plan.total), saving.costs])
+        rows.append([as_options(saving.changes), _gb(saving.plan.total), saving.costs])
     verdict = "fits {} with these:" if fits else "does not fit {} even with these:"
     return f"{verdict.format(goal)}\n{table(['change', 'peak GB', 'costs'], rows)}"
 
@@ -225,10 +226,6 @@ def _bytes_of(text: str) -> int:
     if not found or found[2].upper() not in _UNITS:
         raise BadInput(f"--fit {text}: expected a size with its unit, such as 8GB or 7.5GiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _gb(size: float) -> str:

@@ -22,6 +22,7 @@ from sdd_lora.recipe import Recipe, Rollout
 from sdd_lora.training import objectives
 from sdd_lora.training.quantised import NF4_BYTES, linear_layers
 from sdd_lora.training.roles import STUDENT, TEACHER, Roles, make_roles
+from sdd_lora.training.savings import savings
 from sdd_lora.training.trainer import DTYPES
 
 _TIMESTEPS = 1000
@@ -295,7 +296,7 @@ def fit(recipe: Recipe, config: Mapping[str, Any], plan: Footprint, most: int) -
     last one's total is still above `most`.
     """
     taken: list[Saving] = []
-    for changes, costs in _savings(recipe):
+    for changes, costs in savings(recipe):
         if plan.total <= most:
             break
         changed = _changed(recipe, changes)
@@ -305,39 +306,6 @@ def fit(recipe: Recipe, config: Mapping[str, Any], plan: Footprint, most: int) -
             taken.append(Saving(changes, f"{costs}; {100 * more:+.1f} % arithmetic", smaller))
             recipe, plan = changed, smaller
     return taken
-
-
-def _savings(recipe: Recipe) -> list[tuple[dict[str, Any], str]]:
-    """What can be changed, the cheapest in erasure and time first."""
-    training, batch = recipe.training, recipe.rollout.batch
-    savings: list[tuple[dict[str, Any], str]] = []
-    if not training.gradient_checkpointing:
-        savings.append(
-            ({"training.gradient_checkpointing": True}, "the loss's forward is computed twice")
-        )
-    if training.base_precision == "fp32":
-        half = "bf16" if training.precision == "fp32" else training.precision
-        savings.append((
-            {"training.precision": half, "training.base_precision": half},
-            f"the base is rounded to {half}; faster where the card computes in it",
-        ))  # fmt: skip
-    if recipe.optimizer.kind == "adamw":
-        savings.append((
-            {"optimizer.kind": "adamw8bit"}, "the optimizer's averages are rounded to 8 bits"
-        ))  # fmt: skip
-    if training.base_precision != "nf4" and recipe.parameters == "lora":
-        savings.append((
-            {"training.base_precision": "nf4"},
-            "the base's linear layers are rounded to 4 bits and unpacked for each forward",
-        ))  # fmt: skip
-    parts = training.gradient_accumulation
-    while batch > 1 and batch % 2 == 0:
-        batch, parts = batch // 2, parts * 2
-        savings.append((
-            {"rollout.batch": batch, "training.gradient_accumulation": parts},
-            "the same samples in smaller forwards: a card is less busy",
-        ))  # fmt: skip
-    return savings
 
 
 def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

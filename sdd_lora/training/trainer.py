@@ -21,7 +21,7 @@ from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.files import atomic_output
 from sdd_lora.progress import progress, warn
 from sdd_lora.recipe import Optimizer as OptimizerSettings
-from sdd_lora.recipe import Recipe
+from sdd_lora.recipe import Recipe, as_options
 from sdd_lora.training import objectives
 from sdd_lora.training.directions import concept_directions, damping
 from sdd_lora.training.ema import decay_at, update_average
@@ -34,6 +34,7 @@ from sdd_lora.training.memory import (
 from sdd_lora.training.quantised import quantise
 from sdd_lora.training.roles import SEES_PROMPTS, STUDENT, TEACHER, LoraRoles, make_roles
 from sdd_lora.training.rollout import Points, Rollout, generator_for
+from sdd_lora.training.savings import savings
 
 #: bitsandbytes keeps the states of smaller tensors in 32 bits unless told otherwise
 _ALWAYS_8BIT = 1
@@ -453,30 +454,14 @@ def memory_advice(recipe: Recipe) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        steps = [f"--set {step}" for step in _savings(recipe)]
+        steps = [f"{as_options(changes)} ({costs})" for changes, costs in savings(recipe)]
+        if recipe.parameters == "full":
+            steps.append("--set parameters=lora")
         advice = f"Try, in this order: {'; '.join(steps)}" if steps else "Nothing here takes less"
         raise SddLoraError(
             f"out of memory at {peak_bytes() / 1e9:.1f} GB. {advice}; or close other programs that "
             "hold memory"
         ) from error
-
-
-def _savings(recipe: Recipe) -> list[str]:
-    """Changes that take less memory, the cheapest first."""
-    training, batch = recipe.training, recipe.rollout.batch
-    parts = 2 * training.gradient_accumulation
-    savings = {
-        f"rollout.batch={batch // 2} (beside --set training.gradient_accumulation={parts} it "
-        "learns the same)": batch > 1,
-        "training.gradient_checkpointing=true": not training.gradient_checkpointing,
-        "training.precision=bf16 --set training.base_precision=bf16":
-            training.base_precision == "fp32",
-        "optimizer.kind=adamw8bit": recipe.optimizer.kind == "adamw",
-        "training.base_precision=nf4":
-            training.base_precision in ("bf16", "fp16") and recipe.parameters == "lora",
-        "parameters=lora": recipe.parameters == "full",
-    }  # fmt: skip
-    return [change for change, applies in savings.items() if applies]
 
 
 class _InterruptedTwice(KeyboardInterrupt):
