@@ -291,8 +291,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The rollout of `demo`, where ten steps and three prompts of both kinds a latent erased more in
     # less time than twenty steps and one (trials: recipes/demo/weapons.yaml). Two points a
     # trajectory take 7.2 passes each instead of 50; with the loss's 4 and preservation's 6 it is 17
-    # an iteration instead of 54. Each does as much as three, and the average follows sooner. Nobody
-    # has tried it at full size.
+    # an iteration instead of 54. The average follows sooner. Nobody has tried it at full size.
     "fast": {
         "ema": {"decay": 0.99, "warmup": True},
         "rollout": {"steps": 10, "points": 2, "prompts": 3},

@@ -102,8 +102,11 @@ def test_quarters_of_a_training_end_with_damping_where_it_sees_prompts(kind):
         trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings)
         for _ in range(2):
             trainer.step()
-            average = trainer.teacher_tensors()
-            results[strength, trainer.iteration] = {n: x.clone() for n, x in average.items()}
+            results[strength, trainer.iteration] = {
+                f"{role}.{name}": factor.detach().clone()
+                for role in (STUDENT, TEACHER)
+                for name, factor in trainer.roles.trained(role).items()
+            }
         trainer.roles.remove()
     for name, undamped in results[0.0, 2].items():
         assert torch.equal(results[1.0, 1][name], results[0.0, 1][name])
