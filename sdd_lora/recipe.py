@@ -81,7 +81,9 @@ class Lora(Section):
     """The adapter: low-rank factors on the cross-attention (attn2) matrices named here.
 
     `init: concepts` starts to_k's and to_v's down factors in the directions where the concepts'
-    embeddings differ most from those of the kept prompts and ∅; `random` as peft does.
+    embeddings differ most from those of the kept prompts and ∅; `closed-form` starts both factors
+    where the concepts' keys and values are nearest to ∅'s and those of kept prompts stay, weighed
+    by `preserve.weight` (training/closed_form.py); `random` starts as peft does.
     """
 
     rank: Positive = 4
@@ -89,14 +91,14 @@ class Lora(Section):
     targets: Annotated[
         list[Literal["to_q", "to_k", "to_v", "to_out"]], Field(min_length=1)
     ] = ["to_k", "to_v"]  # fmt: skip
-    init: Literal["random", "concepts"] = "random"
+    init: Literal["random", "concepts", "closed-form"] = "random"
 
     @model_validator(mode="after")
     def _fields_fit(self) -> "Lora":
-        if self.init == "concepts" and not {"to_k", "to_v"} & set(self.targets):
+        if self.init != "random" and not {"to_k", "to_v"} & set(self.targets):
             raise ValueError(
-                "init: concepts starts to_k and to_v, which see prompts: expected one of them in "
-                "targets, or init: random"
+                f"init: {self.init} starts to_k and to_v, which see prompts: expected one of them "
+                "in targets, or init: random"
             )
         return self
 
@@ -231,6 +233,11 @@ class Recipe(Section):
                 "parameters: full trains the weights themselves, which 4 bits can't hold: expected "
                 "another training.base_precision, or parameters: lora"
             )
+        if kind != "sdd" and self.lora.init == "closed-form":
+            raise ValueError(
+                f"lora.init: closed-form starts where SDD leads, {kind} goes elsewhere: expected "
+                "another init"
+            )
         sees_prompts = self.parameters == "lora" and {"to_k", "to_v"} & set(self.lora.targets)
         if self.preserve.damping and not sees_prompts:
             raise ValueError(
@@ -311,6 +318,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _ESD: dict[str, Any] = {
     "objective": {"eta": 1.0},
+    "lora": {"init": "random"},
     "ema": {"decay": 0.0, "warmup": False},
     "rollout": {"prompts": 1},
 }

@@ -27,7 +27,7 @@ def concept_directions(concepts: torch.Tensor, kept: torch.Tensor, rank: int) ->
     if rank > width:
         raise BadInput(f"lora.rank: expected {width} at most, the prompts' width, found {rank}")
     s_c, s_k = second_moment(concepts), second_moment(kept)
-    whitening = torch.linalg.inv(torch.linalg.cholesky(_with_ridge(s_k, _RIDGE)))
+    whitening = torch.linalg.inv(torch.linalg.cholesky(with_ridge(s_k, _RIDGE)))
     _, vectors = torch.linalg.eigh(whitening @ s_c @ whitening.T)
     rows = vectors[:, -rank:].T @ whitening
     answers = (rows @ s_c @ rows.T).diagonal().sqrt()
@@ -42,16 +42,21 @@ def damping(concepts: torch.Tensor, kept: torch.Tensor, strength: float) -> torc
     the up factor: D = (S_c + ridge · I) (S_c + ridge · I + strength · S_k)⁻¹, where S are second
     moments of tokens. The ridge leaves A alone in directions that no prompt here has.
     """
-    s_c = _with_ridge(second_moment(concepts), _DAMPING_RIDGE)
+    s_c = with_ridge(second_moment(concepts), _DAMPING_RIDGE)
     return torch.linalg.solve(s_c + strength * second_moment(kept), s_c).T.float()
 
 
-def _with_ridge(moment: torch.Tensor, part: float) -> torch.Tensor:
+def with_ridge(moment: torch.Tensor, part: float) -> torch.Tensor:
     """With a part of its mean variance in every direction."""
     return moment + part * moment.trace() / len(moment) * torch.eye(len(moment)).to(moment)
 
 
 def second_moment(prompts: torch.Tensor) -> torch.Tensor:
     """Mean of e eᵀ over all tokens e of (N, 77, d): (d, d), fp64."""
-    tokens = prompts.flatten(0, 1).cpu().double()  # MPS has no fp64
-    return tokens.T @ tokens / len(tokens)
+    flat = tokens(prompts)
+    return flat.T @ flat / len(flat)
+
+
+def tokens(prompts: torch.Tensor) -> torch.Tensor:
+    """All tokens of (N, 77, d) in a row, fp64, on the CPU: MPS has no fp64."""
+    return prompts.flatten(0, 1).cpu().double()

@@ -20,6 +20,7 @@ from torch import nn
 
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Lora, Objective, Recipe
+from sdd_lora.training.closed_form import ClosedForm
 
 STUDENT, TEACHER, BASE = "student", "teacher", "base"
 #: names of the factors that prompts' embeddings go into
@@ -133,6 +134,21 @@ class LoraRoles(Roles):
             for name, factor in self.trained(adapter).items():
                 if name.endswith(SEES_PROMPTS):
                     factor.copy_(directions)
+
+    @torch.no_grad()
+    def start_at(self, closed_form: ClosedForm) -> None:
+        """Give to_k and to_v their factors in closed form, in every role but the base."""
+        for name, layer in self.layers.items():
+            if not f"{name}.lora_A".endswith(SEES_PROMPTS):
+                continue
+            base = layer.get_base_layer()
+            whole = torch.eye(base.in_features, dtype=self.unet.dtype, device=self.unet.device)
+            weight = base(whole).T  # packed in 4 bits or not
+            for adapter in self._adapters:
+                down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+                new_down, new_up = closed_form.factors(weight, len(down))
+                down.copy_(new_down)
+                up.copy_(new_up / layer.scaling[adapter])
 
     def trained(self, role: str) -> dict[str, nn.Parameter]:
         """A role's LoRA factors by name, "module.lora_A" [r, in] and "module.lora_B" [out, r]."""

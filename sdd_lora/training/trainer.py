@@ -23,6 +23,7 @@ from sdd_lora.progress import progress, warn
 from sdd_lora.recipe import Optimizer as OptimizerSettings
 from sdd_lora.recipe import Recipe, as_options
 from sdd_lora.training import objectives
+from sdd_lora.training.closed_form import ClosedForm
 from sdd_lora.training.directions import concept_directions, damping
 from sdd_lora.training.ema import decay_at, update_average
 from sdd_lora.training.memory import (
@@ -61,6 +62,10 @@ class Embeddings:
     def directions(self, rank: int) -> torch.Tensor:
         """Where concepts, each and joined, differ most from kept prompts and ∅: (rank, d)."""
         return concept_directions(*self._erased_and_kept(), rank)
+
+    def closed_form(self, concepts: torch.Tensor, weight: float) -> ClosedForm:
+        """What erases `concepts` and keeps kept prompts, so much weighed, and ∅."""
+        return ClosedForm.of(concepts, self._erased_and_kept()[1], self.empty, weight)
 
     def damping(self, strength: float) -> torch.Tensor:
         """What down factors are multiplied by, to answer less to kept prompts and ∅: (d, d)."""
@@ -125,6 +130,9 @@ class Trainer:
         self.embeddings = embeddings.to(device)
         if isinstance(self.roles, LoraRoles) and recipe.lora.init == "concepts":
             self.roles.start_along(embeddings.directions(recipe.lora.rank))
+        elif isinstance(self.roles, LoraRoles) and recipe.lora.init == "closed-form":
+            erased = self._erased_prompts()
+            self.roles.start_at(embeddings.closed_form(erased, recipe.preserve.weight))
         self.damping = None
         if embeddings.kept is not None and recipe.preserve.damping > 0:
             self.damping = self.embeddings.damping(recipe.preserve.damping)
@@ -206,13 +214,17 @@ class Trainer:
         with self.accelerator.autocast():
             return self.rollout.sample(self.iteration, samples, embeddings.empty, prompts)
 
-    def _prompts_of_loss(self, points: Points) -> torch.Tensor:
-        """SDD's paper: the joined concepts. Its reference: one concept at a time. ESD: the concept
-        that the latents were drawn for."""
+    def _erased_prompts(self) -> torch.Tensor:
+        """SDD's paper: the joined concepts. Its reference, and ESD: one concept at a time."""
         objective, embeddings = self.recipe.objective, self.embeddings
         joined = objective.kind == "sdd" and objective.variant == "paper"
-        prompts = embeddings.joined if joined else embeddings.concepts
-        turns = points.turns if objective.kind == "sdd" else points.trajectories
+        return embeddings.joined if joined else embeddings.concepts
+
+    def _prompts_of_loss(self, points: Points) -> torch.Tensor:
+        """For SDD in turn; for ESD the concept that the latents were drawn for."""
+        prompts = self._erased_prompts()
+        is_sdd = self.recipe.objective.kind == "sdd"
+        turns = points.turns if is_sdd else points.trajectories
         uses = _uses(turns, self.recipe.rollout.prompts)
         return prompts[[use % len(prompts) for use in uses]]
 
