@@ -295,14 +295,16 @@ class Recipe(Section):
 #: named sets of fields, overridden by what a recipe writes; `paper` is the defaults above
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # The rollout of `demo`, where ten steps and three prompts of both kinds a latent erased more in
-    # less time than twenty steps and one (trials: recipes/demo/weapons.yaml). Two points a
-    # trajectory take 7.2 passes each instead of 50; with the loss's 4 and preservation's 6 it is 17
-    # an iteration instead of 54. The average follows sooner. Nobody has tried it at full size.
+    # Starts where the objective leads (training/closed_form.py), which leaves the training little
+    # to do: small steps, and of a trajectory's passes as much use as the demo allows, three points
+    # and three prompts of both kinds each (tests/benchmarks/bench_fewer_passes.py). It wants
+    # `preserve.prompts`: what is not named there goes too where it is near. Untried at full size.
     "fast": {
+        "lora": {"init": "closed-form"},
         "ema": {"decay": 0.99, "warmup": True},
-        "rollout": {"steps": 10, "points": 2, "prompts": 3},
-        "training": {"iterations": 500},
+        "optimizer": {"learning_rate": 5.0e-4},
+        "rollout": {"steps": 10, "points": 3, "prompts": 3},
+        "training": {"iterations": 200},
     },
     "demo": {
         "objective": {"variant": "reference"},

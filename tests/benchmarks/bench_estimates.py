@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_estimates.py RECIPE [--set NAME=VALUE]… [--every N]
 
-Trains the recipe and prints, every N iterations, on latents that the base samples towards the
-recipe's measured prompts (no training sees them): what is left of the concept, ‖ε(c) − ε_b(∅)‖² for
-the average's ε and the base's ε_b; and how far the kept prompts have moved,
+Trains the recipe and prints, before it and every N iterations, on latents that the base samples
+towards the recipe's measured prompts (no training sees them): what is left of the concept,
+‖ε(c) − ε_b(∅)‖² for the average's ε and the base's ε_b; and how far the kept prompts have moved,
 ‖ε(c) − ε_b(c)‖²; both as parts of ‖ε_b(c) − ε_b(∅)‖². Then the kept things that moved most. It
 compares trials in minutes that pictures would take hours for; it says nothing of what is drawn.
 """
@@ -46,15 +46,16 @@ def main() -> None:
     erased, kept = probe(measured.concept), probe(measured.kept)
     parts.scheduler.set_timesteps(recipe.rollout.steps)
     print(f"{len(erased.texts)} prompts of concepts, {len(kept.texts)} kept", flush=True)
-    while trainer.iteration < recipe.training.iterations:
+    while True:
+        if not trainer.iteration % asked.every or trainer.iteration == recipe.training.iterations:
+            left, moved = erased.distances(teacher)[0], kept.distances(teacher)[1]
+            print(
+                f"{trainer.iteration:5d}  left {left.sum() / erased.scale.sum():.3f}  "
+                f"moved {moved.sum() / kept.scale.sum():.4f}", flush=True,
+            )  # fmt: skip
+        if trainer.iteration == recipe.training.iterations:
+            break
         trainer.step()
-        if trainer.iteration % asked.every and trainer.iteration < recipe.training.iterations:
-            continue
-        left, moved = erased.distances(teacher)[0], kept.distances(teacher)[1]
-        print(
-            f"{trainer.iteration:5d}  left {left.sum() / erased.scale.sum():.3f}  "
-            f"moved {moved.sum() / kept.scale.sum():.4f}", flush=True,
-        )  # fmt: skip
     by_noun = kept.parts(moved, noun_of)
     for noun in sorted(by_noun, key=by_noun.__getitem__, reverse=True)[:10]:
         print(f"  {noun:16} {by_noun[noun]:.3f}")

@@ -99,6 +99,7 @@ def closed_form(parts: list[Deltas], moments: Moments, kept: float = 1.0) -> Del
 
 WAYS: dict[str, Callable[[list[Deltas], Moments], Deltas]] = {
     "plain sum": plain,
+    "plain sum × 0.85": lambda p, _: {m: 0.85 * d for m, d in plain(p, _).items()},
     "norm budget": budget,
     "orthogonal": orthogonal,
     "TIES": ties,
