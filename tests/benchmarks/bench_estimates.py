@@ -11,6 +11,7 @@ compares trials in minutes that pictures would take hours for; it says nothing o
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -46,6 +47,7 @@ def main() -> None:
     erased, kept = probe(measured.concept), probe(measured.kept)
     parts.scheduler.set_timesteps(recipe.rollout.steps)
     print(f"{len(erased.texts)} prompts of concepts, {len(kept.texts)} kept", flush=True)
+    took: list[float] = []
     while True:
         if not trainer.iteration % asked.every or trainer.iteration == recipe.training.iterations:
             left, moved = erased.distances(teacher)[0], kept.distances(teacher)[1]
@@ -55,7 +57,11 @@ def main() -> None:
             )  # fmt: skip
         if trainer.iteration == recipe.training.iterations:
             break
+        started = time.monotonic()
         trainer.step()
+        took.append(time.monotonic() - started)
+    passes = trainer.rollout.unet_passes + trainer.training_passes
+    print(f"{passes} UNet passes, {sum(took):.0f} s")
     by_noun = kept.parts(moved, noun_of)
     for noun in sorted(by_noun, key=by_noun.__getitem__, reverse=True)[:10]:
         print(f"  {noun:16} {by_noun[noun]:.3f}")

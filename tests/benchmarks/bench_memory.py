@@ -3,13 +3,16 @@
     python -m tests.benchmarks.bench_memory [WAY]...
 
 Random weights from the real configuration, 64×64 latents, batch 1, one iteration; each way in a
-process of its own. Measured is the process's peak without interpreter and libraries. `authors` is a
-plain run in the manner of SDD's released code: two fp32 UNets, student and average, the student not
-frozen, AdamW on the cross-attention, no checkpointing. About 12 GB and some minutes on an idle
-machine. `nf4` is planned only: the process that packs a base has held the unpacked one.
+process of its own. Measured is the process's peak without interpreter and libraries, every tensor
+mapped on its own: glibc's heap, which the trainer has keep what was freed, falls to pieces, and
+holds up to twice the activations. `authors` is a plain run in the manner of SDD's released code:
+two fp32 UNets, student and average, the student not frozen, AdamW on the cross-attention, no
+checkpointing. About 12 GB and some minutes on an idle machine. `nf4` is planned only: the process
+that packs a base has held the unpacked one.
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -26,6 +29,8 @@ NF4 = {"training.precision": "bf16", "training.base_precision": "nf4"}
 WAYS = {"fp32": {}, "bf16": HALF, "nf4": NF4}
 MOST = {"fp32": 4.6e9, "bf16": 2.6e9, "nf4": 1.9e9}
 PLANNED_ONLY = {"nf4"}
+#: glibc maps blocks of more bytes on their own (mallopt(3))
+_MAPPED = "MALLOC_MMAP_THRESHOLD_"
 FAR_OFF, TIMES_AS_MUCH = 0.15, 2.5
 
 
@@ -45,17 +50,18 @@ def measured(way):
     """Peak bytes of one iteration, without what the libraries take."""
     import torch
 
+    from sdd_lora.training import trainer
     from sdd_lora.training.memory import peak_bytes
     from sdd_lora.training.trainer import Embeddings, Trainer
     from tests.small import ddim
 
+    trainer.keep_freed_memory = lambda: False
     recipe = recipe_of(way)
     libraries = peak_bytes()
     half = recipe.training.base_precision == "bf16"
     unet = random_unet(torch.bfloat16 if half else torch.float32)
     prompt = torch.randn(1, 77, 768)
-    trainer = Trainer(recipe, unet, ddim(), Embeddings(prompt, prompt, prompt, None))
-    trainer.step()
+    Trainer(recipe, unet, ddim(), Embeddings(prompt, prompt, prompt, None)).step()
     return peak_bytes() - libraries
 
 
@@ -100,7 +106,7 @@ def random_unet(dtype):
 def in_a_process(*arguments):
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.bench_memory", *arguments],
-        check=True, stdout=subprocess.PIPE,
+        check=True, stdout=subprocess.PIPE, env=os.environ | {_MAPPED: "131072"},
     )  # fmt: skip
     return json.loads(done.stdout)
 
