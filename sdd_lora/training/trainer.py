@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from sdd_lora.errors import BadInput, SddLoraError
@@ -128,11 +128,8 @@ class Trainer:
             keep_freed_memory()
         self.roles = make_roles(unet, recipe)
         self.embeddings = embeddings.to(device)
-        if isinstance(self.roles, LoraRoles) and recipe.lora.init == "concepts":
-            self.roles.start_along(embeddings.directions(recipe.lora.rank))
-        elif isinstance(self.roles, LoraRoles) and recipe.lora.init == "closed-form":
-            erased = self._erased_prompts()
-            self.roles.start_at(embeddings.closed_form(erased, recipe.preserve.weight))
+        if isinstance(self.roles, LoraRoles):
+            self._start(self.roles)
         self.damping = None
         if embeddings.kept is not None and recipe.preserve.damping > 0:
             self.damping = self.embeddings.damping(recipe.preserve.damping)
@@ -152,6 +149,22 @@ class Trainer:
         self.iteration = 0
         self.seconds = 0.0
         self.losses: list[float] = []
+
+    @torch.no_grad()
+    def _start(self, roles: LoraRoles) -> None:
+        """Put the factors where `lora.init` says, in all processes where the first one's are:
+        eigenvectors' signs may differ from machine to machine."""
+        lora, embeddings = self.recipe.lora, self.embeddings
+        if lora.init == "random":  # from the seed alone
+            return
+        if lora.init == "concepts":
+            roles.start_along(embeddings.directions(lora.rank))
+        else:
+            weight = self.recipe.preserve.weight
+            roles.start_at(embeddings.closed_form(self._erased_prompts(), weight))
+        for role in (STUDENT, TEACHER):
+            for factor in roles.trained(role).values():
+                factor.copy_(broadcast(factor.data))
 
     # ── one iteration ────────────────────────────────────────────────────────────────────────
 

@@ -1,4 +1,4 @@
-"""Train the tests' tiny UNet under torchrun and write the losses: BATCH ROLLOUT OUTPUT [STATE].
+"""Train the tests' tiny UNet under torchrun and write the losses: BATCH WAY OUTPUT [STATE].
 
 With a state that exists the run goes on from there; otherwise it is left after 3 iterations."""
 
@@ -10,11 +10,13 @@ from sdd_lora.recipe import Recipe
 from sdd_lora.training.trainer import Trainer
 from tests.small import ddim, embeddings, small_unet
 
+way = json.loads(sys.argv[2])
 recipe = Recipe.model_validate(
     {
-        "name": "test", "model": "none", "concepts": ["a", "b", "c"], "lora": {"rank": 2},
+        "name": "test", "model": "none", "concepts": ["a", "b", "c"],
+        "lora": {"rank": 2} | way.get("lora", {}),
         "optimizer": {"kind": "adamw", "learning_rate": 0.01}, "ema": {"decay": 0.9},
-        "rollout": json.loads(sys.argv[2]) | {"batch": int(sys.argv[1])},
+        "rollout": way["rollout"] | {"batch": int(sys.argv[1])},
         "training": {"iterations": 4},
     }
 )  # fmt: skip

@@ -11,27 +11,32 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-ROLLOUTS = {
-    "paper": {"steps": 4},
-    "fast": {"steps": 6, "points": 3, "solver": "dpmsolver++", "guidance_interval": [0.2, 1.0]},
-}
+WAYS = {
+    "paper": {"rollout": {"steps": 4}},
+    "fast": {
+        "rollout": {
+            "steps": 6, "points": 3, "solver": "dpmsolver++", "guidance_interval": [0.2, 1.0],
+        },
+        "lora": {"init": "closed-form"},
+    },
+}  # fmt: skip
 
 
-def start(tmp_path, processes, batch, rollout, *state):
+def start(tmp_path, processes, batch, way, *state):
     out = tmp_path / f"{processes}.json"
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
          str(processes), "tests/training/losses_of_a_run.py", str(batch),
-         json.dumps(ROLLOUTS[rollout]), str(out), *map(str, state)],
+         json.dumps(WAYS[way]), str(out), *map(str, state)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
     )  # fmt: skip
     return json.loads(out.read_text()) if out.exists() else None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
-@pytest.mark.parametrize("rollout", ROLLOUTS)
-def test_two_processes_equal_one_of_twice_the_batch(tmp_path, rollout):
-    one, two = start(tmp_path, 1, 2, rollout), start(tmp_path, 2, 1, rollout)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_equal_one_of_twice_the_batch(tmp_path, way):
+    one, two = start(tmp_path, 1, 2, way), start(tmp_path, 2, 1, way)
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert len(set(one["losses"])) == 4
