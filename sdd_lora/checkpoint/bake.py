@@ -35,7 +35,7 @@ from sdd_lora.checkpoint.layout import (
 )
 from sdd_lora.checkpoint.provenance import BakedAdapter, Baking
 from sdd_lora.checkpoint.room import insert_room
-from sdd_lora.checkpoint.source import EMBEDDED, MODEL_SUFFIXES, locate, named
+from sdd_lora.checkpoint.source import EMBEDDED, MODEL_SUFFIXES, locate, named, require_apart
 from sdd_lora.checkpoint.stream import (
     PAGE_BYTES,
     copy_range,
@@ -247,9 +247,13 @@ class _Job:
                 self._write_undo()
                 self._fill(folder)
         else:
+            sidecar = provenance.sidecar_of(out)
+            stale = sidecar.exists()  # it spoke for the file that is replaced
             with atomic_output(out) as file:
                 self._write_undo()
                 self._write(self.edits[0], file)
+            if stale:
+                sidecar.unlink()
 
     def _write_undo(self) -> None:
         if self.undo is not None:
@@ -289,6 +293,7 @@ class _Job:
             )
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
             raise BadInput(f"{out}: lies inside the input; choose another output")
+        require_apart(out, source)
 
     def _require_new_undo(self, undo: Path, out: Path | None, force: bool) -> None:
         refuse_existing(undo, force)
@@ -443,7 +448,7 @@ class _Job:
                 "remove it, or bake to a new folder (-o)"
             )
         for edits in self.edits:
-            require_sole(edits.path)
+            require_sole(edits.path, self.checkpoint.path)
             require_writable(edits.path)
 
     def _patch(

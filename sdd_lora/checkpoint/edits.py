@@ -20,6 +20,8 @@ Weighted = Sequence[tuple[Adapter, float]]
 EmaChoice = Literal["patch", "drop"]
 
 _STORED_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+#: Of the factors that stand beside fp8 weights which were divided by them.
+_SCALES = (".scale_weight", ".weight_scale")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ def _misfit(
     """Why a module's deltas can't be added to a copy's weight; None where they can."""
     if module not in copy.places:
         return f"{module}: {copy.label} of the {copy.component} have no such weight"
-    info = checkpoint.info(copy.places[module])
+    place = copy.places[module]
+    info, beside = checkpoint.info(place), checkpoint.headers[place.file].tensors
+    if any(place.key.removesuffix(".weight") + scale in beside for scale in _SCALES):
+        return f"{module}: stored divided by a scale; use a copy of the model without scales"
     if info.dtype not in _STORED_FLOATS:
         return f"{module}: stored as {info.dtype}, which no delta can be added to"
     for factors, _ in found:

@@ -7,8 +7,9 @@ weights, `variant` files in a folder. An edit that misses a copy is bypassed by 
 
 import json
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,6 +40,7 @@ _LDM_VAE_PREFIX = "first_stage_model."
 _UNET_STEM = "diffusion_pytorch_model"
 _TEXT_STEMS = ("model", "pytorch_model")
 _UNREAD = ("*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.pb")
+_FOLDER_JOURNAL = ".sdd-lora-journal"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _PLACE = re.compile(
     r"((?:down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+"
@@ -161,6 +163,14 @@ def require_sd1_unet(checkpoint: Checkpoint) -> None:
     for copy in checkpoint.copies:
         if copy.component == "unet" and not copy.is_ema:
             _require_complete(checkpoint, copy)
+    known = {place for copy in checkpoint.copies for place in copy.places.values()}
+    for file, header in checkpoint.headers.items():
+        for key in filter(_PLACE.search, header.tensors):
+            if Place(file, key) not in known:
+                raise BadInput(
+                    f"{file}: {key}: of one more copy of the UNet, in unknown names, which an edit "
+                    "would miss; take it out of the file"
+                )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -169,11 +179,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises BadInput where it is missing, damaged, or half-way through a change in place.
     """
     path = Path(path)
-    if (journal := journal_of(path)).exists():
-        raise BadInput(
-            f"{path}: a change in place is under way, or was interrupted; where none is running, "
-            f"roll it back: sdd-lora unbake {path} {journal} --in-place"
-        )
+    require_settled(path)
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
@@ -183,7 +189,28 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def journal_of(path: Path) -> Path:
     """Where the journal of a change in place lies, beside a file or inside a folder."""
-    return path / ".sdd-lora-journal" if path.is_dir() else path.with_name(f"{path.name}.journal")
+    return path / _FOLDER_JOURNAL if path.is_dir() else path.with_name(f"{path.name}.journal")
+
+
+def require_settled(path: Path) -> None:
+    """Raises BadInput where a change in place is half-way: of this MODEL, under whichever name, of
+    a folder that it is in, or of a file in it."""
+    for journal in filter(Path.exists, _journals_about(path)):
+        model = journal.parent if journal.name == _FOLDER_JOURNAL else journal.with_suffix("")
+        command = shlex.join(["sdd-lora", "unbake", str(model), str(journal), "--in-place"])
+        raise BadInput(
+            f"{model}: a change in place is under way, or was interrupted; where none is running, "
+            f"roll it back: {command}"
+        )
+
+
+def _journals_about(path: Path) -> Iterator[Path]:
+    yield journal_of(path)
+    real = path.resolve()
+    yield journal_of(real)
+    yield from map(journal_of, real.parents[:2])  # a file in unet/ is in the model's folder too
+    for pattern in ("*.safetensors.journal", "*/*.safetensors.journal", f"*/{_FOLDER_JOURNAL}"):
+        yield from path.glob(pattern)
 
 
 def read_any_header(path: Path) -> Header:
@@ -295,14 +322,18 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _ldm_checkpoint(path: Path, header: Header, prefix: str) -> Checkpoint:
-    unet, text = {}, {}
+    unet: dict[str, Place] = {}
+    text: dict[str, Place] = {}
+    again: dict[str, Place] = {}
     emas: list[dict[str, Place]] = [{} for _ in EMA]
     for key in header.tensors:
         module = key.removesuffix(".weight")
         if module == key:
             continue
         if key.startswith(names.LDM_TEXT_PREFIX):
-            text[_text_module(module.removeprefix(names.LDM_TEXT_PREFIX))] = Place(path, key)
+            module = _text_module(module.removeprefix(names.LDM_TEXT_PREFIX))
+            # some merges hold it twice, with and without `text_model`
+            (again if module in text else text)[module] = Place(path, key)
         elif key.startswith(prefix):
             try:
                 module = names.from_ldm(module.removeprefix(prefix))
@@ -321,6 +352,8 @@ def _ldm_checkpoint(path: Path, header: Header, prefix: str) -> Checkpoint:
     ]
     if text:
         copies.append(Copy("text_encoder", "weights", text))
+    if again:
+        copies.append(Copy("text_encoder", "weights in other names", again))
     has_vae = any(key.startswith(_LDM_VAE_PREFIX) for key in header.tensors)
     missing = _absent(unet=bool(unet), vae=has_vae, text_encoder=bool(text))
     return Checkpoint(path, "ldm", {path: header}, tuple(copies), missing)

@@ -40,6 +40,14 @@ def locate_file(file: Path) -> Path:
     return file if file.exists() else locate(file.as_posix())
 
 
+def require_apart(output: Path, *inputs: Path) -> None:
+    """Raises BadInput where writing `output` would replace an input, or a folder that one is in."""
+    for path in inputs:
+        same = output.exists() and path.exists() and output.samefile(path)
+        if same or path.resolve().is_relative_to(output.resolve()):
+            raise BadInput(f"{output}: would replace {path}, which is read; choose another name")
+
+
 def named(path: Path) -> Path:
     """The same path with a name; `.` and `..` are none that another file could stand beside."""
     return path.resolve() if path.name in ("", "..") else path

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from sdd_lora.checkpoint import provenance
-from sdd_lora.checkpoint.layout import journal_of
+from sdd_lora.checkpoint.layout import journal_of, require_settled
 from sdd_lora.checkpoint.room import remove_room
-from sdd_lora.checkpoint.source import named
+from sdd_lora.checkpoint.source import named, require_apart
 from sdd_lora.checkpoint.stream import (
     PAGE_BYTES,
     Segment,
@@ -66,6 +66,13 @@ class Original:
 
 
 @dataclass(frozen=True)
+class _Content:
+    """What an undo file says of itself in its header."""
+
+    files: tuple[Original, ...]
+
+
+@dataclass(frozen=True)
 class Unbaked:
     """What `unbake` did."""
 
@@ -79,6 +86,8 @@ class Undo:
     """An undo file, read by range. Raises BadInput where it is none, or damaged."""
 
     def __init__(self, path: Path) -> None:
+        from pydantic import TypeAdapter, ValidationError
+
         self.path = Path(path)
         self.header = read_header(self.path)
         where = f"{path}: expected an undo file, as `sdd-lora bake --undo` writes them"
@@ -86,12 +95,11 @@ class Undo:
         if text is None:
             raise BadInput(where)
         try:
-            self.files = tuple(
-                Original(e["name"], e["size"], e["sidecar"], tuple(e["tensors"]), e["rest"])
-                for e in json.loads(text)["files"]
-            )
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise BadInput(f"{where}; found {error}") from error
+            self.files = TypeAdapter(_Content).validate_json(text).files
+        except ValidationError as error:
+            raise BadInput(f"{where}; found: {error.errors()[0]['msg']}") from error
+        if not self.files:
+            raise BadInput(f"{where}; found one that keeps nothing")
         for n, file in enumerate(self.files):
             inside = not Path(file.name).is_absolute() and ".." not in Path(file.name).parts
             if not inside or not {_header_key(n), *(_key(n, t) for t in file.tensors)} <= set(
@@ -236,6 +244,7 @@ def unbake(
         raise BadInput(f"{out}: is the input itself; choose another output or --in-place")
     if model.is_dir() and out.resolve().is_relative_to(model.resolve()):
         raise BadInput(f"{out}: lies inside the input; choose another output")
+    require_apart(out, model, undo)
     way_back = Undo(undo)
     paths = _check(model, way_back)
     require_space(out.absolute().parent, sum(original.size for original in way_back.files))
@@ -292,10 +301,11 @@ def require_writable(path: Path) -> None:
         raise BadInput(f"{path}: can't be changed in place: {error.strerror}") from error
 
 
-def require_sole(path: Path) -> None:
-    """Raises BadInput where a file has another name (a hub cache's, a linked folder's), under which
-    it would change as well."""
-    if path.is_symlink() or path.stat().st_nlink > 1:
+def require_sole(path: Path, model: Path) -> None:
+    """Raises BadInput where a model's file has another name (a hub cache's, a linked folder's),
+    under which it would change as well."""
+    elsewhere = not path.resolve().is_relative_to(model.resolve())
+    if elsewhere or path.is_symlink() or path.stat().st_nlink > 1:
         raise BadInput(
             f"{path}: is linked from elsewhere too, and would change there as well; choose a new "
             "output (-o), or copy it first"
@@ -313,7 +323,7 @@ def roll_back(model: Path) -> None:
 def _unbake_in_place(model: Path, undo: Undo) -> Unbaked:
     paths = _check(model, undo)
     for path in paths:
-        require_sole(path)
+        require_sole(path, model)
         require_writable(path)
     with atomic_output(journal_of(model)) as target, open(undo.path, "rb") as kept:
         shutil.copyfileobj(kept, target, 1 << 20)
@@ -323,6 +333,7 @@ def _unbake_in_place(model: Path, undo: Undo) -> Unbaked:
 
 def _check(model: Path, undo: Undo) -> list[Path]:
     """The files that the undo file is of; BadInput unless each is what was baked then."""
+    require_settled(model)
     paths = [file_of(model, original.name) for original in undo.files]
     with open(undo.path, "rb") as kept:
         for n, path in enumerate(paths):

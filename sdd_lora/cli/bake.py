@@ -1,5 +1,6 @@
 """`sdd-lora bake`."""
 
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,14 +90,19 @@ def bake(
 
         sdd-lora bake diffusers-folder runs/weapons --in-place
     """  # noqa: E501
-    from sdd_lora.adapter.adapter import Adapter
+    from sdd_lora.adapter.adapter import Adapter, adapter_file
     from sdd_lora.checkpoint import bake as baking
     from sdd_lora.checkpoint.arithmetic import Rounding
+    from sdd_lora.checkpoint.source import require_apart
     from sdd_lora.errors import BadInput
 
     if seed is not None and rounding is not RoundingChoice.stochastic:
         raise BadInput("--seed goes with --rounding stochastic; nothing else is drawn")
-    parts = [(Adapter.load(path), weight) for path, weight in map(weighted, adapters)]
+    sources = [(adapter_file(path), weight) for path, weight in map(weighted, adapters)]
+    read = [path for path, _ in sources] + ([] if base is None else [Path(base)])
+    for written in filter(None, (output, undo)):
+        require_apart(written, *read)
+    parts = [(Adapter.load(path), weight) for path, weight in sources]
     report = baking.bake(
         model, parts, output, in_place=in_place, undo=undo, ema=ema.value,
         rounding=Rounding(rounding.value, seed or 0), base=base, force=force,
@@ -143,7 +149,8 @@ def _text(report: "BakeReport") -> str:
     if report.refused:
         lines.append(f"refused in the pickle: {_listed(report.refused)}")
     if report.undo:
-        lines.append(f"undo: sdd-lora unbake {report.output} {report.undo} --in-place")
+        paths = shlex.join([str(report.output), str(report.undo)])
+        lines.append(f"undo: sdd-lora unbake {paths} --in-place")
     return "\n".join(lines)
 
 

@@ -39,10 +39,11 @@ def inspect(
 def _describe(path: Path, norms: bool) -> dict[str, Any]:
     from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
     from sdd_lora.adapter.formats import looks_like_adapter
-    from sdd_lora.checkpoint.layout import read_any_header
+    from sdd_lora.checkpoint.layout import read_any_header, require_settled
     from sdd_lora.checkpoint.source import locate_file
 
     path = locate_file(path)
+    require_settled(path)
     if path.is_dir():
         is_adapter = is_adapter_folder(path)
     else:

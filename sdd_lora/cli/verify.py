@@ -45,10 +45,11 @@ def verify(
     """
     from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
     from sdd_lora.adapter.formats import looks_like_adapter
-    from sdd_lora.checkpoint.layout import read_any_header
+    from sdd_lora.checkpoint.layout import read_any_header, require_settled
     from sdd_lora.checkpoint.source import locate_file
 
     file = locate_file(file)
+    require_settled(file)
     if file.is_dir():
         is_adapter = is_adapter_folder(file)
     else:

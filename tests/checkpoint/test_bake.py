@@ -264,6 +264,7 @@ def test_damaged_provenance_is_one_clear_line(tmp_path, text):
     [
         ({}, models.adapter(widths=names.SD15), "32 of the adapters' 32 modules"),
         ({LDM_K0: np.zeros((32, 128), np.int8)}, models.adapter(), "I8"),
+        ({LDM_K0.replace(".weight", ".scale_weight"): np.ones(1)}, models.adapter(), "by a scale"),
         ({"double_blocks.0.x": np.zeros(1)}, models.adapter(), "Flux"),
         ({}, Adapter({}), "no module"),
     ],
@@ -318,6 +319,26 @@ def test_outputs_that_stand_in_the_way(tmp_path):
             bake(source, [(models.adapter(), weight)], out=tmp_path / "p.safetensors")
     bake(source, adapters, out=other, force=True)
     assert LDM_K0 in tensors_of(other)
+
+
+def test_a_folder_that_holds_the_input_is_not_replaced(tmp_path):
+    folder = models.write_folder(tmp_path / "folder")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BadInput, match="would replace"):
+        bake(folder / "unet", [(models.adapter(), 1.0)], out=folder, force=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_replaced_file_takes_its_sidecar_with_it(tmp_path, monkeypatch):
+    a, b = models.adapter(name="a"), models.adapter(seed=1, leaves=("to_q",), name="b")
+    source = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
+    out = models.write(tmp_path / "o.safetensors", models.ldm_tensors())
+    monkeypatch.setattr("sdd_lora.checkpoint.bake.insert_room", lambda *_: False)
+    bake(out, [(a, 1.0)], in_place=True)
+    assert provenance.sidecar_of(out).exists()
+    bake(source, [(a, 1.0), (b, 1.0)], out=out, force=True)  # its to_k is what the sidecar knows
+    (baking,) = chain_of_model(out)
+    assert [known.name for known in baking.adapters] == ["a", "b"]
 
 
 def test_too_little_disk_is_seen_before_writing(tmp_path, monkeypatch):

@@ -58,6 +58,15 @@ def test_missing_parts_inpainting_and_unprefixed_text(tmp_path):
     assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj" in text.places
 
 
+def test_a_text_encoder_under_both_names_is_two_copies(tmp_path):
+    tensors = models.ldm_tensors()
+    tensors |= {k.replace("text_model.", ""): v for k, v in tensors.items() if "text_model." in k}
+    first, second = open_checkpoint(models.write(tmp_path / "m.safetensors", tensors)).copies[1:]
+    assert first.component == second.component == "text_encoder"
+    assert first.places.keys() == second.places.keys()
+    assert not set(first.places.values()) & set(second.places.values())
+
+
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
 def test_unet_only_files_in_ldm_names(tmp_path, prefix):
     tensors = {
@@ -162,6 +171,7 @@ def sd2(tensors):
         (lambda t: {"joint_blocks.0.context_block.attn.qkv.weight": np.zeros(3)}, "Diffusion 3"),
         (lambda t: t | {"control_model.input_blocks.0.0.weight": np.zeros(3)}, "ControlNet"),
         (lambda t: models.adapter().to_state_dict("kohya"), "adapter"),
+        (lambda t: t | {k.removeprefix("model."): v for k, v in t.items()}, "one more copy"),
         (lambda t: {"weight": np.zeros(3)}, "no UNet"),
         (lambda t: without(t, "input_blocks.1.0.in_layers.2.weight"), "complete"),
         (lambda t: reshaped(t, "input_blocks.1.0.in_layers.2.weight"), "shape"),

@@ -21,7 +21,7 @@ from sdd_lora.checkpoint import presence, provenance, room
 from sdd_lora.checkpoint import undo as undoing
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.layout import journal_of, open_checkpoint
-from sdd_lora.checkpoint.undo import Undo, unbake
+from sdd_lora.checkpoint.undo import Undo, held, unbake
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.safetensors_file import read_header, read_tensors
 
@@ -219,14 +219,19 @@ def test_what_is_no_undo_of_it_is_refused(source, tmp_path):
 
 
 @pytest.mark.parametrize("text", [
+    '{"files": []}',
+    '{"files": [{"name": "m", "size": 1, "sidecar": 3, "tensors": [], "rest": ""}]}',
+    '{"files": [{"name": "m", "size": "x", "sidecar": null, "tensors": [], "rest": ""}]}',
+    '{"files": [{"name": 3, "size": 1, "sidecar": null, "tensors": [], "rest": ""}]}',
     "[", '{"files": 3}', '{"files": [{"name": "../x"}]}',
     '{"files": [{"name": "../x", "size": 1, "sidecar": null, "tensors": [], "rest": ""}]}',
     '{"files": [{"name": "m", "size": 1, "sidecar": null, "tensors": ["x"], "rest": ""}]}',
 ])  # fmt: skip
 def test_hostile_undo_files(tmp_path, source, text):
     bad = models.write(tmp_path / "u", {"0/header": np.zeros(8, np.uint8)}, {"sdd_lora.undo": text})
-    with pytest.raises(BadInput, match="undo file"):
+    with pytest.raises(BadInput, match="undo file") as error:
         unbake(source, bad, in_place=True)
+    assert "\n" not in str(error.value)
 
 
 def test_linked_files_are_not_changed_in_place(source, tmp_path):
@@ -239,6 +244,15 @@ def test_linked_files_are_not_changed_in_place(source, tmp_path):
     before = contents(tmp_path)
     with pytest.raises(BadInput, match="linked"):
         unbake(out, undo, in_place=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_linked_component_is_not_changed_in_place(folder, tmp_path):
+    (folder / "unet").rename(tmp_path / "shared")
+    (folder / "unet").symlink_to(tmp_path / "shared")
+    before = contents(tmp_path)
+    with pytest.raises(BadInput, match="linked"):
+        bake(folder, [(A, 1.0)], in_place=True)
     assert contents(tmp_path) == before
 
 
@@ -268,6 +282,19 @@ def test_a_folder_is_not_unbaked_into_itself(folder, tmp_path):
     with pytest.raises(BadInput, match="inside"):
         unbake(tmp_path / "o", tmp_path / "u", tmp_path / "o" / "back")
     assert contents(tmp_path / "o") == before
+
+
+def test_what_is_read_is_not_replaced_by_what_is_unbaked(source, folder, tmp_path):
+    bake(source, [(A, 1.0)], out=tmp_path / "o.safetensors", undo=tmp_path / "u")
+    bake(folder / "unet", [(A, 1.0)], in_place=True, undo=tmp_path / "v")
+    before = contents(tmp_path)
+    for model, undo, out in [
+        (tmp_path / "o.safetensors", tmp_path / "u", tmp_path / "u"),
+        (folder / "unet", tmp_path / "v", folder),
+    ]:
+        with pytest.raises(BadInput, match="would replace"):
+            unbake(model, undo, out, force=True)
+    assert contents(tmp_path) == before
 
 
 def write_protect(monkeypatch, path: Path) -> None:
@@ -388,6 +415,24 @@ def test_an_interrupted_unbake_ends_in_the_original(source, monkeypatch):
     assert journal_of(source).exists()
     unbake(source, journal_of(source), in_place=True)
     assert source.read_bytes() == original
+
+
+@pytest.mark.parametrize("part", ["", "unet", "unet/diffusion_pytorch_model.safetensors"])
+def test_an_interrupted_change_is_seen_under_every_name(tmp_path, monkeypatch, part):
+    model = models.write_folder(tmp_path / "folder")
+    (tmp_path / "link.safetensors").symlink_to(model / "unet/diffusion_pytorch_model.safetensors")
+    with monkeypatch.context() as patch:
+        writes_until(patch, 20, Interrupted())
+        with pytest.raises(Interrupted):
+            bake(model / part, [(A, 1.0)], in_place=True)
+    unet, link = model / "unet", tmp_path / "link.safetensors"
+    everywhere = [model, unet, unet / "diffusion_pytorch_model.safetensors", link]
+    for name in everywhere:
+        with pytest.raises(BadInput, match=f"roll it back: sdd-lora unbake {model / part} "):
+            open_checkpoint(name)
+    with held(model / part):
+        pass
+    assert all(map(open_checkpoint, everywhere))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])

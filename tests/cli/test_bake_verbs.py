@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shlex
+import struct
 
 import checkpoint_models as models
 import pytest
@@ -48,13 +50,42 @@ def test_there_and_back(run, files, tmp_path):
     assert (tmp_path / "back.safetensors").read_bytes() == model.read_bytes()
 
 
-def test_in_place_says_how_to_undo(run, files):
+@pytest.mark.parametrize("name", ["m.safetensors", "é's 模型 $x.safetensors"])
+def test_in_place_says_how_to_undo(run, files, name):
     model, a, _ = files
-    before = model.read_bytes()
+    before, model = model.read_bytes(), model.rename(model.with_name(name))
     done = run("bake", model, a, "--in-place")
-    command = done.out.splitlines()[-1].removeprefix("undo: sdd-lora ").split()
+    command = shlex.split(done.out.splitlines()[-1].removeprefix("undo: sdd-lora "))
     run(*command)
     assert model.read_bytes() == before
+
+
+def test_a_change_that_stopped_before_its_header_is_named(run, files):
+    model, a, _ = files
+    run("bake", model, a, "--in-place")
+    undo = model.with_name(f"{model.name}.undo1")
+    undo.rename(model.with_name(f"{model.name}.journal"))
+    with open(model, "r+b") as file:
+        file.write(struct.pack("<Q", 0))  # room was made, and nothing written in it
+    for verb in ("inspect", "verify"):
+        assert "roll it back" in run(verb, model, code=2).err
+
+
+def test_what_is_read_is_not_replaced(run, files, tmp_path):
+    model, a, b = files
+    (tmp_path / "run").mkdir()
+    adapter = a.rename(tmp_path / "run" / "adapter.safetensors")
+    original = tmp_path / "original.safetensors"
+    original.write_bytes(model.read_bytes())
+    out = tmp_path / "o.safetensors"
+    for arguments in (
+        [model, adapter, "-o", adapter],
+        ["demo", tmp_path / "run", "-o", tmp_path / "run"],
+        [model, b, "-o", out, "--undo", b],
+        [model, b, "-o", original, "--base", original],
+    ):
+        assert "would replace" in run("bake", *arguments, "--force", code=2).err
+    assert adapter.exists() and not out.exists()
 
 
 def test_options_reach_the_bake(run, files, tmp_path):
