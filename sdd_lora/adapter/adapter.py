@@ -80,6 +80,7 @@ class Adapter:
         bf16 or fp32. Raises BadInput where the form or dtype can't hold the adapter.
         """
         path = Path(path)
+        require_file_name(path)
         pieces = serialize(*self.file_content(format, dtype))
         with atomic_output(path) as file:
             file.writelines(pieces)
@@ -191,6 +192,14 @@ def adapter_file(source: str | Path) -> Path:
     if path.suffix in (".safetensors", *PICKLES) or not hub.is_hub_id(str(source)):
         raise BadInput(f"{path}: no such file; expected an adapter, a run's folder or a hub id")
     return hub.download_adapter(str(source))
+
+
+def require_file_name(path: Path) -> None:
+    """Raises BadInput where a reader would take the adapter that is saved there for a pickle."""
+    if path.suffix.lower() in PICKLES:
+        raise BadInput(
+            f"{path}: safetensors is written, no pickle; name it {path.stem}.safetensors"
+        )
 
 
 def stored_dtype(source: str | Path) -> str:

@@ -142,10 +142,14 @@ def has_labels(adapter: "Adapter") -> bool:
     return bool(describe(adapter.metadata)) or any(_notes(adapter))
 
 
+def sidecar_text(adapter: "Adapter") -> str:
+    return json.dumps(sidecar(adapter), indent=2, ensure_ascii=False) + "\n"
+
+
 def write_sidecar(adapter: "Adapter", path: Path) -> Path:
     """Write `<name>.json` beside the adapter file `path`; returns where."""
     target = sidecar_path(Path(path))
-    write_text(target, json.dumps(sidecar(adapter), indent=2, ensure_ascii=False) + "\n")
+    write_text(target, sidecar_text(adapter))
     return target
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import Factors, concatenated, truncated
 from sdd_lora.errors import BadInput
@@ -54,11 +56,12 @@ def resize(adapter: Adapter, rank: int | None = None, energy: float | None = Non
     require_one_size(rank, energy)
     factors, errors = {}, {}
     lost = whole = 0.0
-    for module, found in adapter.factors.items():
-        factors[module], errors[module] = truncated(found, rank, energy)
-        norm = found.norm()
-        whole += norm**2
-        lost += (errors[module] * norm) ** 2
+    with threadpool_limits(1, user_api="blas"):  # the same bytes at any number of threads
+        for module, found in adapter.factors.items():
+            factors[module], errors[module] = truncated(found, rank, energy)
+            norm = found.norm()
+            whole += norm**2
+            lost += (errors[module] * norm) ** 2
     error = math.sqrt(lost / whole) if whole else 0.0
     source = {
         "identity": adapter.identity, "lineage": list(adapter.lineage), "rank": adapter.rank,

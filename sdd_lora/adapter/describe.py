@@ -20,13 +20,14 @@ from sdd_lora.safetensors_file import DTYPES, Header, header_of, open_input, rea
 class Description:
     """An adapter's file, described.
 
-    `ranks`, `scales` (alpha / rank) and `shapes` (of the weights that it changes) are per canonical
-    module name; `dtypes` counts tensors by safetensors' codes; `sha256` is the file's hash,
-    `data_sha256` that of what follows the header.
+    `keys` (by part: "down", "up", "alpha"), `ranks`, `scales` (alpha / rank) and `shapes` (of the
+    weights that it changes) are per canonical module name; `dtypes` counts tensors by safetensors'
+    codes; `sha256` is the file's hash, `data_sha256` that of what follows the header.
     """
 
     path: Path
     form: str
+    keys: dict[str, dict[str, str]]
     ranks: dict[str, int]
     scales: dict[str, float]
     shapes: dict[str, tuple[int, ...]]
@@ -103,6 +104,7 @@ def _describe(path: Path, header: Header, content: bytes) -> Description:
     return Description(
         path=path,
         form=formats.form_of(header.tensors),
+        keys=modules,
         ranks=ranks,
         scales=scales,
         shapes=shapes,

@@ -15,6 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,7 @@ _WRITTEN: dict[str, tuple[Callable[[str], str], str, str]] = {
 _OTHER_KINDS = {
     ".dora_scale": "DoRA",
     ".lora_magnitude_vector": "DoRA",
+    ".lora_magnitude_vector.weight": "DoRA",
     **{f".hada_{part}": "LoHa" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{part}": "LoKr" for part in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")},
     ".oft_blocks": "OFT",
@@ -61,10 +63,10 @@ _OTHER_KINDS = {
 }
 #: Marks in keys that only another family's adapters have, the first that fits counting.
 _FAMILY_MARKS = {
-    "SDXL": ("lora_te1_", "lora_te2_", "text_encoder_2.", "add_embedding", "label_emb",
-             *(f"transformer_blocks{dot}{n}{dot}" for n in range(1, 10) for dot in "._")),
     "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
     "SD 3": ("joint_blocks", "lora_transformer_", "transformer.transformer_blocks"),
+    "SDXL": ("lora_te1_", "lora_te2_", "text_encoder_2.", "add_embedding", "label_emb",
+             *(f"transformer_blocks{dot}{n}{dot}" for n in range(1, 10) for dot in "._")),
     "SD 2": ("text_model_encoder_layers_12_", "encoder.layers.12."),
 }  # fmt: skip
 
@@ -177,7 +179,7 @@ def peft_metadata(factors: Mapping[str, Factors]) -> str:
 
 
 class Geometry(NamedTuple):
-    """What the shapes of a module's factors say."""
+    """What the shapes of a module's factors say; of a linear module, the kernel is None."""
 
     rank: int
     kernel: tuple[int, int] | None
@@ -185,7 +187,8 @@ class Geometry(NamedTuple):
 
 
 def geometry_of(name: str, down: tuple[int, ...], up: tuple[int, ...]) -> Geometry:
-    """Rank, kernel and the changed weight's shape; 1×1 where a convolution's factors are 2-D.
+    """Rank, kernel and the changed weight's shape, whatever dress the factors wear: a convolution's
+    may be 2-D where it is 1×1, and a linear module's 4-D, as of a 1×1 convolution.
 
     Raises BadInput where the shapes are no pair of factors.
     """
@@ -194,13 +197,15 @@ def geometry_of(name: str, down: tuple[int, ...], up: tuple[int, ...]) -> Geomet
     rank, out = down[0], up[0]
     if rank == 0 or up[1] != rank:
         raise BadInput(f"down {down} and up {up} don't fit; expected one rank, of 1 or more")
-    if len(down) == 4:
-        kernel = (down[2], down[3])
-    elif name.endswith((".proj_in", ".proj_out", ".conv_shortcut")):
-        kernel = (1, 1)
-    else:
+    kernel = (down[2], down[3]) if len(down) == 4 else (1, 1)
+    if kernel == (1, 1) and name not in _convolutions():
         return Geometry(rank, None, (out, down[1]))
     return Geometry(rank, kernel, (out, down[1], *kernel))
+
+
+@lru_cache
+def _convolutions() -> frozenset[str]:
+    return frozenset(name for name, shape in names.unet_shapes().items() if len(shape) == 4)
 
 
 def scalar(value: Any) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from sdd_lora.adapter.compose import Weighted
 from sdd_lora.adapter.factors import Factors
@@ -12,6 +13,7 @@ from sdd_lora.errors import BadInput
 
 #: A sum this much stronger than the strongest part, in some direction, is called overdriven.
 OVERDRIVE = 1.1
+LABEL_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Interference:
     modules: list[ModuleReport]
 
     @property
+    def labels(self) -> list[str]:
+        """The names for tables and pictures: foreign files may be called anything."""
+        return [_label(name) for name in self.names]
+
+    @property
     def overdriven(self) -> list[ModuleReport]:
         """Modules where the sum is stronger than any part was tested at, the worst first."""
         found = [module for module in self.modules if module.drive > OVERDRIVE]
@@ -79,11 +86,12 @@ def interference(parts: Weighted) -> Interference:
     weights = np.array([weight for _, weight in parts])
     total = np.zeros((len(parts), len(parts)))
     modules = []
-    for name in dict.fromkeys(name for adapter, _ in parts for name in adapter.factors):
-        found = [adapter.factors.get(name) for adapter, _ in parts]
-        gram, report = _module_report(name, found, weights)
-        total += gram
-        modules.append(report)
+    with threadpool_limits(1, user_api="blas"):  # these matrices are small: threads only wait
+        for name in dict.fromkeys(name for adapter, _ in parts for name in adapter.factors):
+            found = [adapter.factors.get(name) for adapter, _ in parts]
+            gram, report = _module_report(name, found, weights)
+            total += gram
+            modules.append(report)
     return Interference(
         names=[adapter.name for adapter, _ in parts],
         weights=weights.tolist(),
@@ -99,13 +107,14 @@ def draw_heat_map(report: Interference, file: BinaryIO) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = len(report.names)
-    figure = Figure(figsize=(2.5 + 0.5 * count, 2 + 0.45 * count), layout="constrained")
+    count, longest = len(report.names), max(map(len, report.labels))
+    size = 2.2 + 0.5 * count + 0.08 * longest, 1.2 + 0.45 * count + 0.06 * longest
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(report.cosine, cmap="RdBu_r", vmin=-1, vmax=1)
-    axes.set_xticks(range(count), report.names, rotation=45, ha="right")
-    axes.set_yticks(range(count), report.names)
+    axes.set_xticks(range(count), report.labels, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(count), report.labels, parse_math=False)
     axes.set_title("Cosine between deltas")
     if count <= 12:
         for row, column in np.ndindex(count, count):
@@ -159,6 +168,12 @@ def _cosines(gram: np.ndarray) -> np.ndarray:
     norms = np.sqrt(np.diag(gram))
     scale = np.outer(norms, norms)
     return np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
+
+
+def _label(name: str) -> str:
+    """A name on one line of bearable length."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    return line if len(line) <= LABEL_LENGTH else line[: LABEL_LENGTH - 1] + "…"
 
 
 def _root(square: float) -> float:

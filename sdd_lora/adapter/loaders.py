@@ -5,6 +5,7 @@ InvokeAI, diffusers 0.35 to 0.42 and peft.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sdd_lora import names
 from sdd_lora.adapter import formats
 from sdd_lora.adapter.describe import Description
 
@@ -61,7 +62,7 @@ def _diffusers(description: Description) -> Iterator[str]:
         yield f"loads one form at a time, found {' and '.join(sorted(forms))}; {_DRESS}"
     elif "ldm" in forms:
         yield f"refuses LDM block names; {_DRESS}"
-    elif "bare" in forms:
+    elif "kohya" not in forms and not _all_prefixed(description):
         yield "its pipeline loads nothing without the prefix unet., and only warns; convert it"
     elif has_alphas and formats.PEFT_METADATA_KEY in description.header.metadata:
         yield f"refuses .alpha together with {formats.PEFT_METADATA_KEY}; {_DRESS}"
@@ -69,6 +70,7 @@ def _diffusers(description: Description) -> Iterator[str]:
         yield f"refuses .alpha in the form {description.form}; {_DRESS}"
     elif "kohya" in forms and not _alphas_agree(description):
         yield f"loads it, but at wrong scales: alphas differ between modules; {_DRESS}"
+    yield from _misshapen(description)
 
 
 def _peft(description: Description) -> Iterator[str]:
@@ -76,6 +78,26 @@ def _peft(description: Description) -> Iterator[str]:
         yield f"doesn't know the form {description.form}; convert it with --to peft"
     elif _has_alphas(description):
         yield "doesn't read .alpha; convert it with --to peft"
+    yield from _misshapen(description)
+
+
+def _misshapen(description: Description) -> Iterator[str]:
+    """Factors must have as many dimensions as the weight; A1111 and ComfyUI reshape them."""
+    for module, part, key in _tensors(description):
+        dimensions = len(description.header.tensors[key].shape)
+        if part != "alpha" and dimensions != len(description.shapes[module]):
+            yield f"refuses {dimensions}-D factors of {module}; convert it"
+
+
+def _tensors(description: Description) -> Iterator[tuple[str, str, str]]:
+    """Module, part ("down", "up", "alpha") and key of each tensor."""
+    for module, parts in description.keys.items():
+        yield from ((module, part, key) for part, key in parts.items())
+
+
+def _all_prefixed(description: Description) -> bool:
+    prefixes = (names.UNET_PREFIX, names.TEXT_PREFIX)
+    return all(key.startswith(prefixes) for key in description.header.tensors)
 
 
 def _has_alphas(description: Description) -> bool:
@@ -83,8 +105,13 @@ def _has_alphas(description: Description) -> bool:
 
 
 def _alphas_agree(description: Description) -> bool:
-    """diffusers applies the most frequent alpha to every module, and 1 · rank where none is."""
+    """diffusers applies the UNet's most frequent alpha to all of it, and the text encoder's to all
+    of that; and 1 · rank where none is.
+    """
+    stored = {names.is_text(name) for name, part, _ in _tensors(description) if part == "alpha"}
     alphas = {
-        round(scale * description.ranks[name], 6) for name, scale in description.scales.items()
+        (names.is_text(name), round(scale * description.ranks[name], 6))
+        for name, scale in description.scales.items()
+        if names.is_text(name) in stored
     }
-    return not _has_alphas(description) or len(alphas) == 1
+    return len(alphas) == len(stored)

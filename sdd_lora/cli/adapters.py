@@ -1,5 +1,6 @@
 """What the adapter verbs share: options, and what they say about a file they wrote."""
 
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,12 +42,15 @@ Energy = Annotated[
 
 
 def check_outputs(force: bool, adapter: Path, *others: Path) -> None:
-    """Raises BadInput where an output exists and `force` was not given, or two are one file.
+    """Raises BadInput where an output exists and `force` was not given, two are one file, or the
+    adapter's is named like a pickle.
 
     An adapter's outputs are its file and the sidecar beside it.
     """
+    from sdd_lora.adapter.adapter import require_file_name
     from sdd_lora.adapter.card import sidecar_path
 
+    require_file_name(adapter)
     paths = [adapter, sidecar_path(adapter), *others]
     for path in paths:
         refuse_existing(path, force)
@@ -59,11 +63,17 @@ def write(adapter: "Adapter", path: Path, form: str, dtype: str) -> dict[str, An
     """Save an adapter, and beside it the sidecar where it has something to say; what was written,
     for --json.
     """
-    from sdd_lora.adapter.card import has_labels, write_sidecar
+    from sdd_lora.adapter.card import has_labels, sidecar_path, sidecar_text
     from sdd_lora.adapter.describe import describe
+    from sdd_lora.files import atomic_output
 
-    written = describe(adapter.save(path, format=form, dtype=dtype))
-    sidecar = write_sidecar(adapter, path) if has_labels(adapter) else None
+    sidecar = sidecar_path(path) if has_labels(adapter) else None
+    with ExitStack() as pending:  # the sidecar appears after the adapter, or neither does
+        if sidecar is not None:
+            file = pending.enter_context(atomic_output(sidecar))
+            file.write(sidecar_text(adapter).encode())
+            file.flush()
+        written = describe(adapter.save(path, format=form, dtype=dtype))
     return {
         "output": str(path),
         "sidecar": None if sidecar is None else str(sidecar),

@@ -85,15 +85,15 @@ def stack(
 def _report(report: "Interference") -> str:
     from sdd_lora.cli.tables import table
 
-    parts = zip(report.names, report.weights, report.norms, strict=True)
+    parts = zip(report.labels, report.weights, report.norms, strict=True)
     rows = [[name, f"{weight:g}", f"{norm:.4g}"] for name, weight, norm in parts]
     rows.append(["the stack", "", f"{report.norm:.4g}"])
     sections = [table(["adapter", "weight", "norm"], rows)]
-    count = len(report.names)
+    labels, count = report.labels, len(report.names)
     pairs = [(report.cosine[i, j], i, j) for i in range(count) for j in range(i)]
     if pairs:
         strongest = sorted(pairs, key=lambda pair: -abs(pair[0]))[:SHOWN_PAIRS]
-        named = [[f"{report.names[j]} and {report.names[i]}", f"{c:+.3f}"] for c, i, j in strongest]
+        named = [[f"{labels[j]} and {labels[i]}", f"{c:+.3f}"] for c, i, j in strongest]
         sections.append(table(["the pairs that meet most", "cosine"], named))
     return "\n\n".join(sections) + "\n"
 

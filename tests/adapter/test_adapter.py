@@ -62,6 +62,15 @@ BAD = {
     "SDXL by a width": (GOOD | {DOWN: ones(2, 2048)}, "an adapter for SDXL"),
     "SD 2": (GOOD | {DOWN: ones(2, 1024)}, "an adapter for SD 2"),
     "SDXL's second encoder": (GOOD | {"lora_te2_text_model_x.lora_down.weight": ones(2)}, "SDXL"),
+    "FLUX with its text encoder": (
+        {"lora_te1_text_model_x.alpha": ones(1), "lora_unet_double_blocks_0_x.alpha": ones(1)},
+        "an adapter for FLUX",
+    ),
+    "FLUX by diffusers": (
+        {"transformer.single_transformer_blocks.1.x.lora_A.weight": ones(2)}, "an adapter for FLUX",
+    ),
+    "SD 3 by diffusers": ({"transformer.transformer_blocks.1.x.lora_A.weight": ones(2)}, "SD 3"),
+    "DoRA by peft": ({f"unet.{TO_K}.lora_magnitude_vector.weight": ones(2)}, "DoRA"),
     "FLUX": ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": ones(2, 8)}, "FLUX"),
     "DoRA": (GOOD | {f"{STEM}.dora_scale": ones(1, 128)}, "DoRA; expected a plain LoRA"),
     "LoHa": ({f"{STEM}.hada_w1_a": ones(2, 2)}, "LoHa"),
@@ -161,6 +170,13 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="can't write there: Permission denied"):
         adapter.save(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.BIN"])
+def test_a_name_that_is_read_as_a_pickle_is_refused(name, tmp_path):
+    with pytest.raises(BadInput, match=r"name it a\.safetensors"):
+        random_adapter().save(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_runs_folder_and_a_name_with_dots(tmp_path):

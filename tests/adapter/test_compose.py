@@ -2,12 +2,14 @@
 
 import io
 import math
+import warnings
 
 import numpy as np
 import pytest
 from adapter_making import KINDS, TO_K, random_adapter, random_factors, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from sdd_lora import names, stack
 from sdd_lora.adapter.adapter import Adapter, Factors
@@ -208,6 +210,33 @@ def test_overdrive_is_told_where_a_sum_is_stronger_than_its_parts_were():
 def test_inner_product():
     a, b = (random_adapter(n, modules=(TO_K,), alpha=n + 0.5).factors[TO_K] for n in (1, 2))
     assert inner(a, b) == pytest.approx(float((a.delta() * b.delta()).sum()), rel=1e-4)
+
+
+def test_a_heat_map_takes_any_name():
+    """What foreign files are called is no formula, and may be long or of several lines."""
+    called = [r"a$\frac{$", "two\nlines\x1b[31m", "x" * 3000]
+    report = interference([(random_adapter(n, name=name), 1.0) for n, name in enumerate(called)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns where it finds no room
+        draw_heat_map(report, io.BytesIO())
+    assert report.labels == [called[0], "two lines [31m", "x" * 39 + "…"]
+    assert report.as_json()["adapters"] == called
+
+
+def test_small_matrices_are_left_to_one_thread(monkeypatch):
+    """Where other programs hold the cores, BLAS's own threads took a minute to a stack of 100."""
+    with threadpool_limits(2, user_api="blas"):
+        if max(pool["num_threads"] for pool in threadpool_info()) < 2:
+            pytest.skip("a BLAS of one thread")
+        seen = set()
+
+        def count(*_, **__):
+            seen.update(p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas")
+            return 1.0
+
+        monkeypatch.setattr("sdd_lora.adapter.interference._spectral_norm", count)
+        interference([(random_adapter(modules=(TO_K,)), 1.0)])
+    assert seen == {1}
 
 
 def test_heat_map_is_a_picture():

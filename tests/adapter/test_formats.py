@@ -172,6 +172,21 @@ def test_two_dimensional_factors_of_a_convolution_are_written_back_as_one():
     assert [t.shape for t in written.values()] == [(2, 32, 1, 1), (32, 2, 1, 1)]
 
 
+def test_four_dimensional_factors_of_a_linear_module_are_written_back_as_matrices():
+    """As some trainers write them; diffusers and peft refuse those."""
+    adapter = random_adapter(modules=KINDS)
+    tensors = adapter.to_state_dict("kohya")
+    four = {k: t[..., None, None] if t.ndim == 2 else t for k, t in tensors.items()}
+    found = Adapter.from_state_dict(four)
+    assert distance(adapter, found) == 0
+    assert {k: t.shape for k, t in found.to_state_dict("kohya").items()} == {
+        k: t.shape for k, t in tensors.items()
+    }
+    assert {n: part.weight_shape for n, part in found.factors.items()} == {
+        n: part.weight_shape for n, part in adapter.factors.items()
+    }
+
+
 def test_rslora_scales_by_the_root_of_the_rank():
     config = '{"lora_alpha": 3, "use_rslora": true}'
     tensors = random_adapter(modules=(TO_K,), rank=4).to_state_dict("peft")

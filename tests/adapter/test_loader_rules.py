@@ -6,14 +6,17 @@ import logging
 import numpy as np
 import pytest
 import torch
-from adapter_making import KINDS, TO_K, TO_OUT, random_adapter
+from adapter_making import KINDS, PLACE, TO_K, TO_OUT, random_adapter
 from checkpoint_models import parts, pipeline
 from safetensors.numpy import save_file
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.describe import describe
 from sdd_lora.adapter.loaders import verdicts
+from sdd_lora.names import kohya_stem, peft_stem
 
+PROJ_IN = f"{PLACE}.proj_in"
+TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
 #: Two modules of one rank whose alphas differ, so that diffusers' one alpha for all is wrong.
 UNEQUAL = random_adapter(1, 4, (TO_K,), 1.0).factors | random_adapter(2, 4, (TO_OUT,), 8.0).factors
 
@@ -95,6 +98,55 @@ def test_diffusers_refuses_alphas_in_the_peft_form(tmp_path):
     assert who_loads(path) == set()
     with pytest.raises(ValueError, match="Make sure all LoRA param names"):
         pipeline().load_lora_weights(str(path))
+
+
+def test_diffusers_pipeline_loads_nothing_of_bare_attn_procs(tmp_path):
+    tensors = random_adapter(modules=(TO_K,)).to_state_dict("attn-procs")
+    save_file({k.removeprefix("unet."): t for k, t in tensors.items()}, tmp_path / "a.safetensors")
+    assert who_loads(tmp_path / "a.safetensors") == {"ComfyUI"}
+    pipe = pipeline()
+    pipe.load_lora_weights(str(tmp_path / "a.safetensors"))
+    assert pipe.unet.state_dict().keys() == parts()["unet"].state_dict().keys()
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft"])
+@pytest.mark.parametrize("module", [TO_K, PROJ_IN])
+def test_factors_of_other_dimensions_than_the_weight(form, module, tmp_path):
+    """4-D of a matrix, 2-D of a 1×1 convolution: A1111 and ComfyUI reshape, diffusers refuses."""
+    path = tmp_path / "a.safetensors"
+    right = random_adapter(modules=(TO_K, PROJ_IN))
+    there = who_loads(right.save(path, form)) - {"diffusers", "peft"}
+    tensors = right.to_state_dict(form)
+    stem = (kohya_stem if form == "kohya" else peft_stem)(module)
+    for key in (key for key in tensors if key.startswith(stem) and ".lora_" in key):
+        t = tensors[key]
+        tensors[key] = t[..., None, None].copy() if t.ndim == 2 else t.reshape(t.shape[:2]).copy()
+    save_file(tensors, path)
+    assert who_loads(path) == there
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        pipeline().load_lora_weights(str(path))
+    converted = Adapter.load(path).save(tmp_path / "b.safetensors")
+    assert "diffusers" in who_loads(converted)
+    pipeline().load_lora_weights(str(converted))
+
+
+def test_diffusers_takes_the_text_encoders_alpha_apart(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {}
+    for name, alpha in ((TO_K, 1.0), (TO_OUT, 1.0), (TEXT, 2.0)):
+        tensors |= random_adapter(modules=(name,)).to_state_dict("kohya")
+        tensors[f"{kohya_stem(name)}.alpha"] = np.array(alpha, np.float32)
+    save_file(tensors, path)
+    assert "diffusers" in who_loads(path)
+    pipe = pipeline()
+    pipe.load_lora_weights(str(path), adapter_name="a")
+    found = {
+        module.scaling["a"]
+        for part in (pipe.unet, pipe.text_encoder)
+        for module in part.modules()
+        if hasattr(module, "scaling") and "a" in module.scaling
+    }
+    assert found == {0.25, 0.5}
 
 
 def test_invokeai_tells_the_family_by_k_and_v(tmp_path):

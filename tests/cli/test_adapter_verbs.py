@@ -1,5 +1,7 @@
 """The adapter verbs from the command line: exit codes, JSON, and nothing written on refusal."""
 
+import errno
+import io
 import json
 import logging
 import os
@@ -140,6 +142,32 @@ def test_an_output_that_exists_is_refused(call, a, tmp_path):
     assert a.read_bytes() == before
     call("resize", a, "--rank", 1, "-o", a, "--force")
     assert Adapter.load(a).rank == 1
+
+
+def test_an_output_named_like_a_pickle_is_refused(call, a, model, tmp_path):
+    for arguments in (
+        ["convert", a], ["resize", a, "--rank", 1], ["stack", a],
+        ["extract", model, "--base", model, "--rank", 1],
+    ):  # fmt: skip
+        printed = call(*arguments, "-o", tmp_path / "x.pt", "--force", code=2)
+        assert "name it x.safetensors" in printed.err
+    assert list(tmp_path.iterdir()) == [a]
+
+
+def test_a_disk_without_room_for_the_sidecar_takes_no_adapter(call, a, tmp_path, monkeypatch):
+    text = "x" * 100_000  # more than is buffered
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if bytes(data).startswith(b"xxx"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr("sdd_lora.adapter.card.sidecar_text", lambda adapter: text)
+    monkeypatch.setattr(os, "fdopen", Full)
+    printed = call("convert", a, "-o", tmp_path / "o.safetensors", code=1)
+    assert "o.json: not written: No space left" in printed.err
+    assert list(tmp_path.iterdir()) == [a]
 
 
 def test_every_verb_writes_the_sidecar(ask, call, a, model, tmp_path):
