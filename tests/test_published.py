@@ -1,6 +1,6 @@
 """The adapters under adapters/demo: sound, as labelled, and as good as their cards say.
 
-`python -m tests.test_published` prints the table of adapters/README.md.
+`python -m tests.test_published` prints the tables of adapters/README.md.
 """
 
 import json
@@ -46,6 +46,30 @@ def table() -> list[str]:
     return lines
 
 
+def side_by_side(names: tuple[str, ...]) -> list[str]:
+    """A line a measure: what adapters make of it that were measured on the same pictures."""
+    measures = [_measures(ADAPTERS / "demo" / name) for name in names]
+    lines = [f"| % of pictures | base | {' | '.join(f'`{name}`' for name in names)} |"]
+    lines.append("|---" * (2 + len(names)) + "|")
+    for rows in zip(*measures, strict=True):
+        first = rows[0]
+        assert len({(row["name"], row["group"], row["before"], row["n"]) for row in rows}) == 1
+        cells = (f"{100 * row['after']:.1f} ({_interval(row['ci95_after'])})" for row in rows)
+        lines.append(
+            f"| {first['group']}: {first['name']} | {100 * first['before']:.1f} | "
+            f"{' | '.join(cells)} |"
+        )
+    return lines
+
+
+def _measures(folder: Path) -> list[dict]:
+    return json.loads((folder / "metrics.json").read_text("utf-8"))["measures"]
+
+
+def _interval(limits: list[float]) -> str:
+    return " … ".join(f"{100 * limit:.1f}" for limit in limits)
+
+
 def _change(row: dict) -> str:
     return f"{100 * row['before']:.1f} → {100 * row['after']:.1f} %"
 
@@ -53,7 +77,7 @@ def _change(row: dict) -> str:
 def test_the_index_lists_them_with_their_numbers():
     index = (ADAPTERS / "README.md").read_text("utf-8").splitlines()
     assert {folder.name for folder in FOLDERS} >= {*PARTS, "unsafe", "style-sketch", "stack"}
-    for line in table():
+    for line in table() + side_by_side(("stack", "unsafe")):
         assert line in index
 
 
@@ -97,4 +121,4 @@ def test_weapons_measured_again():
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    print("\n".join([*table(), "", *side_by_side(("stack", "unsafe"))]))

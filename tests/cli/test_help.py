@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import sdd_lora
+from sdd_lora.cli.common import weighted
 
 VERBS = ["demo", "train", "measure", "plan", "inspect", "verify", "convert", "resize", "stack",
          "extract", "bake", "unbake", "generate", "evaluate", "report", "push", "pull"]  # fmt: skip
@@ -44,3 +45,15 @@ def test_the_version_is_told():
 
 def test_an_unknown_verb_is_bad_input():
     assert run("erase").returncode == 2
+
+
+def test_a_name_drives_no_terminal():
+    done = run("inspect", "\x1b[31mred\x07.safetensors")
+    assert done.returncode == 2
+    assert "\\x1b[31mred\\x07.safetensors" in done.stderr
+
+
+def test_a_weight_follows_the_last_colon():
+    assert [weighted(a) for a in ("a", "a:0.5", "a:b/c", "dir/a.safetensors:-1")] == [
+        ("a", 1), ("a", 0.5), ("a:b/c", 1), ("dir/a.safetensors", -1),
+    ]  # fmt: skip
