@@ -22,6 +22,9 @@ from sdd_lora.errors import BadInput
 #: A full SD 1.x file with EMA copies needs 0.3 MB; 10⁵ keys fit in this.
 MAX_HEADER_BYTES = 16 << 20
 METADATA_KEY = "__metadata__"
+#: What numpy makes an array of, even where one of the dimensions is 0.
+MAX_DIMENSIONS = 64
+MAX_ELEMENTS = 1 << 59
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -199,6 +202,8 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _tensor_info(name: str, entry: Any, where: str) -> TensorInfo:
+    if not name.isprintable():
+        raise BadInput(f"{where}: expected printable names of tensors, found {ascii(name)[:80]}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise BadInput(f"{where}: {name}: expected dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -206,6 +211,8 @@ def _tensor_info(name: str, entry: Any, where: str) -> TensorInfo:
         raise BadInput(f"{where}: {name}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise BadInput(f"{where}: {name}: shape and data_offsets must be whole numbers from 0 up")
+    if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > MAX_ELEMENTS:
+        raise BadInput(f"{where}: {name}: no array can have its shape, of {len(shape)} dimensions")
     start, end = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != expected:

@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 
 EXIT_INTERRUPTED = 130
+LONGEST_MESSAGE = 8000
 _QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
@@ -149,8 +150,14 @@ def _fail(message: str, exit_code: int, debug: bool) -> None:
         import traceback
 
         traceback.print_exc()
-    print(f"sdd-lora: {message}", file=sys.stderr, flush=True)
+    print(f"sdd-lora: {_harmless(message)}", file=sys.stderr, flush=True)
     raise typer.Exit(exit_code)
+
+
+def _harmless(message: str) -> str:
+    """Names in files may be anything: none drives the terminal, or fills it."""
+    shown = message if len(message) <= LONGEST_MESSAGE else message[:LONGEST_MESSAGE] + " …"
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shown)
 
 
 def _set_up_logging(quiet: bool, debug: bool) -> None:
@@ -171,7 +178,8 @@ def _set_up_logging(quiet: bool, debug: bool) -> None:
 def weighted(argument: str) -> tuple[str, float]:
     """ "A[:w]" → (A, w); the weight is 1 where none is given. Windows drives are left alone."""
     head, colon, tail = argument.rpartition(":")
-    if not colon or len(head) <= 1 or "/" in tail or "\\" in tail:
+    is_drive = os.name == "nt" and len(head) == 1
+    if not head or is_drive or "/" in tail or "\\" in tail:
         return argument, 1.0
     try:
         weight = float(tail)
