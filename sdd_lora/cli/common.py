@@ -177,7 +177,7 @@ def _set_up_logging(quiet: bool, debug: bool) -> None:
 
 def weighted(argument: str) -> tuple[str, float]:
     """ "A[:w]" → (A, w); the weight is 1 where none is given. Windows drives are left alone."""
-    head, colon, tail = argument.rpartition(":")
+    head, _, tail = argument.rpartition(":")
     is_drive = os.name == "nt" and len(head) == 1
     if not head or is_drive or "/" in tail or "\\" in tail:
         return argument, 1.0
