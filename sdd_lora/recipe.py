@@ -308,12 +308,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "demo": {
         "objective": {"variant": "reference"},
-        "preserve": {"weight": 6.0, "damping": 0.3},
-        "lora": {"rank": 8, "alpha": 8.0, "init": "concepts"},
+        "preserve": {"weight": 6.0},
+        "lora": {"rank": 8, "alpha": 8.0, "init": "closed-form"},
         "ema": {"decay": 0.96, "warmup": True},
-        "optimizer": {"learning_rate": 5.0e-3},
-        "rollout": {"steps": 10, "points": 2, "batch": 4, "prompts": 3},
-        "training": {"iterations": 140},
+        "optimizer": {"learning_rate": 5.0e-4},
+        "rollout": {"steps": 10, "points": 3, "batch": 4, "prompts": 3},
+        "training": {"iterations": 40},
         "measure": {"detector": "judge", "images": 16, "guidance": 3.0},
     },
 }  # fmt: skip

@@ -43,7 +43,7 @@ def demo(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="A few iterations and images: does it run? It erases nothing."
+            "--quick", help="A few iterations and images: does it run? They say little of how well."
         ),
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
