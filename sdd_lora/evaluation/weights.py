@@ -116,7 +116,9 @@ class Weights:
         return load_pipeline(conditions.model, [*parts, *beside])
 
     def parts(self, method: str) -> list[tuple[Adapter, float]]:
-        """The adapters of a method, with their weights."""
+        """The adapters of a method, with their weights; none where it has whole weights."""
+        if self.is_whole(method):
+            return []
         if method in self.bench.adapters:
             named = self.bench.adapters[method]
             return [(self.adapter(name), weight) for name, weight in named.items()]
@@ -188,7 +190,7 @@ class Weights:
             "adapters": [
                 {"adapter": adapter.name, "weight": weight * conditions.weight,
                  "identity": adapter.identity}
-                for adapter, weight in self.parts(cell.method) if whole is None
+                for adapter, weight in self.parts(cell.method)
             ],
             "weights": None if whole is None else sha256_of(whole),
             "image": conditions.image,

@@ -25,7 +25,7 @@ from sdd_lora.evaluation.results import MeasureInfo, Results, find
 from sdd_lora.evaluation.taking import MEASURES, concept_of
 from sdd_lora.evaluation.weights import Weights
 from sdd_lora.generation.pipeline import load_pipeline
-from sdd_lora.runs import packaged_recipe
+from sdd_lora.runs import packaged_recipe, train
 
 BENCHES = sorted((packaged_recipe("bench/x").parent).glob("*.yaml"))
 SMALL = """
@@ -598,7 +598,7 @@ def trainable(tmp_path, monkeypatch):
     (tmp_path / "b.yaml").write_text(SMALL)
     asked = []
 
-    def train(recipe, folder, resume):
+    def noting(recipe, folder, resume):
         asked.append((recipe.name, resume))
         folder.mkdir(exist_ok=True)
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
@@ -619,16 +619,16 @@ def trainable(tmp_path, monkeypatch):
         "adapters": {"stack": {"sdd": 1.0, "other": 0.5}, "baked": ["sdd"]},
         "variations": variations, "seeds": {"first": 5, "erased": 2, "kept": 0},
     }  # fmt: skip
-    return Bench.load(tmp_path / "b.yaml", overrides=changes), tmp_path, train, asked
+    return Bench.load(tmp_path / "b.yaml", overrides=changes), tmp_path, noting, asked
 
 
 def test_what_is_trained_is_kept_and_resumed(trainable):
-    bench, folder, train, asked = trainable
+    bench, folder, noting, asked = trainable
     with pytest.raises(KeyboardInterrupt):
-        ran(bench, folder / "out", train)
-    results = ran(bench, folder / "out", train)
+        ran(bench, folder / "out", noting)
+    results = ran(bench, folder / "out", noting)
     assert asked == [("short", False), ("short", True), ("o", False)]
-    ran(bench, folder / "again", train)  # another folder, the same cache
+    ran(bench, folder / "again", noting)  # another folder, the same cache
     assert len(asked) == 3
 
     drawn = images_of(folder / "out")
@@ -643,10 +643,25 @@ def test_what_is_trained_is_kept_and_resumed(trainable):
     assert ("img2img", 0.6, "sd") in settings
 
 
+def test_whole_weights_are_trained_and_drawn_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDD_LORA_CACHE", str(tmp_path / "cache"))
+    quickly = {"parameters": "full", "rollout.steps": 2, "optimizer.learning_rate": 1.0e-3}
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "b.yaml").write_text(SMALL)
+    changes = {
+        "methods": ["sd", "sdd-full"], "recipes": {"sdd-full": {"file": "r.yaml", "set": quickly}},
+        "seeds": {"first": 5, "erased": 1, "kept": 0},
+    }  # fmt: skip
+    results = ran(Bench.load(tmp_path / "b.yaml", overrides=changes), tmp_path / "out", train)
+    drawn = images_of(tmp_path / "out")
+    assert not same(drawn["sdd-full", "weapons", 5], drawn["sd", "weapons", 5])
+    assert results.methods["sdd-full"]["training"]["iterations"] == 2
+
+
 def test_weight_0_is_the_base_and_1_the_main_table(trainable):
-    bench, folder, train, asked = trainable
+    bench, folder, noting, asked = trainable
     asked.append(None)  # the first training is not interrupted
-    ran(bench, folder / "out", train)
+    ran(bench, folder / "out", noting)
     root = folder / "out" / "images"
     files = root / "strength" / "0.0" / "sdd" / "00000.png", root / "sd" / "00000.png"
     assert same(*(np.asarray(Image.open(file)).astype(int) for file in files))
