@@ -35,7 +35,7 @@ class Roles(ABC):
 
     def __init__(self, unet: UNet2DConditionModel, averaged: bool) -> None:
         self.unet, self.averaged = unet, averaged
-        self._current = STUDENT
+        self._current = ""
         unet.requires_grad_(False)
 
     @property
@@ -83,8 +83,9 @@ class Roles(ABC):
             self._take(before)
 
     def _take(self, role: str) -> None:
-        self._switch(STUDENT if role == TEACHER and not self.averaged else role)
-        self._current = role
+        if role != self._current:
+            self._switch(STUDENT if role == TEACHER and not self.averaged else role)
+            self._current = role
 
 
 class LoraRoles(Roles):
@@ -163,13 +164,15 @@ class LoraRoles(Roles):
         self.unet.unload_lora()
 
     def _switch(self, role: str) -> None:
-        for layer in self.layers.values():
-            layer.enable_adapters(role != BASE)
-            layer.set_adapter(STUDENT if role == BASE else role)
-        # peft makes the adapter it activates trainable: only the student may be
-        for adapter in self._adapters:
-            for factor in self.trained(adapter).values():
-                factor.requires_grad_(adapter == STUDENT)
+        for layer in self.layers.values():  # what is so already, peft would set all over again
+            if layer.disable_adapters != (role == BASE):
+                layer.enable_adapters(role != BASE)
+            if role != BASE and layer.active_adapters != [role]:
+                layer.set_adapter(role)
+            # peft makes the adapter it activates trainable: only the student may be
+            for factors in (layer.lora_A, layer.lora_B):
+                for adapter in self._adapters:
+                    factors[adapter].weight.requires_grad_(adapter == STUDENT)
 
 
 class WeightRoles(Roles):

@@ -111,11 +111,12 @@ class Rollout:
         ways = [self._trajectory(iteration, i, p) for i, p in zip(samples, phases, strict=True)]
         goals = [way.stops[phase] for way, phase in zip(ways, phases, strict=True)]
         towards = prompts[[way.number % len(prompts) for way in ways]]
-        while going := [i for i, way in enumerate(ways) if way.steps < goals[i]]:
-            z = torch.stack([ways[i].z for i in going])
-            e = self._guided(z, [ways[i].timestep for i in going], c_0, towards[going])
-            for i, e_i in zip(going, e, strict=True):
-                ways[i].advance(e_i)
+        with self.teacher() as unet:
+            while going := [i for i, way in enumerate(ways) if way.steps < goals[i]]:
+                z = torch.stack([ways[i].z for i in going])
+                e = self._guided(unet, z, [ways[i].timestep for i in going], c_0, towards[going])
+                for i, e_i in zip(going, e, strict=True):
+                    ways[i].advance(e_i)
         for sample, way, phase in zip(samples, ways, phases, strict=True):
             self._carried.pop(sample, None)
             if phase < points - 1:
@@ -191,27 +192,29 @@ class Rollout:
         return solver
 
     def _guided(
-        self, z: torch.Tensor, timesteps: Sequence[int], c_0: torch.Tensor, c_p: torch.Tensor
-    ) -> torch.Tensor:
+        self, unet: UNet2DConditionModel, z: torch.Tensor, timesteps: Sequence[int],
+        c_0: torch.Tensor, c_p: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """ẽ = ε(∅) + s_g · (ε(c_p) − ε(∅)), all estimates in one forward; ε(c_p) alone outside the
         guidance interval."""
         s_g, (low, high) = self.objective.guidance_scale, self.settings.guidance_interval
         t = torch.tensor(timesteps, device=z.device)
         if self.objective.kind == "sdd" and self.objective.variant == "reference" and s_g <= 1:
-            return self._estimate(z, t, c_0.expand_as(c_p))  # as their code does
+            return self._estimate(unet, z, t, c_0.expand_as(c_p))  # as their code does
         guided = [i for i, x in enumerate(timesteps) if low <= x / self.timestep_count <= high]
         e = self._estimate(
-            torch.cat([z[guided], z]), torch.cat([t[guided], t]),
+            unet, torch.cat([z[guided], z]), torch.cat([t[guided], t]),
             torch.cat([c_0.expand_as(c_p[guided]), c_p]),
         )  # fmt: skip
         e_0, e_p = e[: len(guided)], e[len(guided) :]
         e_p[guided] = e_0 + s_g * (e_p[guided] - e_0)
         return e_p
 
-    def _estimate(self, z: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    def _estimate(
+        self, unet: UNet2DConditionModel, z: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor
+    ) -> torch.Tensor:
         self.unet_passes += len(z)
-        with self.teacher() as unet:
-            return unet(z, t, prompt).sample.float()
+        return unet(z, t, prompt).sample.float()
 
     def _timestep(self, t: int, generator: torch.Generator) -> int:
         if self.objective.variant == "paper" or self.settings.solver != "ddim":

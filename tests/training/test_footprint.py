@@ -104,7 +104,7 @@ def test_passes_of_rollouts_are_as_many_as_counted(settings):
     recipe = recipe_of(**{"rollout__steps": 12} | {f"rollout__{k}": v for k, v in settings.items()})
     trainer = trainer_of(recipe)
     rollout = Rollout(trainer.roles.teacher, ddim(), recipe.rollout, recipe.objective, (4, 8, 8))
-    rollout._estimate = lambda z, t, c: _counted(rollout, z)
+    rollout._estimate = lambda unet, z, t, c: _counted(rollout, z)
     iterations = 600
     for iteration in range(iterations):
         rollout.sample(iteration, [0], trainer.embeddings.empty, trainer.embeddings.concepts)

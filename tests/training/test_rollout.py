@@ -118,7 +118,7 @@ def test_outside_the_guidance_interval_the_estimate_is_the_conditional_one():
     z, t = torch.randn(3, 4, 8, 8), [901, 501, 101]
     e_0 = unet(z, torch.tensor(t), prompts.empty.expand(3, -1, -1)).sample
     e_p = unet(z, torch.tensor(t), prompts.concepts).sample
-    e = rollout._guided(z, t, prompts.empty, prompts.concepts)
+    e = rollout._guided(unet, z, t, prompts.empty, prompts.concepts)
     assert not torch.allclose(e_0, e_p, atol=1e-4)
     assert torch.allclose(e[[0, 2]], e_p[[0, 2]], atol=1e-5)
     assert torch.allclose(e[1], e_0[1] + 3 * (e_p[1] - e_0[1]), atol=1e-5)
