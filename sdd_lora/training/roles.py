@@ -169,10 +169,9 @@ class LoraRoles(Roles):
                 layer.enable_adapters(role != BASE)
             if role != BASE and layer.active_adapters != [role]:
                 layer.set_adapter(role)
-            # peft makes the adapter it activates trainable: only the student may be
-            for factors in (layer.lora_A, layer.lora_B):
-                for adapter in self._adapters:
-                    factors[adapter].weight.requires_grad_(adapter == STUDENT)
+            if role == TEACHER:  # peft makes what it activates trainable: only the student may be
+                for factors in (layer.lora_A, layer.lora_B):
+                    factors[TEACHER].weight.requires_grad_(False)
 
 
 class WeightRoles(Roles):
