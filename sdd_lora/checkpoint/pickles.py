@@ -153,6 +153,8 @@ def _entry_range(file: io.FileIO, entry: zipfile.ZipInfo, size: int) -> tuple[in
     """Where an entry's bytes lie in the file."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise ValueError(f"{entry.filename} is compressed, which torch's files never are")
+    if not 0 <= entry.header_offset <= size:  # a zip64's may be more than a seek takes
+        raise ValueError(f"{entry.filename} lies outside the file")
     file.seek(entry.header_offset)
     mark, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     start = entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length

@@ -222,6 +222,23 @@ def test_zip_tricks(tmp_path):
             pickles.read_header(path)
 
 
+def test_an_entry_further_off_than_files_reach(tmp_path):
+    whole = archive(tmp_path / "m.ckpt", tensor_pickle()).read_bytes()
+    entry = whole.index(b"PK\1\2")
+    end = whole.index(b"PK\5\6")
+    name_length, extra_length = struct.unpack_from("<HH", whole, entry + 28)
+    assert extra_length == 0
+    zip64 = struct.pack("<HHQ", 1, 8, (1 << 64) - 10)
+    directory = bytearray(whole[entry : entry + 46 + name_length] + zip64)
+    struct.pack_into("<H", directory, 30, len(zip64))
+    struct.pack_into("<L", directory, 42, 0xFFFFFFFF)  # the offset is the zip64's
+    tail = bytearray(whole[end:])
+    struct.pack_into("<HHL", tail, 8, 1, 1, len(directory))
+    (tmp_path / "m.ckpt").write_bytes(whole[:entry] + directory + tail)
+    with pytest.raises(BadInput, match="lies outside the file"):
+        pickles.read_header(tmp_path / "m.ckpt")
+
+
 def test_files_from_before_torch_1_6_are_refused_with_advice(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "m.ckpt", _use_new_zipfile_serialization=False)
     with pytest.raises(BadInput, match="save it again"):
