@@ -30,10 +30,12 @@ class Rounding:
     how: Literal["nearest", "stochastic"] = "nearest"
     seed: int = 0
 
-    def __call__(self, exact: np.ndarray, dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
+    def __call__(
+        self, exact: np.ndarray, dtype: np.dtype, rng: "np.random.Generator | None"
+    ) -> np.ndarray:
         with np.errstate(over="ignore"):
             near = exact.astype(dtype)
-        if self.how == "nearest":
+        if rng is None:
             return near
         end = ml_dtypes.finfo(dtype).max  # not infinity: F8_E4M3 has none
         other = np.nextafter(near, np.where(near.astype(np.float64) < exact, end, -end))
@@ -42,7 +44,10 @@ class Rounding:
         with np.errstate(invalid="ignore"):  # where `near` has overflowed
             return np.where(rng.random(exact.shape) * step < share, other, near)
 
-    def generator(self, name: str) -> np.random.Generator:
+    def generator(self, name: str) -> "np.random.Generator | None":
+        """What a tensor's rounding draws from; None where nothing is drawn."""
+        if self.how == "nearest":
+            return None  # nor is numpy.random imported
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
 

@@ -22,7 +22,7 @@ from sdd_lora.safetensors_file import Header, header_of, open_input
 
 METADATA_KEY = "sdd_lora.baked"
 UNKNOWN_DIGEST = "0" * 64
-SAMPLE_BYTES = 4096
+SAMPLE_BYTES = 256  # of each of 1,800 tensors, in a moment
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def sidecar_of(path: Path) -> Path:
 def write_sidecar(path: Path, chain: Iterable[Baking], key: str) -> None:
     """Write the chain beside a file, tied to it by one of the tensors that were edited."""
     with open_input(path) as file:
-        tie = _sample(file, header_of(file, str(path)), key)
+        tie = digest_of_samples(file, header_of(file, str(path)), [key])
     content = {"chain": json.loads(encode(chain)), "tied_to": {"tensor": key, "sha256": tie}}
     write_text(sidecar_of(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -156,7 +156,10 @@ def digest_of(digests: Iterable[str]) -> str:
 
 def digest_of_samples(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
     """A fingerprint of tensors by the beginning of each: a fine-tune or a cast changes them all."""
-    return digest_of(_sample(file, header, key) for key in keys)
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(_sample(file, header, key))
+    return digest.hexdigest()
 
 
 def digest_of_tensors(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
@@ -184,10 +187,9 @@ def digest_of_tensor(file: BinaryIO, header: Header, key: str) -> str:
     return digest.hexdigest()
 
 
-def _sample(file: BinaryIO, header: Header, key: str) -> str:
+def _sample(file: BinaryIO, header: Header, key: str) -> bytes:
     info = header.tensors[key]
-    sample = read_at(file, header.data_start + info.start, min(info.nbytes, SAMPLE_BYTES))
-    return hashlib.sha256(sample).hexdigest()
+    return read_at(file, header.data_start + info.start, min(info.nbytes, SAMPLE_BYTES))
 
 
 def _read_sidecar(sidecar: Path) -> dict[str, Any]:
@@ -204,4 +206,4 @@ def _is_tied(path: Path, header: Header, content: dict[str, Any]) -> bool:
     if key not in header.tensors:
         return False
     with open_input(path) as file:
-        return _sample(file, header, key) == content["tied_to"]["sha256"]
+        return digest_of_samples(file, header, [key]) == content["tied_to"]["sha256"]

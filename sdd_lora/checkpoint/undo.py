@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from sdd_lora.checkpoint import provenance
 from sdd_lora.checkpoint.layout import journal_of, require_settled
@@ -69,6 +69,7 @@ class Original:
 class _Content:
     """What an undo file says of itself in its header."""
 
+    version: Literal[3]
     files: tuple[Original, ...]
 
 
@@ -198,7 +199,7 @@ def write_undo(
     tensors, offset = {}, 0
     for name, (_, _, info) in sources.items():
         tensors[name] = TensorInfo(info.dtype, info.shape, offset, offset := offset + info.nbytes)
-    metadata = {METADATA_KEY: json.dumps({"version": 2, "files": entries})}
+    metadata = {METADATA_KEY: json.dumps({"version": 3, "files": entries})}
     head_bytes = encode_header(tensors, metadata)
     write_at(target, 0, head_bytes)
     with ExitStack() as stack:

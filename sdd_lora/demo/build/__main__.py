@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,12 +61,12 @@ def export_base(work: Path, earlier: Sequence[Path]) -> None:
     export.save_folder(export.assemble(work, autoencoder.train(work), tokenizer, ema), DEMO_FOLDER)
 
 
-def find_misses(work: Path) -> None:
-    """What the shipped `demo` draws wrong, for its next run of training to dwell on."""
+def find_misses(work: Path, model: str = "demo") -> None:
+    """What a shipped model draws wrong, for its next run of training to dwell on."""
     from sdd_lora.demo.build import measure
 
-    misses = measure.count_misses()
-    (work / diffusion.MISSES_FILE).write_text(json.dumps(misses, indent=0), "utf-8")
+    misses = measure.count_misses(model)
+    (work / diffusion.MISSES_FILES[model]).write_text(json.dumps(misses, indent=0), "utf-8")
     log.info("%d of %d pictures wrong", sum(misses.values()), 3 * len(nouns()) * len(styles()))
 
 
@@ -121,6 +122,7 @@ STAGES: dict[str, Callable[..., object]] = {
     "judge": train_judge,
     "check-judge": check_judge,
     "recover-community": recover_community,
+    "misses-community": partial(find_misses, model="demo-community"),
     "community": train_community,
     "look": train_look,
     "measure": measure_base,

@@ -35,7 +35,7 @@ PAIR_SHARE = 0.14
 SNR_GAMMA = 5.0  # Min-SNR weighting (Hang et al. 2023): w = min(SNR, γ) / SNR for ε-prediction
 EMA_DECAY = 0.999
 TEXT_WIDTH = 128
-MISSES_FILE = "misses.json"
+MISSES_FILES = {"demo": "misses.json", "demo-community": "misses-community.json"}
 COMMUNITY_STEPS = 1500
 COMMUNITY_LEARNING_RATE = 3e-4
 
@@ -203,9 +203,14 @@ def train_base(
     torch.manual_seed(0)
     model = make_model(tokenizer)
     encoded = encode_pictures(work, autoencoder)
-    found = work / MISSES_FILE
-    misses = json.loads(found.read_text("utf-8")) if found.exists() else {}
+    misses = misses_of("demo", work)
     return train(encoded, model, tokenizer, work / "diffusion.pt", steps, learning_rate, misses)
+
+
+def misses_of(model: str, work: Path) -> dict[str, int]:
+    """What the stage that looks for a model's misses has found, if it has run."""
+    found = work / MISSES_FILES[model]
+    return dict(json.loads(found.read_text("utf-8"))) if found.exists() else {}
 
 
 def average_so_far(states: Sequence[Path], tokenizer: CLIPTokenizer) -> Ema:
@@ -232,7 +237,8 @@ def train_community(
         scale=torch.tensor(pipeline.vae.config.scaling_factor),
     )  # fmt: skip
     ema = train(
-        encoded, model, pipeline.tokenizer, work / "community.pt", steps, learning_rate, {}
+        encoded, model, pipeline.tokenizer, work / "community.pt", steps, learning_rate,
+        misses_of("demo-community", work),
     )  # fmt: skip
     ema.copy_to(model)
     return pipeline

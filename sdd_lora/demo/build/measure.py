@@ -70,16 +70,16 @@ def table(model: str) -> dict[str, Any]:
     return result
 
 
-def count_misses() -> dict[str, int]:
-    """How many of three pictures of each drawing the embedded model drew as another noun or style,
-    where any; by name. The next run of its training shows those more often."""
+def count_misses(model: str) -> dict[str, int]:
+    """How many of three pictures of each drawing a model drew as another noun or style, where any;
+    by name. The next run of its training shows those more often."""
     settings = Recipe.load(packaged_recipe("demo/weapons")).measure
     rng = random.Random(MISSES_SEED)
     labels = [(n, s) for n in range(len(nouns())) for s in range(len(styles()))] * 3
     prompts = [described(n, s, rng) for n, s in labels]
     jobs = jobs_for(prompts, len(prompts), MISSES_SEED)
     sampling = before_after.sampling_of(settings)
-    verdicts = _judged(load_pipeline("demo"), jobs, sampling, {}, "drawings")
+    verdicts = _judged(load_pipeline(model), jobs, sampling, {}, "drawings")
     wrong = [
         drawing_name(n, s)
         for (n, s), seen in zip(labels, verdicts, strict=True)
