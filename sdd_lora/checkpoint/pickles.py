@@ -40,6 +40,7 @@ _TORCH_DTYPES = {
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_ENCRYPTED = 1  # a bit of an entry's flags
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ def _entry_range(file: io.FileIO, entry: zipfile.ZipInfo, size: int) -> tuple[in
     """Where an entry's bytes lie in the file."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise ValueError(f"{entry.filename} is compressed, which torch's files never are")
+    if entry.flag_bits & _ENCRYPTED:
+        raise ValueError(f"{entry.filename} is encrypted")
     if not 0 <= entry.header_offset <= size:  # a zip64's may be more than a seek takes
         raise ValueError(f"{entry.filename} lies outside the file")
     file.seek(entry.header_offset)

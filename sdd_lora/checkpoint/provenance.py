@@ -22,7 +22,7 @@ from sdd_lora.safetensors_file import Header, header_of, open_input
 
 METADATA_KEY = "sdd_lora.baked"
 UNKNOWN_DIGEST = "0" * 64
-SAMPLE_BYTES = 256  # of each of 1,800 tensors, in a moment
+SAMPLE_BYTES = 256  # a full file has 1,800 tensors, and a bake in place samples nearly all
 
 
 @dataclass(frozen=True)

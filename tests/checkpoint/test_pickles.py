@@ -222,6 +222,17 @@ def test_zip_tricks(tmp_path):
             pickles.read_header(path)
 
 
+def test_encrypted_entries_are_no_weights(tmp_path):
+    path = archive(tmp_path / "m.ckpt", tensor_pickle(), {"0": bytes(24)})
+    assert "w" in pickles.read_header(path).tensors
+    whole = bytearray(path.read_bytes())
+    tensor = whole.index(b"PK\1\2", whole.index(b"PK\1\2") + 1)
+    whole[tensor + 8] |= 1  # the directory's flags: the entry is encrypted
+    path.write_bytes(whole)
+    with pytest.raises(BadInput, match="data/0 is encrypted"):
+        pickles.read_header(path)
+
+
 def test_an_entry_further_off_than_files_reach(tmp_path):
     whole = archive(tmp_path / "m.ckpt", tensor_pickle()).read_bytes()
     entry = whole.index(b"PK\1\2")
