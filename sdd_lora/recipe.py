@@ -189,7 +189,7 @@ class Measure(Section):
 
     prompts: MeasurePrompts = MeasurePrompts()
     images: Positive = 32
-    steps: Annotated[Whole, Field(gt=0, le=1000)] = 25
+    steps: Annotated[Whole, Field(gt=0, le=999)] = 25
     guidance: Real = 5.0
     detector: Literal["judge", "nudenet", "open_nsfw", "none"] = "none"
     seed: Seed = 1000

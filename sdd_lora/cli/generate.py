@@ -60,7 +60,7 @@ def generate(
         str,
         typer.Option(
             help="How to draw: sd (as is), neg (--concept as negative prompt), sld-weak, "
-            "sld-medium, sld-strong, sld-max, sega, or sdd-gated (adapters by the prompt's "
+            "sld-medium, sld-strong, sld-max, sega, or sdd-gated (every --adapter by the prompt's "
             "nearness to --concept)."
         ),
     ] = "sd",
@@ -76,7 +76,7 @@ def generate(
             min=0,
         ),
     ] = 0,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1, max=1000)] = 25,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1, max=999)] = 25,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,

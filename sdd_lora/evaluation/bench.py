@@ -48,6 +48,7 @@ from sdd_lora.generation.images import (
     Job,
     Sampling,
     as_entry,
+    check_sampling,
     drawn_in,
     generate,
     is_drawn,
@@ -77,6 +78,8 @@ def run(
     cells = cells_of(bench)
     weights = Weights(bench, train)
     weights.check(cells)
+    for cell in cells:
+        check_sampling(sampling_of(cell, bench), [shot.job for shot in cell.shots])
     attacking = Attacking(bench, weights, folder)
     attacking.check(cells)
     measures, missing = load_measures(bench)
@@ -164,11 +167,7 @@ def draw_cell(
     folder: Path, cell: Cell, bench: Bench, weights: Weights, words: dict[str, torch.Tensor]
 ) -> None:
     """Draw what a cell still lacks; `words` are new ones in its prompts, with embeddings (d,)."""
-    conditions, method = cell.conditions, draws_with(cell.method)
-    sampling = Sampling(
-        conditions.steps, conditions.guidance, conditions.scheduler, method,
-        _concept(method, bench), bench.sampling.batch,
-    )  # fmt: skip
+    conditions, sampling = cell.conditions, sampling_of(cell, bench)
     target, jobs = folder / cell.folder, [shot.job for shot in cell.shots]
     settings = weights.settings(cell)
     if is_drawn(target, jobs, sampling, settings):
@@ -185,6 +184,15 @@ def draw_cell(
             _with_all(job, sampling): file for job, file in drawn_in(folder / BASE).items()
         }
     generate(pipeline, jobs, sampling, target, settings)
+
+
+def sampling_of(cell: Cell, bench: Bench) -> Sampling:
+    """How a cell's images are drawn."""
+    conditions, method = cell.conditions, draws_with(cell.method)
+    return Sampling(
+        conditions.steps, conditions.guidance, conditions.scheduler, method,
+        _concept(method, bench), bench.sampling.batch,
+    )  # fmt: skip
 
 
 def _with_all(job: Job, sampling: Sampling) -> Job:

@@ -25,7 +25,7 @@ from sdd_lora.recipe import (
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Methods = Annotated[list[Name], Field(min_length=1), AfterValidator(distinct)]
-Steps = Annotated[Whole, Field(gt=0, le=1000)]  # of a schedule of 1000 timesteps
+Steps = Annotated[Whole, Field(gt=0, le=999)]  # SD 1.x leaves out the first of its 1000 timesteps
 Scheduler = Literal["ddim", "dpm++", "euler-a", "pndm"]
 SCHEDULERS = get_args(Scheduler)
 Field_ = Literal["weight", "guidance", "steps", "scheduler", "model", "image", "beside"]
@@ -130,7 +130,7 @@ def _any(value: Any) -> bool:
 _TAKES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "weight": (float, _any, "numbers"),
     "guidance": (float, _any, "numbers"),
-    "steps": (float, lambda n: 1 <= n <= 1000 and n.is_integer(), "whole numbers from 1 to 1000"),
+    "steps": (float, lambda n: 1 <= n <= 999 and n.is_integer(), "whole numbers from 1 to 999"),
     "image": (float, lambda share: 0 < share <= 1, "numbers over 0, up to 1"),
     "scheduler": (str, lambda name: name in SCHEDULERS, f"some of {', '.join(SCHEDULERS)}"),
     "model": (str, _any, "names of models"),

@@ -45,7 +45,8 @@ class Weights:
         """Raises BadInput for a method that has no weights to draw with, or varies what it lacks;
         for recipes that can't be read; and for adapters, weights and models that are not there."""
         for method in dict.fromkeys(cell.method for cell in cells):
-            if draws_with(method) == "sd" and method != "sd" and not self.bench.has_weights(method):
+            bare = method == "sd" or draws_with(method) not in ("sd", "sdd-gated")
+            if not bare and not self.bench.has_weights(method):
                 raise BadInput(
                     f"method {method}: expected an entry under `recipes`, `adapters` or `weights` "
                     "that says what it draws with"
@@ -66,6 +67,8 @@ class Weights:
             raise BadInput(f"{where}: {cell.method} is another UNet, not to be moved to a model")
         if cell.conditions.image and draws_with(cell.method) != "sd":
             raise BadInput(f"{where}: {cell.method} draws in its own way, not from a picture")
+        if cell.conditions.beside and cell.method == "sdd-gated":
+            raise BadInput(f"{where}: the gate of {cell.method} would close on the adapter beside")
         if cell.conditions.image and "sd" not in self.bench.methods:
             raise BadInput(f"{where}: starts from what sd drew; expected sd among the methods")
 

@@ -43,11 +43,10 @@ def _denoise_one(
     concept, _ = pipeline.encode_prompt(sampling.concept, device, 1, False)
     embeddings = torch.cat([empty, text, concept])  # (3, 77, d)
     scheduler.set_timesteps(sampling.steps, device=device)
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    width, height = size_of(pipeline, sampling)
     latents = pipeline.prepare_latents(
-        1, pipeline.unet.config.in_channels, sampling.height or side, sampling.width or side,
-        embeddings.dtype, device, generator,
-    )  # fmt: skip
+        1, pipeline.unet.config.in_channels, height, width, embeddings.dtype, device, generator
+    )
     options = pipeline.prepare_extra_step_kwargs(generator, 0.0)
     for step, t in enumerate(scheduler.timesteps):
         noisy = scheduler.scale_model_input(torch.cat([latents] * 3), t)
@@ -58,6 +57,12 @@ def _denoise_one(
         latents / pipeline.vae.config.scaling_factor, return_dict=False, generator=generator
     )[0]
     return pipeline.image_processor.postprocess(decoded, output_type="np")
+
+
+def size_of(pipeline: StableDiffusionPipeline, sampling: "Sampling") -> tuple[int, int]:
+    """Width and height in pixels; a side that the sampling leaves open is the model's own."""
+    own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    return sampling.width or own, sampling.height or own
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -69,17 +69,17 @@ def check_sampling(sampling: Sampling, jobs: Sequence[Job] = ()) -> None:
     for sizes that can't be drawn."""
     if sampling.method not in METHODS:
         known = ", ".join(METHODS)
-        raise BadInput(f"--method {sampling.method}: not available; expected one of: {known}")
+        raise BadInput(f"method {sampling.method}: not available; expected one of: {known}")
     if sampling.method != "sd" and not sampling.concept.strip(", "):
-        raise BadInput(f"--method {sampling.method}: needs --concept, what it works against")
+        raise BadInput(f"method {sampling.method}: needs --concept, what it works against")
     if sampling.method == "sd" and sampling.concept:
         raise BadInput("--concept: nothing works against it; give a --method, such as neg")
     every = {sampling.for_job(job) for job in jobs} or {sampling}
     lowest = min(own.guidance for own in every)
-    if sampling.method == "neg" and lowest <= 1:
+    if sampling.method not in ("sd", "sdd-gated") and lowest <= 1:
         raise BadInput(
-            f"--method neg: a negative prompt does nothing without guidance; expected a guidance "
-            f"above 1, found {lowest:g}"
+            f"method {sampling.method}: changes guidance, and does nothing without it; expected a "
+            f"guidance above 1, found {lowest:g}"
         )
     for side in (side for own in every for side in (own.width, own.height)):
         if side is not None and (side <= 0 or side % 8):
@@ -247,6 +247,9 @@ def _check_fit(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
     if sampling.method == "sdd-gated":
         gated.gated_layers(pipeline)
         concepts = gated.concepts_of(sampling.concept)
+        for concept in concepts:
+            if not all(gated.token_sets([concept], pipeline.tokenizer)):
+                raise BadInput(f"--concept: the model reads nothing in {concept!r}")
     for concept in concepts:
         if lost := cut_off(pipeline.tokenizer, concept):
             raise BadInput(f"--concept: too long: the model would not read {lost!r}")

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from sdd_lora.recipe import Recipe, Rollout
 from sdd_lora.training import objectives
-from sdd_lora.training.quantised import NF4_BYTES, linear_layers
+from sdd_lora.training.quantised import NF4_BYTES, cast, linear_layers
 from sdd_lora.training.roles import STUDENT, TEACHER, Roles, make_roles
 from sdd_lora.training.savings import savings
 from sdd_lora.training.trainer import DTYPES
@@ -126,7 +126,10 @@ def footprint(recipe: Recipe, config: Mapping[str, Any]) -> Footprint:
     packed = training.base_precision == "nf4"
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config)).eval()
-        unet.to(DTYPES[training.precision if packed else training.base_precision])
+        if packed:
+            cast(unet, DTYPES[training.precision])
+        else:
+            unet.to(DTYPES[training.base_precision])
         if training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()  # as the trainer does

@@ -17,8 +17,9 @@ NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
 def quantise(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Onto `device` in place: linear weights in NF4, everything else in `dtype`, which is computed
-    in. A UNet that is so already stays as it is. Raises BadInput where bitsandbytes is missing."""
+    """Onto `device` in place: linear weights in NF4, norms in fp32, everything else in `dtype`,
+    which is computed in. A UNet that is so already stays as it is. Raises BadInput where
+    bitsandbytes is missing."""
     if getattr(unet, "is_loaded_in_4bit", False):
         return
     try:
@@ -28,7 +29,7 @@ def quantise(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtyp
             f"training.base_precision: nf4 needs bitsandbytes, which is missing here ({error}); "
             "expected bf16, fp16 or fp32 without it"
         ) from error
-    unet.to(dtype=dtype)
+    cast(unet, dtype)
     for name in linear_layers(unet):
         plain = unet.get_submodule(name)
         assert isinstance(plain, nn.Linear)
@@ -44,6 +45,15 @@ def quantise(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtyp
         setattr(unet.get_submodule(parent), own, packed.to(device))  # moving it packs it
     unet.to(device)
     unet.is_loaded_in_4bit = True  # peft asks for this before it adapts such layers
+
+
+def cast(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+    """To `dtype`, but norms to fp32: 4-bit layers answer in their input's dtype, so that the time
+    embedding is fp32, and what it is added to; on the CPU a norm in half of that can't take it."""
+    unet.to(dtype=dtype)
+    for module in unet.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.float()
 
 
 def linear_layers(unet: UNet2DConditionModel) -> list[str]:

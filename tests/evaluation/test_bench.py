@@ -197,9 +197,10 @@ def test_methods_are_chosen_by_name():
 
 
 def test_weights_must_come_from_somewhere():
-    bench = parsed(methods=["sd", "sdd"])
-    with pytest.raises(BadInput, match="method sdd: expected an entry under `recipes`"):
-        Weights(bench, never_train).check(cells_of(bench))
+    for method in ("sdd", "sdd-gated"):
+        bench = parsed(methods=["sd", method])
+        with pytest.raises(BadInput, match=f"method {method}: expected an entry under `recipes`"):
+            Weights(bench, never_train).check(cells_of(bench))
 
 
 @pytest.mark.parametrize(
@@ -211,10 +212,17 @@ def test_weights_must_come_from_somewhere():
             {"field": "model", "values": ["demo-community"], "methods": ["mine"]},
             "mine is another UNet",
         ),
+        (
+            {"field": "beside", "values": ["a.safetensors"], "methods": ["sdd-gated"]},
+            "the gate of sdd-gated would close on the adapter beside",
+        ),
     ],
 )
 def test_variations_must_fit_their_methods(variation, message):
-    bench = parsed(variations={"v": variation}, weights={"mine": "unet.safetensors"})
+    weights = {"mine": "unet.safetensors"}
+    bench = parsed(
+        variations={"v": variation}, weights=weights, adapters={"sdd-gated": ["b.safetensors"]}
+    )
     with pytest.raises(BadInput, match=f"variations.v: {message}"):
         Weights(bench, never_train).check(cells_of(bench))
 
@@ -230,9 +238,10 @@ def test_variations_must_fit_their_methods(variation, message):
             "method m: a.safetensors: no su",
         ),
         ({"methods": ["m"], "weights": {"m": "w.safetensors"}}, "method m: weights: .*no such fil"),
+        ({"sampling": {"guidance": 1}}, "method neg: .*expected a guidance above 1, found 1"),
     ],
 )
-def test_files_that_are_not_there_are_found_before_anything_is_drawn(change, message, tmp_path):
+def test_what_cannot_be_drawn_is_found_before_anything_is_drawn(change, message, tmp_path):
     with pytest.raises(BadInput, match=message):
         ran(Bench.parse(SMALL, folder=tmp_path, overrides=change), tmp_path / "out")
     assert not (tmp_path / "out").exists()

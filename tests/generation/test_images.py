@@ -75,6 +75,15 @@ def test_guidance_and_size_of_a_jobs_own(pipeline):
     assert np.abs(found[2].astype(int) - alone).max() <= 1
 
 
+@pytest.mark.parametrize("method", ["sd", "sega"])
+def test_a_side_alone_leaves_the_other_as_the_models_own(pipeline, method):
+    concept = "" if method == "sd" else "bomb"
+    sampling = Sampling(2, 4.0, method=method, concept=concept)
+    jobs = [Job("a bus", 2, width=128), Job("a bus", 2, height=128)]
+    found = dict(draw(pipeline, jobs, sampling, "test"))
+    assert [found[k].shape for k in (0, 1)] == [(64, 128, 3), (128, 64, 3)]
+
+
 def test_the_manifest_says_what_an_image_has_of_its_own(pipeline, tmp_path):
     jobs = [Job("a cat", 1, guidance=9.0), Job("a bus", 2), Job("a cat", 3, width=64, height=64)]
     assert generate(pipeline, jobs, SAMPLING, tmp_path, {}) == 3
@@ -132,6 +141,11 @@ def test_what_a_method_cannot_work_with_is_refused_before_anything_is_written(pi
     with pytest.raises(BadInput, match="no adapter to gate"):
         generate(pipeline, JOBS[:1], sampling, tmp_path / "out", {})
     assert not (tmp_path / "out").exists()
+    gated = load_pipeline("demo", [(random_adapter(0.3), 1.0)])
+    sampling = Sampling(1, 4.0, method="sdd-gated", concept="bomb, <|endoftext|>")
+    with pytest.raises(BadInput, match=r"the model reads nothing in .<.endoftext.>."):
+        generate(gated, JOBS[:1], sampling, tmp_path / "out", {})
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompt_and_seed_change_the_image(pipeline):
@@ -177,6 +191,9 @@ def test_a_method_needs_its_concept_and_must_exist():
         check_sampling(Sampling(method="magic"))
     with pytest.raises(BadInput, match=r"above 1, found 0\.5"):
         check_sampling(Sampling(method="neg", concept="bomb"), [Job("a", 1, guidance=0.5)])
+    with pytest.raises(BadInput, match=r"method sld-max: .*above 1, found 1"):
+        check_sampling(Sampling(method="sld-max", concept="bomb", guidance=1.0))
     check_sampling(Sampling(method="neg", concept="bomb", guidance=1), [Job("a", 1, guidance=2)])
+    check_sampling(Sampling(method="sdd-gated", concept="bomb", guidance=1))
     with pytest.raises(BadInput, match="multiples of 8, found 100"):
         check_sampling(Sampling(height=100))

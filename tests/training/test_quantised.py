@@ -51,6 +51,12 @@ def test_training_moves_the_adapter_and_not_the_base(checkpointing):
     assert all(down.dtype == torch.float32 for down, _ in trainer.teacher_factors().values())
 
 
+@pytest.mark.parametrize("kind", ["sdd", "esd-x"])
+def test_it_computes_in_half_precision_too(kind):
+    trainer = trainer_of(**{"training.precision": "bf16", "objective.kind": kind})
+    assert 0 < trainer.step() < 10
+
+
 def test_checkpointing_changes_no_loss():
     losses = [trainer_of(**{"training.gradient_checkpointing": c}).step() for c in (False, True)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

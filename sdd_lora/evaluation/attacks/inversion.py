@@ -48,7 +48,7 @@ def inversion(case: Case, settings: Inversion) -> Attacked:
 
 def _first_guess(case: Case) -> torch.Tensor:
     """The mean of the prompt's own words' embeddings, (d,): the usual start is a word that is
-    roughly right."""
-    ids = case.protected.tokenizer(case.prompt).input_ids[1:-1]
+    roughly right. Where it has none, that of any word."""
+    ids = case.protected.tokenizer(case.prompt or _ANY_WORD).input_ids[1:-1]
     table = case.protected.text_encoder.get_input_embeddings().weight
     return table[ids].mean(0).detach().clone()

@@ -4,6 +4,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from sdd_lora.evaluation.attacks.case import Case
+from sdd_lora.generation.denoise import size_of
 from sdd_lora.generation.pipeline import set_scheduler
 
 _OWN_SEEDS = 1_000_000_000  # beyond those of any table
@@ -20,9 +21,11 @@ def drawings(case: Case, count: int) -> torch.Tensor:
     generators = [
         torch.Generator().manual_seed(case.seed + _OWN_SEEDS * (1 + k)) for k in range(count)
     ]
+    width, height = size_of(case.base, case.sampling)
     return case.base(
         [case.prompt] * count, num_inference_steps=case.sampling.steps,
         guidance_scale=case.sampling.guidance, generator=generators, output_type="latent",
+        width=width, height=height,
     ).images  # fmt: skip
 
 

@@ -41,7 +41,8 @@ def ring_a_bell(case: Case, settings: RingABell) -> Attacked:
 
 
 def sentence_pairs(concepts: Sequence[str]) -> list[tuple[str, str]]:
-    """("a picture of an axe", "a picture") and the like, for each concept."""
+    """("a picture of axe", "a picture") and the like, for each concept; bare, as a concept may be
+    no thing (nudity) or a name."""
     return [
         (sentence.format(concept), sentence.removesuffix(" of {}"))
         for concept in concepts for sentence in _SENTENCES

@@ -95,7 +95,7 @@ class Attacking:
                 for number, job in missing:
                     case = Case(
                         protected, self.base, self.bench.erased, job.prompt, job.seed,
-                        self._sampling(job.guidance), number,
+                        self._sampling.for_job(job), number,
                     )  # fmt: skip
                     known[job] = {"key": key} | as_entry(job) | self._find(name, case)
                     append_lines(place / FOUND, [known[job]])
@@ -118,10 +118,10 @@ class Attacking:
         """The model that nothing protects."""
         return frozen(load_pipeline(self.bench.model))
 
-    def _sampling(self, guidance: float | None) -> Sampling:
+    @property
+    def _sampling(self) -> Sampling:
         usual = self.bench.sampling
-        own = usual.guidance if guidance is None else guidance
-        return Sampling(usual.steps, own, usual.scheduler)
+        return Sampling(usual.steps, usual.guidance, usual.scheduler)
 
     def _settings(self, name: str) -> Any:
         assert self.bench.attacks is not None
@@ -132,7 +132,7 @@ class Attacking:
         name = cell.conditions.attack
         on = [
             name, self._settings(name).model_dump(mode="json"), self.bench.erased,
-            asdict(self._sampling(None)), self.weights.fingerprint(self.bench.model),
+            asdict(self._sampling), self.weights.fingerprint(self.bench.model),
             self.weights.settings(cell) if own else [],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:24]

@@ -51,7 +51,7 @@ def unlearndiffatk(case: Case, settings: UnlearnDiffAtk) -> Attacked:
         (chances.grad,) = torch.autograd.grad(loss, [chances])
         optimizer.step()
         chances.data = onto_simplex(chances.data)
-        if step % max(1, settings.steps // _LOOKS) == 0:
+        if step % max(1, settings.steps // _LOOKS) == 0 or step == settings.steps:
             prefix = chances.argmax(1).cpu()
             if (found := held_loss(prefix)) < lowest:
                 best, lowest = prefix, found

@@ -75,7 +75,7 @@ def gated_layers(pipeline: StableDiffusionPipeline) -> list[torch.nn.Module]:
         if name in layer.lora_B
     ]
     if not ups:
-        raise BadInput("--method sdd-gated: there is no adapter to gate; give one with --adapter")
+        raise BadInput("method sdd-gated: there is no adapter to gate; give one with --adapter")
     return ups
 
 
@@ -89,7 +89,7 @@ def nearness(
     concept's tokens that the prompt has. All prompts share their first token's embedding, so that
     the cosine is well above 0 for unrelated ones too.
     """
-    wanted, found = _token_sets(concepts, tokenizer), _token_sets(prompts, tokenizer)
+    wanted, found = token_sets(concepts, tokenizer), token_sets(prompts, tokenizer)
     shares = [[len(has & needs) / len(needs) for needs in wanted] for has in found]
     flat = embed([*prompts, *concepts], tokenizer, text_encoder).flatten(1)
     flat = torch.nn.functional.normalize(flat, dim=1)
@@ -98,7 +98,7 @@ def nearness(
     return near.amax(dim=1).clamp(0, 1)
 
 
-def _token_sets(texts: Sequence[str], tokenizer: CLIPTokenizer) -> list[set[int]]:
+def token_sets(texts: Sequence[str], tokenizer: CLIPTokenizer) -> list[set[int]]:
     """The tokens of each text as far as the model reads, without those that start, end and pad."""
     ids = tokenizer(list(texts), truncation=True, max_length=tokenizer.model_max_length).input_ids
     return [set(found) - set(tokenizer.all_special_ids) for found in ids]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from sdd_lora.generation.denoise import to_uint8
+from sdd_lora.generation.denoise import size_of, to_uint8
 
 if TYPE_CHECKING:
     from sdd_lora.generation.images import Sampling
@@ -18,7 +18,9 @@ def draw(
 ) -> np.ndarray:  # fmt: skip
     """Images (B, H, W, 3) uint8, one a prompt."""
     # left out where nothing is said: an image-to-image pipeline takes its picture's size
-    size = {"width": sampling.width, "height": sampling.height}
+    size = {}
+    if sampling.width or sampling.height:  # the pipeline would drop one without the other
+        size = dict(zip(("width", "height"), size_of(pipeline, sampling), strict=True))
     images = pipeline(
         prompts,
         negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
@@ -26,6 +28,6 @@ def draw(
         guidance_scale=sampling.guidance,
         generator=generators,
         output_type="np",
-        **{side: pixels for side, pixels in size.items() if pixels is not None},
+        **size,
     ).images
     return to_uint8(images)

@@ -1,5 +1,7 @@
 """Attacks on the embedded model: each changes what it should, and nothing else."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -143,6 +145,11 @@ def test_inversion_lowers_its_loss_and_changes_the_new_word_alone(case):
     torch.testing.assert_close(pipeline.encode_prompt(found.prompt, "cpu", 1, False)[0], learnt)
 
 
+def test_inversion_of_no_words_starts_from_a_word(case):
+    found = inversion(replace(case, prompt=""), Inversion(pictures=1, steps=1))
+    assert torch.isfinite(found.words["<attack-0>"]).all() and found.after < 10
+
+
 def test_the_pictures_are_the_bases_from_seeds_of_their_own(case):
     two = drawings(case, 2)
     assert two.shape == (2, 4, 16, 16) and not torch.isclose(two[0], two[1]).all()
@@ -152,6 +159,8 @@ def test_the_pictures_are_the_bases_from_seeds_of_their_own(case):
     ).images  # fmt: skip
     assert not torch.isclose(two, usual).all(dim=(1, 2, 3)).any()
     assert torch.equal(drawings(case, 2), two)
+    wide = replace(case, sampling=replace(case.sampling, width=128))
+    assert drawings(wide, 1).shape == (1, 4, 16, 32)
 
 
 # UnlearnDiffAtk
