@@ -230,3 +230,14 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that grows line by line; one that a kill cut short, be it within a
+    character, is left out. Raises BadInput where the file can't be read, or isn't UTF-8."""
+    try:
+        data = path.read_bytes()
+        text = data[: data.rfind(b"\n") + 1].decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: expected lines of UTF-8, can't read them: {error}") from error
+    return text.split("\n")[:-1]  # and nowhere else: prompts hold odd characters

@@ -28,6 +28,7 @@ from sdd_lora.evaluation.lines import append_lines, read_lines
 from sdd_lora.evaluation.results import (
     ALL,
     BENCH,
+    DAMAGED_IMAGE,
     IMAGES,
     RESULTS,
     MeasureInfo,
@@ -103,11 +104,15 @@ def run(
             of_sets += measure_set(folder, cell, measures)
     write_text(folder / IMAGES, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
     info = {name: told for measure in measures.values() for name, told in measure.info.items()}
+    rows = tables.rows(lines, info) + of_sets
+    for line in without_rows(measures, rows):
+        say(f"not measured: {line}")
+        missing.append(line)
     fields = {name: variation.field for name, variation in bench.variations.items()}
     now = datetime.datetime.now(datetime.timezone.utc)
     results = Results(
         bench=bench.name, model=bench.model, date=now.isoformat(timespec="seconds"),
-        command=command, versions=versions, rows=tables.rows(lines, info) + of_sets,
+        command=command, versions=versions, rows=rows,
         concepts=bench.erased,
         sampling=bench.sampling.model_dump(exclude={"batch"}),
         methods={method: weights.told(method) for method in bench.methods},
@@ -222,7 +227,7 @@ def load_measures(bench: Bench) -> tuple[dict[str, Measure], list[str]]:
             raise BadInput(f"measure {name}: expected one of {', '.join(MEASURES)}")
         _check_options(name, options)
         of_files = getattr(MEASURES[name], "files", ())
-        files = {option: bench.file(options[option]) for option in of_files if option in options}
+        files = {option: bench.file(options[option]) for option in of_files if options.get(option)}
         try:
             measure = MEASURES[name](bench.erased, **options | files)
         except BadInput as error:
@@ -234,6 +239,19 @@ def load_measures(bench: Bench) -> tuple[dict[str, Measure], list[str]]:
         raise BadInput("no measure can be taken:\n" + "\n".join(missing))
     _refuse_doubles(found)
     return found, missing
+
+
+def without_rows(measures: dict[str, Measure], rows: Sequence[Row]) -> list[str]:
+    """A line for each measure that has no number, because nothing was drawn that it counts."""
+    there = {row.measure for row in rows}
+    lines = []
+    for key, measure in measures.items():
+        if not there & measure.info.keys():
+            of = {info.of for info in measure.info.values()} - {"all"}
+            beside = " beside sd's" if isinstance(measure, BesideSd) else ""
+            name, counted = key.partition(" ")[0], " or ".join(sorted(of))
+            lines.append(f"{name}: it takes {counted} images{beside}, and there are none")
+    return lines
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
@@ -285,6 +303,8 @@ def measure_cell(
     known = {(x["measure"], x["file"]): x["values"] for x in read_lines(target, VALUES)}
     paired = cell.method != "sd" and replace(cell.conditions, weight=1.0) == usual
     base = drawn_in(folder / BASE) if paired else {}
+    if any(shot.job not in base for shot in cell.shots):
+        base = {}  # a run that was killed while `sd` was drawn, and goes on with others
     for name, measure in measures.items():
         key = f"{name} beside sd" if base and isinstance(measure, BesideSd) else name
         todo = [line for line in lines if (key, line["file"]) not in known]
@@ -340,5 +360,8 @@ def measure_set(folder: Path, cell: Cell, measures: dict[str, Measure]) -> list[
 
 
 def _image(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:
+        raise BadInput(f"{path}: {DAMAGED_IMAGE}: {error}") from error

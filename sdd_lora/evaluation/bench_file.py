@@ -341,6 +341,11 @@ def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:
         if kept := [m for m in variation.methods if m in methods]:
             variations[name] = variation.model_copy(update={"methods": kept})
     wanted = [m for m in bench.methods if m in methods]
+    if not wanted:
+        raise BadInput(
+            f"--methods {', '.join(methods)}: in variations or attacks only; expected one of the "
+            f"table's rows too: {', '.join(bench.methods)}"
+        )
     attacks = bench.attacks
     if attacks is not None:
         attacked = [m for m in attacks.methods if m in methods]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.attacks.settings import GRADIENTS
 from sdd_lora.evaluation.bench_file import ATTACKS, Bench
 from sdd_lora.generation import methods as drawing
@@ -77,10 +78,13 @@ def cells_of(bench: Bench) -> list[Cell]:
     cells = [Cell(method, None, None, usual, shots, True) for method in methods]
     for name, variation in bench.variations.items():
         fewer = first_of_each(shots, {"erased": variation.erased, "kept": variation.kept})
+        own = variation.field == "guidance" and any(shot.job.guidance for shot in fewer)
+        if own:  # which would win over the one that varies
+            fewer = [replace(shot, job=replace(shot.job, guidance=None)) for shot in fewer]
         for value in variation.values:
             changed = _varied(usual, variation.field, value)
             cells += [
-                Cell(m, name, value, changed, fewer, changed == usual and m in methods)
+                Cell(m, name, value, changed, fewer, changed == usual and m in methods and not own)
                 for m in variation.methods
             ]
     return cells + _attack_cells(bench, usual, shots)
@@ -119,7 +123,8 @@ def _varied(usual: Conditions, field: str, value: Any) -> Conditions:
 def shots_of(bench: Bench) -> list[Shot]:
     """All images of a row: each kind's number shared equally by its sets, each with its own seeds.
 
-    Raises BadInput where there is none, or a file of prompts can't be read.
+    Raises BadInput where there is none, where a file of prompts can't be read, and for a picture
+    that would count as both.
     """
     shots = []
     first = bench.seeds.first
@@ -132,6 +137,13 @@ def shots_of(bench: Bench) -> list[Shot]:
             prompts = read_prompts(bench, entries)
             shots += [Shot(kind, name, job) for job in _jobs(prompts, share, first)]
             first += _SEEDS_OF_A_SET
+    erased = {shot.job for shot in shots if shot.kind == "erased"}
+    for shot in shots:
+        if shot.kind == "kept" and shot.job in erased:
+            raise BadInput(
+                f"prompts: {shot.job.prompt!r} with seed {shot.job.seed} stands among what is "
+                "erased and what is kept; expected each picture in one of them"
+            )
     return shots
 
 
@@ -155,7 +167,7 @@ def read_prompts(bench: Bench, entries: str | Sequence[str]) -> list[Prompt]:
     """A set's prompts, files replaced by what they hold."""
     prompts: list[Prompt] = []
     for entry in [entries] if isinstance(entries, str) else entries:
-        is_file = Path(entry).suffix in _PROMPT_FILES
+        is_file = Path(entry).suffix.lower() in _PROMPT_FILES
         prompts += prompt_files.read_prompts(bench.file(entry)) if is_file else [Prompt(entry)]
     return prompts
 

@@ -5,16 +5,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdd_lora.files import atomic_output
+from sdd_lora.errors import BadInput
+from sdd_lora.files import atomic_output, whole_lines
 
 
 def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; what a kill cut short is left out."""
+    """The whole lines of a JSONL file; what a kill cut short is left out. Raises BadInput for one
+    that is damaged."""
     path = folder / name
-    if not path.exists():
-        return []
-    text = path.read_text("utf-8")
-    return [json.loads(line) for line in text.split("\n")[:-1]]  # prompts may hold U+2028
+    lines = whole_lines(path) if path.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise BadInput(
+            f"{path}: expected a JSON object a line: {error}; delete the file and run again: what "
+            "it held is found anew"
+        ) from error
 
 
 def key_of(line: dict[str, Any]) -> tuple[Any, ...]:

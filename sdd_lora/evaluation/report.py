@@ -19,6 +19,7 @@ from sdd_lora.evaluation.lines import key_of
 from sdd_lora.evaluation.results import (
     ALL,
     BENCH,
+    DAMAGED_IMAGE,
     IMAGES,
     NOT_ATTACKED,
     Moved,
@@ -34,6 +35,7 @@ REPORT = "report.html"
 #: points of a kept rate that a method may lose and still count as keeping
 TOLERATED_LOSS = 0.03
 _ERASED_SHOWN, _KEPT_SHOWN, _MOVED_SHOWN, _ATTACKED_SHOWN = 3, 1, 12, 4
+_OF_AN_IMAGE = {"method", "variation", "setting", "kind", "set", "prompt", "seed", "file", "values"}
 _THUMBNAIL = 160
 _SMALL = 96  # pictures up to this size are embedded as they are
 
@@ -100,7 +102,7 @@ def render_report(folder: Path) -> str:
             attack_grids=_attack_grids(folder, results, images),
             not_attacked=NOT_ATTACKED,
             moved=_moved(results),
-            bench_text=bench_file.read_text("utf-8") if bench_file.exists() else "",
+            bench_text=bench_file.read_text("utf-8", "replace") if bench_file.exists() else "",
             image_count=len(images),
         )
         .lstrip()
@@ -117,8 +119,12 @@ def read_images(folder: Path) -> list[dict[str, Any]]:
     path = folder / IMAGES
     try:
         lines = path.read_text("utf-8").split("\n")  # prompts may hold U+2028, U+0085 …
-        return [json.loads(line) for line in lines if line]
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        images = [json.loads(line) for line in lines if line]
+        for image in images:
+            if lost := _OF_AN_IMAGE - dict(image).keys():
+                raise ValueError(f"found one without {', '.join(sorted(lost))}")
+        return images
+    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise BadInput(
             f"{path}: expected a JSON object a line, one an image: {error}; run evaluate again"
         ) from error
@@ -282,7 +288,7 @@ def _data_uri(path: Path) -> str:
             else:
                 opened.convert("RGB").save(file, "JPEG", quality=85)
     except OSError as error:
-        raise BadInput(f"{path}: can't read this image: {error}; run evaluate again") from error
+        raise BadInput(f"{path}: {DAMAGED_IMAGE}: {error}") from error
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 

@@ -13,6 +13,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.attacks.settings import NAMES
 
 RESULTS, IMAGES, BENCH = "results.json", "images.jsonl", "bench.yaml"
+DAMAGED_IMAGE = "can't read this image; delete it and run evaluate again, which draws it anew"
 #: the group of a row that counts all of a measure's images
 ALL = "all"
 #: why a cell of an attack's row is empty
@@ -91,7 +92,9 @@ class Moved(_Part):
 
 
 class MeasureInfo(_Part):
-    """How to read a measure: a rate or a mean, over which prompts, and which way is better.
+    """How to read a measure: a rate or a mean, over which prompts, and which way is better. One of
+    `all` has its headline over those of erased prompts where there are some, kept ones having rows
+    of their own.
 
     `maximum_of` names the rate whose expected maximum over prompts this is, if it is one.
     """

@@ -126,6 +126,8 @@ def _rows(
         sets = list(dict.fromkeys(line["set"] for line in counted))
         for group in [ALL, *(sets if len(sets) > 1 else [])]:
             chosen = [line for line in counted if group in (ALL, line["set"])]
+            if group == ALL and info[measure].of == "all":  # not diluted by what is kept
+                chosen = [x for x in chosen if x["kind"] == "erased"] or chosen
             if of and (group != ALL or len(sets) == 1):
                 yield from _maximum_row(method, measure, group, chosen, of)
             elif chosen and not of:

@@ -98,7 +98,7 @@ class JudgeValues:
         self, lines: Sequence[dict[str, Any]], images: Sequence[np.ndarray]
     ) -> list[dict[str, bool | float]]:
         prompts = [line["prompt"] for line in lines]
-        seen = judging.see(self.judge, prompts, np.stack(images))
+        seen = judging.see(self.judge, prompts, judging.sized(images))
         return [
             self._erased(asked, found) if line["kind"] == "erased" else self._kept(asked, found)
             for line, asked, found in zip(lines, map(judging.asked_for, prompts), seen, strict=True)
@@ -129,7 +129,9 @@ class JudgeValues:
         self, lines: Sequence[dict[str, Any]], images: Sequence[np.ndarray],
         base: Sequence[np.ndarray],
     ) -> list[dict[str, bool | float]]:  # fmt: skip
-        distances = judging.feature_distances(self.judge, np.stack(images), np.stack(base))
+        distances = judging.feature_distances(
+            self.judge, judging.sized(images), judging.sized(base)
+        )
         return [
             {"distance of judge features": distance} if line["kind"] == "kept" else {}
             for line, distance in zip(lines, distances, strict=True)

@@ -37,7 +37,8 @@ def _denoise_one(
     pipeline: StableDiffusionPipeline, prompt: str, generator: torch.Generator,
     sampling: "Sampling", guide: Guide,
 ) -> np.ndarray:  # fmt: skip
-    """An image (1, H, W, 3) from 0 to 1; latents and steps are those of the pipeline."""
+    """An image (1, H, W, 3) from 0 to 1; latents and steps are those of the pipeline. Without
+    guidance, at 1 or less, nothing is guided away, as in diffusers."""
     device, scheduler = pipeline.device, pipeline.scheduler
     text, empty = pipeline.encode_prompt(prompt, device, 1, True)
     concept, _ = pipeline.encode_prompt(sampling.concept, device, 1, False)
@@ -51,7 +52,8 @@ def _denoise_one(
     for step, t in enumerate(scheduler.timesteps):
         noisy = scheduler.scale_model_input(torch.cat([latents] * 3), t)
         predicted = pipeline.unet(noisy, t, encoder_hidden_states=embeddings, return_dict=False)[0]
-        noise = guide(step, *predicted.chunk(3))
+        alone, prompted, of_concept = predicted.chunk(3)
+        noise = guide(step, alone, prompted, of_concept) if sampling.guidance > 1 else prompted
         latents = scheduler.step(noise, t, latents, **options, return_dict=False)[0]
     decoded = pipeline.vae.decode(
         latents / pipeline.vae.config.scaling_factor, return_dict=False, generator=generator

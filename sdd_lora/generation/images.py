@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from sdd_lora.errors import BadInput
-from sdd_lora.files import atomic_output, locked, write_text
+from sdd_lora.files import atomic_output, locked, whole_lines, write_text
 from sdd_lora.generation.methods import METHODS, gated
 from sdd_lora.generation.pipeline import set_scheduler
 from sdd_lora.generation.prompt_files import Prompt
@@ -27,6 +27,10 @@ SETTINGS = "settings.json"
 #: where processes write before all are done; the first one writes the manifest itself
 _PART = "manifest.{}.jsonl"
 _WAIT = timedelta(days=7)
+
+
+#: methods that draw as `sd` does where an image's guidance is 1 or less
+_CHANGE_GUIDANCE = METHODS.keys() - {"sd", "sdd-gated"}
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,11 @@ def check_sampling(sampling: Sampling, jobs: Sequence[Job] = ()) -> None:
     if sampling.method == "sd" and sampling.concept:
         raise BadInput("--concept: nothing works against it; give a --method, such as neg")
     every = {sampling.for_job(job) for job in jobs} or {sampling}
-    lowest = min(own.guidance for own in every)
-    if sampling.method not in ("sd", "sdd-gated") and lowest <= 1:
+    highest = max(own.guidance for own in every)
+    if sampling.method in _CHANGE_GUIDANCE and highest <= 1:
         raise BadInput(
             f"method {sampling.method}: changes guidance, and does nothing without it; expected a "
-            f"guidance above 1, found {lowest:g}"
+            f"guidance above 1, found {highest:g}"
         )
     for side in (side for own in every for side in (own.width, own.height)):
         if side is not None and (side <= 0 or side % 8):
@@ -153,6 +157,7 @@ def generate(
     _check_fit(pipeline, sampling)
     if state.is_main_process:
         _tell_of_long_prompts(pipeline, jobs)
+        _tell_of_low_guidance(sampling, jobs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -262,6 +267,15 @@ def _tell_of_long_prompts(pipeline: StableDiffusionPipeline, jobs: Sequence[Job]
         warn(f"{long} of {len(prompts)} prompts are over {most} tokens; the rest is not read")
 
 
+def _tell_of_low_guidance(sampling: Sampling, jobs: Sequence[Job]) -> None:
+    low = sum(sampling.for_job(job).guidance <= 1 for job in jobs)
+    if low and sampling.method in _CHANGE_GUIDANCE:
+        warn(
+            f"{low} of {len(jobs)} images have a guidance of 1 or less, where {sampling.method} "
+            "changes nothing"
+        )
+
+
 def _all_settings(sampling: Sampling, settings: dict[str, Any]) -> dict[str, Any]:
     """What all images of a folder have in common; the batch changes none."""
     told = settings | asdict(sampling)
@@ -299,7 +313,7 @@ def _tidy(folder: Path) -> None:
     }  # fmt: skip
     there = sorted(name for name in entries if (folder / name).exists())
     text = "".join(_line(entries[name]) for name in there)
-    if not path.exists() or path.read_text("utf-8") != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         write_text(path, text)
     for part in parts:
         part.unlink()
@@ -307,7 +321,7 @@ def _tidy(folder: Path) -> None:
 
 def _entries(path: Path) -> list[dict[str, Any]]:
     """A manifest's whole lines. Raises BadInput for one that is damaged."""
-    entries = [_parsed(line, path) for line in path.read_text("utf-8").split("\n")[:-1]]
+    entries = [_parsed(line, path) for line in whole_lines(path)]
     for number, entry in enumerate(entries, 1):
         if not {"file", "prompt", "seed"} <= entry.keys() <= {"file", *Job.__dataclass_fields__}:
             raise BadInput(f"{path}: line {number}: damaged; draw into another folder")

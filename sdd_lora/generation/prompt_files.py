@@ -4,7 +4,8 @@
 |---|---|
 | .txt | a prompt a line (SDD's country list) |
 | .csv | a column `prompt`; others are known by their names below (I2P, ESD's lists, COCO-30k) |
-| .json | a list of texts or of objects with such names, also under one key `prompts` |
+| .json | a list of texts or of objects with such names, also under one key `prompts`, where lists
+of as many `seeds` or the like may stand beside it (SDD's files) |
 | .jsonl | a text or an object a line |
 """
 
@@ -99,11 +100,34 @@ def _json(text: str, where: str) -> Iterator[Prompt]:
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: no valid JSON: {error}") from error
     if isinstance(found, dict) and isinstance(found.get("prompts"), list):
-        found = found["prompts"]
+        found = _zipped(found, where)
     if not isinstance(found, list):
         raise BadInput(f"{where}: expected a list of prompts, or one under the key prompts")
     for number, entry in enumerate(found):
         yield _from_entry(entry, f"{where}: entry {number}")
+
+
+def _zipped(found: dict[str, Any], where: str) -> list[Any]:
+    """{"prompts": [a, b], "seeds": [1, 2]} → [{"prompt": a, "seed": 1}, {"prompt": b, "seed": 2}].
+
+    Raises BadInput for seeds, guidance or sizes that are not as many as the prompts.
+    """
+    entries, known = found["prompts"], {name for names in COLUMNS.values() for name in names}
+    columns = {name: name.lower().removesuffix("s") for name in found if name != "prompts"}
+    for name, column in columns.items():
+        if column not in known:
+            continue
+        values = found[name]
+        if not isinstance(values, list) or len(values) != len(entries):
+            count = f"{len(values)}" if isinstance(values, list) else f"{values!r:.80}"
+            raise BadInput(
+                f"{where}: {name}: expected a list of {len(entries)}, one a prompt, found {count}"
+            )
+        entries = [
+            (entry if isinstance(entry, dict) else {"prompt": entry}) | {column: value}
+            for entry, value in zip(entries, values, strict=True)
+        ]
+    return entries
 
 
 def _jsonl(text: str, where: str) -> Iterator[Prompt]:
@@ -151,6 +175,8 @@ def _prompt(cells: dict[str, Any], where: str) -> Prompt:
     text = cells["text"]
     if not isinstance(text, str) or not text.strip():
         raise BadInput(f"{where}: expected a prompt, found {text!r:.80}")
+    if not text.isascii() and text.encode("utf-8", "replace").decode("utf-8") != text:
+        raise BadInput(f"{where}: expected a prompt, found half a character in {text!r:.80}")
     told: dict[str, Any] = {
         field: _number(value, field, where)
         for field, value in cells.items()
@@ -166,9 +192,9 @@ def _number(value: Any, field: str, where: str) -> int | float:
     """A cell's number: guidance as it is, the others whole (pandas writes 7 as 7.0)."""
     expected = "a number" if field == "guidance" else "a whole number from 0 up"
     problem = BadInput(f"{where}: {field}: expected {expected}, found {value!r:.80}")
-    if isinstance(value, str) and value.strip().isdecimal():
-        value = int(value)
     try:
+        if isinstance(value, str) and value.strip().isdecimal():
+            value = int(value)
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise problem from None

@@ -193,6 +193,9 @@ def test_methods_are_chosen_by_name():
         BadInput, match="--methods sdd: not in this bench; expected some of sd, neg"
     ):
         chosen(parsed(), ["sdd"])
+    more = parsed(**varied("weight", 0, 2, methods=("stack",)))
+    with pytest.raises(BadInput, match="--methods stack: in variations or attacks only"):
+        chosen(more, ["stack"])
     assert limited(parsed(), 2).seeds.kept == 2 and limited(parsed(), None) == parsed()
 
 
@@ -310,6 +313,24 @@ def test_a_usual_setting_is_not_drawn_again():
     ]  # fmt: skip
 
 
+def test_a_guidance_that_varies_wins_over_the_prompts_own(tmp_path):
+    (tmp_path / "own.csv").write_text("prompt,seed,guidance\na bomb,7,2.5\n")
+    variation = {"field": "guidance", "values": [3, 5], "methods": ["sd"]}
+    changes = {"prompts.erased": {"weapons": ["own.csv"]}, "variations": {"guidance": variation}}
+    cells = cells_of(Bench.parse(SMALL, folder=tmp_path, overrides=changes))
+    assert [(cell.folder.as_posix(), cell.shots[0].job.guidance) for cell in cells] == [
+        ("images/sd", 2.5), ("images/neg", 2.5),
+        ("images/guidance/3.0/sd", None), ("images/guidance/5.0/sd", None),
+    ]  # fmt: skip
+
+
+def test_no_picture_is_erased_and_kept(tmp_path):
+    (tmp_path / "OWN.CSV").write_text("prompt,seed\na bomb,7\n")
+    changes = {"prompts": {"erased": {"a": "OWN.CSV"}, "kept": {"b": "OWN.CSV"}}}
+    with pytest.raises(BadInput, match="'a bomb' with seed 7 stands among what is erased and what"):
+        cells_of(Bench.parse(SMALL, folder=tmp_path, overrides=changes))
+
+
 # tables
 
 
@@ -372,6 +393,16 @@ def test_sets_have_rows_of_their_own(info):
     lines = [line("sd", True, 0), line("sd", False, 0, set="other")]
     assert [(r.group, r.value) for r in tables.rows(lines, info)] == [
         ("all", 0.5), ("s", 1.0), ("other", 0.0),
+    ]  # fmt: skip
+
+
+def test_what_counts_all_images_is_not_diluted_by_what_is_kept(info):
+    told = {"nude": info["kept"].model_copy(update={"of": "all", "better": "lower"})}
+    lines = [line("sd", 0, seed, {"nude": False}) for seed in range(3)]
+    assert [(r.group, r.value, r.n) for r in tables.rows(lines, told)] == [("all", 0.0, 3)]
+    lines += [line("sd", 0, 0, {"nude": True}, kind="erased", set="body")]
+    assert [(r.group, r.value, r.n) for r in tables.rows(lines, told)] == [
+        ("all", 1.0, 1), ("s", 0.0, 3), ("body", 1.0, 1),
     ]  # fmt: skip
 
 
@@ -455,6 +486,43 @@ def test_distances_come_once_sd_is_there_to_be_compared_with(tmp_path):
     both = ran(bench, tmp_path)
     assert find(both.rows, "neg", distance, "all").value > 0
     assert find(both.rows, "neg", "concept drawn", "all").difference is not None
+
+
+def test_a_run_goes_on_with_others_where_sd_was_cut_short(small, tmp_path):
+    shutil.copytree(small[0] / "images" / "sd", tmp_path / "images" / "sd")
+    shutil.copy(small[0] / "bench.yaml", tmp_path)
+    manifest = tmp_path / "images" / "sd" / "manifest.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:2]))
+    alone = ran(chosen(parsed(), ["neg"]), tmp_path)
+    assert find(alone.rows, "neg", "distance of judge features", "all") is None
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "values.jsonl"])
+def test_a_line_cut_within_a_character_is_left_out(small, tmp_path, name):
+    shutil.copytree(small[0], tmp_path / "out")
+    path = tmp_path / "out" / "images" / "neg" / name
+    path.write_bytes(path.read_bytes().rstrip(b"}\n") + "é".encode()[:1])
+    values = [row.value for row in ran(parsed(), tmp_path / "out").rows]
+    assert values == pytest.approx([row.value for row in small[1].rows])
+
+
+def test_a_damaged_image_is_named_and_drawn_anew_once_deleted(small, tmp_path):
+    shutil.copytree(small[0], tmp_path / "out")
+    image = tmp_path / "out" / "images" / "sd" / "00000.png"
+    (image.parent / "values.jsonl").unlink()
+    image.write_bytes(image.read_bytes()[:100])
+    with pytest.raises(BadInput, match=r"00000\.png: can't read this image; delete it and run"):
+        ran(parsed(), tmp_path / "out")
+    image.unlink()
+    values = [row.value for row in ran(parsed(), tmp_path / "out").rows]
+    assert values == pytest.approx([row.value for row in small[1].rows], rel=0.01)
+
+
+def test_sizes_of_prompts_are_no_matter_to_the_judge(tmp_path):
+    (tmp_path / "own.csv").write_text("prompt,width\na bomb,64\nan axe,128\n")
+    changes = {"prompts.erased": {"weapons": "own.csv"}, "methods": ["sd"]}
+    results = ran(Bench.parse(SMALL, folder=tmp_path, overrides=changes), tmp_path / "out")
+    assert find(results.rows, "sd", "concept drawn", "all").n == 3
 
 
 def test_a_finished_cell_loads_no_pipeline(small, monkeypatch):
@@ -559,6 +627,16 @@ def measured_again(folder):
     bench = Bench.load(folder / "b.yaml")
     (folder / "out" / "bench.yaml").write_text(bench.to_yaml())
     return ran(bench, folder / "out")
+
+
+def test_a_measure_without_a_number_is_named(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(taking.MEASURES, "whole", WholeSet)
+    (tmp_path / "real").write_text("x")
+    changes = {"measures": ["judge", {"whole": {"reference": "real"}}], "seeds.kept": 0}
+    bench = Bench.parse(SMALL, folder=tmp_path, overrides=changes)
+    assert ran(bench, tmp_path / "out").missing == [
+        "whole: it takes kept images, and there are none"
+    ]
 
 
 def test_options_of_measures_are_checked(tmp_path):

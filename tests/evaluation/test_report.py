@@ -151,6 +151,8 @@ def test_results_alone_are_enough(tmp_path):
         (lambda d: (d / "results.json").unlink(), "expected the results of `sdd-lora evaluate`"),
         (lambda d: (d / "results.json").write_text("{}"), "damaged, or of another version: bench"),
         (lambda d: (d / "images.jsonl").write_text("{"), "expected a JSON object a line"),
+        (lambda d: (d / "images.jsonl").write_text("3\n"), "expected a JSON object a line"),
+        (lambda d: (d / "images.jsonl").write_text('{"seed": 1}\n'), "without file, kind, method"),
         (lambda d: (d / "images" / "sd" / "00000.png").write_bytes(b"x"), "can't read this image"),
     ],
 )

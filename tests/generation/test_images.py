@@ -1,6 +1,7 @@
 """Images: a function of prompt and seed alone; a folder that can be continued."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,18 @@ def test_a_side_alone_leaves_the_other_as_the_models_own(pipeline, method):
     jobs = [Job("a bus", 2, width=128), Job("a bus", 2, height=128)]
     found = dict(draw(pipeline, jobs, sampling, "test"))
     assert [found[k].shape for k in (0, 1)] == [(64, 128, 3), (128, 64, 3)]
+
+
+@pytest.mark.parametrize("method", ["neg", "sld-max", "sega"])
+def test_without_guidance_nothing_is_guided_away(pipeline, method, tmp_path, caplog):
+    sampling = Sampling(12, 4.0, method=method, concept="bomb")
+    jobs = [Job("a bomb", 2, guidance=0.5), Job("a bomb", 2)]
+    found = dict(draw(pipeline, jobs, sampling, "test"))
+    plain = dict(draw(pipeline, jobs, Sampling(12, 4.0), "test"))
+    assert np.abs(found[0].astype(int) - plain[0]).max() <= 1
+    assert np.abs(found[1].astype(int) - plain[1]).max() > 20
+    generate(pipeline, jobs, replace(sampling, steps=1), tmp_path, {})
+    assert f"1 of 2 images have a guidance of 1 or less, where {method}" in caplog.text
 
 
 def test_the_manifest_says_what_an_image_has_of_its_own(pipeline, tmp_path):
@@ -191,6 +204,8 @@ def test_a_method_needs_its_concept_and_must_exist():
         check_sampling(Sampling(method="magic"))
     with pytest.raises(BadInput, match=r"above 1, found 0\.5"):
         check_sampling(Sampling(method="neg", concept="bomb"), [Job("a", 1, guidance=0.5)])
+    jobs = [Job("a", 1, guidance=0.5), Job("a", 1)]  # the one is told of when it is drawn
+    check_sampling(Sampling(method="neg", concept="bomb"), jobs)
     with pytest.raises(BadInput, match=r"method sld-max: .*above 1, found 1"):
         check_sampling(Sampling(method="sld-max", concept="bomb", guidance=1.0))
     check_sampling(Sampling(method="neg", concept="bomb", guidance=1), [Job("a", 1, guidance=2)])

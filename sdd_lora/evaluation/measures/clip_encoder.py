@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.measures import needs
@@ -30,21 +31,29 @@ class ClipEncoder:
 
         folder = needs.supplied(
             folder, option, "a folder with CLIP ViT-L/14 (config, tokenizer, model.safetensors)",
-            "the hub's openai/clip-vit-large-patch14",
+            "the hub's openai/clip-vit-large-patch14", folder=True,
         )  # fmt: skip
+        weights = needs.supplied(
+            folder / "model.safetensors", option, "CLIP's weights in one file", "the same place"
+        )
         try:
-            self.model = CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True
+            self.model, loaded = CLIPModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
             self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            first = (str(error).strip() or repr(error)).splitlines()[0]
             raise BadInput(
                 f"{option}: {folder}: expected a CLIP of transformers: {first}"
             ) from error
+        if missing := sorted(loaded["missing_keys"]):
+            raise BadInput(
+                f"{option}: {weights}: expected all of CLIP's weights, found {len(missing)} "
+                f"missing, {missing[0]} for one"
+            )
         self.model.eval().to(best_device())
         self.size = self.model.config.vision_config.image_size
-        self.sha256 = sha256_of(folder / "model.safetensors")
+        self.sha256 = sha256_of(weights)
         self.is_standard = self.sha256 == VIT_L_14
 
     @torch.no_grad()

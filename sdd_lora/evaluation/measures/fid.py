@@ -76,8 +76,9 @@ class Fid:
             "NVIDIA's stylegan2-ada-pytorch metrics, where clean-fid gets it",
         )  # fmt: skip
         folder = needs.supplied(
-            reference, "reference", "a folder of real pictures", "the captions' data set (COCO)"
-        )
+            reference, "reference", "a folder of real pictures", "the captions' data set (COCO)",
+            folder=True,
+        )  # fmt: skip
         self.real_files = _pictures_in(folder)
         network = sha256_of(path)
         self.source = " ".join([network, *map(sha256_of, self.real_files)])
@@ -89,6 +90,11 @@ class Fid:
             raise BadInput(
                 f"inception: {path}: expected a TorchScript file, can't read it"
             ) from error
+        if not hasattr(self.network, "layers"):
+            raise BadInput(
+                f"inception: {path}: expected a network whose `layers` give features, as "
+                "inception-2015-12-05.pt has them, found none"
+            )
         self._real: Moments | None = None
         note = f"to {len(self.real_files)} pictures in {folder.name}, clean-fid's resizing"
         if not standard:
@@ -114,8 +120,8 @@ class Fid:
     @torch.no_grad()
     def _features(self, pixels: torch.Tensor) -> np.ndarray:
         """(B, 3, 299, 299) in 0 … 255 → (B, D). The layers expect −1 … 1."""
-        device = next(self.network.parameters()).device
-        return self.network.layers(((pixels - 128) / 128).to(device)).flatten(1).cpu().numpy()
+        scaled = ((pixels - 128) / 128).to(best_device())
+        return self.network.layers(scaled).flatten(1).cpu().numpy()
 
 
 def resized(image: np.ndarray) -> torch.Tensor:

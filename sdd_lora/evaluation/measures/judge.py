@@ -7,11 +7,14 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from PIL import Image
 
 from sdd_lora.demo.judge import Judge, Verdict, as_pictures, judge_images
 from sdd_lora.demo.vocabulary import Noun, groups, nouns, styles
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.intervals import paired_difference, wilson
+
+_SIDE, _SMOOTH = 64, Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,16 @@ def agrees(
     drawn = staying <= {verdict.noun for verdict in seen}
     styled = asked.style is None or asked.style in gone_styles
     return drawn and (styled or any(verdict.style == asked.style for verdict in seen))
+
+
+def sized(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images (H, W, 3) uint8 as (B, 64, 64, 3): what the judge knows; those that
+    prompts gave sizes of their own are resized."""
+    side = (_SIDE, _SIDE)
+    return np.stack([
+        x if x.shape[:2] == side else np.asarray(Image.fromarray(x).resize(side, _SMOOTH))
+        for x in images
+    ])  # fmt: skip
 
 
 @torch.no_grad()

@@ -17,12 +17,16 @@ def package(name: str, extra: str) -> Any:
         ) from error
 
 
-def supplied(path: Path | None, option: str, what: str, source: str) -> Path:
-    """A file or folder of the user's. Raises BadInput, saying what and from where, if missing."""
+def supplied(
+    path: Path | None, option: str, what: str, source: str, *, folder: bool = False
+) -> Path:
+    """A file, or folder, of the user's. Raises BadInput, saying what and from where, if missing."""
     if path is None:
         raise BadInput(
             f"expected {what} in the option `{option}`, found none; get it from {source}"
         )
-    if not path.exists():
-        raise BadInput(f"{option}: {path}: expected {what}, found no such file; from {source}")
+    kind, there = ("folder", path.is_dir()) if folder else ("file", path.is_file())
+    if not there:
+        found = f"something that is no {kind}" if path.exists() else f"no such {kind}"
+        raise BadInput(f"{option}: {path}: expected {what}, found {found}; from {source}")
     return path

@@ -2,11 +2,12 @@
 
 import math
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdd_lora.errors import BadInput
@@ -125,6 +126,11 @@ def test_fid_says_what_is_missing(inception, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="empty: expected two pictures at least, found 0"):
         Fid([], inception[0], tmp_path / "empty")
+    with pytest.raises(BadInput, match="found something that is no file"):
+        Fid([], tmp_path / "empty", inception[1])
+    torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "other.pt"))
+    with pytest.raises(BadInput, match=r"other.pt: expected a network whose `layers` give feat"):
+        Fid([], tmp_path / "other.pt", inception[1])
     assert Fid([], *inception).of_set(pictures(1)) == {}
 
 
@@ -261,8 +267,28 @@ def test_only_openais_clip_makes_clip_scores(clip, monkeypatch):
 def test_clip_says_what_is_missing(tmp_path):
     with pytest.raises(BadInput, match="option `clip`, found none; get it from the hub's openai/"):
         ClipScore([])
-    with pytest.raises(BadInput, match="expected a CLIP of transformers"):
+    with pytest.raises(BadInput, match="expected CLIP's weights in one file, found no such file"):
         ClipScore([], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda weights: dict(list(weights.items())[1:]), "found 1 missing"),
+        (lambda weights: weights | {"logit_scale": torch.zeros(2)}, "expected a CLIP of transfo"),
+        (None, "expected a CLIP of transformers"),
+    ],
+    ids=["incomplete", "another shape", "cut short"],
+)
+def test_a_damaged_clip_measures_nothing(clip, tmp_path, damage, message):
+    shutil.copytree(clip, tmp_path / "clip")
+    path = tmp_path / "clip" / "model.safetensors"
+    if damage:
+        save_file(damage(load_file(path)), path, metadata={"format": "pt"})
+    else:
+        path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(BadInput, match=message):
+        ClipScore([], tmp_path / "clip")
 
 
 @pytest.fixture
