@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -90,6 +91,11 @@ def train_community(work: Path, steps: int | None, learning_rate: float | None) 
     export.save_single_file(tuned, COMMUNITY_FILE)
 
 
+def average_community(work: Path, earlier: Sequence[Path]) -> None:
+    """Make the shipped `demo-community` the mean of itself and its earlier states' files."""
+    export.average_files([COMMUNITY_FILE, *earlier], COMMUNITY_FILE)
+
+
 def train_look(work: Path, steps: int | None, learning_rate: float | None) -> None:
     """An ordinary style LoRA, written to the work folder; recipes/bench keeps a copy."""
     adapter = look.train(
@@ -124,11 +130,13 @@ STAGES: dict[str, Callable[..., object]] = {
     "recover-community": recover_community,
     "misses-community": partial(find_misses, model="demo-community"),
     "community": train_community,
+    "average-community": average_community,
     "look": train_look,
     "measure": measure_base,
     "measure-community": measure_community,
 }
 _TRAININGS = ("diffusion", "community", "look")
+_AVERAGINGS = ("export", "average-community")
 
 
 def main() -> None:
@@ -147,14 +155,16 @@ def main() -> None:
         action="append",
         default=[],
         metavar="STATE",
-        help="of the export stage: an earlier run to average in; repeatable",
+        help="of the export and average-community stages: an earlier run, or an earlier file, to "
+        "average in; repeatable",
     )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.manual_seed(0)
     training = (arguments.steps, arguments.learning_rate)
-    options = dict.fromkeys(_TRAININGS, training) | {"export": (arguments.earlier,)}
+    options: dict[str, tuple[Any, ...]] = dict.fromkeys(_TRAININGS, training)
+    options |= dict.fromkeys(_AVERAGINGS, (arguments.earlier,))
     for stage in arguments.stages:
         started = time.time()
         STAGES[stage](arguments.work, *options.get(stage, ()))

@@ -1,10 +1,13 @@
 """Stage 5: the trained parts as files: a diffusers folder in fp16, and one file in LDM layout."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+from safetensors.numpy import load_file
 from transformers import CLIPTokenizer
 
 from sdd_lora.checkpoint.ldm import to_ldm
@@ -53,7 +56,20 @@ def save_single_file(pipeline: StableDiffusionPipeline, path: Path) -> None:
         {k: v.detach().half().numpy() for k, v in part.state_dict().items()}
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     ]
-    tensors = to_ldm(*parts)
+    _write_community(to_ldm(*parts), path)
+
+
+def average_files(paths: Sequence[Path], output: Path) -> None:
+    """Write the mean of files of `save_single_file`, of runs that went on one from another."""
+    files = [load_file(path) for path in paths]
+    means = {
+        name: np.stack([file[name] for file in files]).mean(0, np.float64).astype(np.float16)
+        for name in files[0]
+    }
+    _write_community(means, output)
+
+
+def _write_community(tensors: dict[str, np.ndarray], path: Path) -> None:
     metadata = {
         "modelspec.title": "demo-community",
         "modelspec.architecture": "stable-diffusion-v1",
