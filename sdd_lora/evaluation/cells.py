@@ -78,7 +78,7 @@ def cells_of(bench: Bench) -> list[Cell]:
     cells = [Cell(method, None, None, usual, shots, True) for method in methods]
     for name, variation in bench.variations.items():
         fewer = first_of_each(shots, {"erased": variation.erased, "kept": variation.kept})
-        own = variation.field == "guidance" and any(shot.job.guidance for shot in fewer)
+        own = variation.field == "guidance" and any(s.job.guidance is not None for s in fewer)
         if own:  # which would win over the one that varies
             fewer = [replace(shot, job=replace(shot.job, guidance=None)) for shot in fewer]
         for value in variation.values:
