@@ -142,7 +142,7 @@ def test_the_demo_benches_fill_every_row(name):
         (varied("image", 0.3), r"variations.v: 0.3 redoes none of 2 steps"),
         (varied("steps", 2.5), r"v: steps takes whole numbers from 1 to 999, found 2.5"),
         (varied("steps", 0), r"v: steps takes whole numbers from 1 to 999, found 0.0"),
-        (varied("steps", 1001), r"v: steps takes whole numbers from 1 to 999, found 1001.0"),
+        (varied("steps", 1000), r"v: steps takes whole numbers from 1 to 999, found 1000.0"),
         (varied("steps", 3, 3.0), r"v.values: 3.0 stands there twice"),
         (varied("steps", 3, methods=["sd", "sd"]), r"v.methods: sd stands there twice"),
         (varied("steps", 3, erased=0, kept=0), r"v: expected images"),
