@@ -49,6 +49,7 @@ from sdd_lora.generation.images import (
     Job,
     Sampling,
     as_entry,
+    check_concept,
     check_sampling,
     drawn_in,
     generate,
@@ -86,6 +87,8 @@ def run(
     measures, missing = load_measures(bench)
     for line in missing:
         say(f"not measured: {line}")
+    for cell in cells:
+        check_concept(sampling_of(cell, bench), weights.tokenizer(cell.conditions.model))
     claim(folder, bench)
     lines: list[tables.Line] = []
     of_sets: list[Row] = []
@@ -298,6 +301,7 @@ def measure_cell(
             "kind": shot.kind, "set": shot.set, **as_entry(replace(shot.job, prompt=shot.prompt)),
             "file": files[shot.job].relative_to(folder).as_posix(), "values": {},
         } | ({"asked": shot.job.prompt} if shot.wanted else {})
+        | ({"categories": shot.categories} if shot.categories else {})
         for shot in cell.shots
     ]  # fmt: skip
     known = {(x["measure"], x["file"]): x["values"] for x in read_lines(target, VALUES)}

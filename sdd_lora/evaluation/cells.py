@@ -1,6 +1,6 @@
 """What a bench draws: cells (a method under some conditions) of shots (a prompt and a seed)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ _PROMPT_FILES = {".txt", ".csv", ".json", ".jsonl"}
 
 @dataclass(frozen=True)
 class Shot:
-    """One image wanted: its prompt and seed, and the set that it counts for.
+    """One image wanted: its prompt and seed, the set and the categories that it counts for.
 
     Where an attack asks for it in other words, `wanted` is the prompt that names it.
     """
@@ -28,6 +28,7 @@ class Shot:
     set: str
     job: Job
     wanted: str = ""
+    categories: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -135,7 +136,10 @@ def shots_of(bench: Bench) -> list[Shot]:
         for number, (name, entries) in enumerate(sets.items()):
             share = count // len(sets) + (number < count % len(sets))
             prompts = read_prompts(bench, entries)
-            shots += [Shot(kind, name, job) for job in _jobs(prompts, share, first)]
+            shots += [
+                Shot(kind, name, job, categories=prompt.categories)
+                for prompt, job in _jobs(prompts, share, first)
+            ]
             first += _SEEDS_OF_A_SET
     erased = {shot.job for shot in shots if shot.kind == "erased"}
     for shot in shots:
@@ -172,12 +176,10 @@ def read_prompts(bench: Bench, entries: str | Sequence[str]) -> list[Prompt]:
     return prompts
 
 
-def _jobs(prompts: Sequence[Prompt], count: int, first_seed: int) -> list[Job]:
-    """`count` jobs that go through the prompts in turn. Seeds count up from `first_seed`, or, where
-    a prompt has one of its own, from that."""
-    jobs = []
+def _jobs(prompts: Sequence[Prompt], count: int, first_seed: int) -> Iterator[tuple[Prompt, Job]]:
+    """`count` times a prompt and its job, in turn. Seeds count up from `first_seed`, or, where a
+    prompt has one of its own, from that."""
     for i in range(count):
         turn, prompt = i // len(prompts), prompts[i % len(prompts)]
         seed = first_seed + i if prompt.seed is None else prompt.seed + turn
-        jobs.append(Job(prompt.text, seed, prompt.guidance, prompt.width, prompt.height))
-    return jobs
+        yield prompt, Job(prompt.text, seed, prompt.guidance, prompt.width, prompt.height)

@@ -124,14 +124,20 @@ def _rows(
         of = info[measure].maximum_of
         counted = [line for line in own if (of or measure) in line["values"]]
         sets = list(dict.fromkeys(line["set"] for line in counted))
-        for group in [ALL, *(sets if len(sets) > 1 else [])]:
-            chosen = [line for line in counted if group in (ALL, line["set"])]
+        categories = sorted({name for line in counted for name in _categories(line)})
+        for group in [ALL, *(sets if len(sets) > 1 else []), *categories]:
+            chosen = [x for x in counted if group in (ALL, x["set"], *_categories(x))]
             if group == ALL and info[measure].of == "all":  # not diluted by what is kept
                 chosen = [x for x in chosen if x["kind"] == "erased"] or chosen
             if of and (group != ALL or len(sets) == 1):
                 yield from _maximum_row(method, measure, group, chosen, of)
             elif chosen and not of:
                 yield _row(method, measure, group, chosen, base, info[measure].kind == "rate")
+
+
+def _categories(line: Line) -> list[str]:
+    """The groups within its set that a line counts for: those of I2P overlap."""
+    return [f"{line['set']}: {name}" for name in line.get("categories", ())]
 
 
 def _maximum_row(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.compose import stack
@@ -39,6 +40,7 @@ class Weights:
         self.loaded: dict[str, Adapter] = {}
         self.runs: dict[str, Path] = {}
         self.fingerprints: dict[str, str] = {}
+        self.tokenizers: dict[str, CLIPTokenizer] = {}
         self.models: set[str] = set()
 
     def check(self, cells: Sequence[Cell]) -> None:
@@ -170,8 +172,14 @@ class Weights:
     def fingerprint(self, model: str) -> str:
         """What a model draws and trains with: all of it, since two may share their UNet's part."""
         if model not in self.fingerprints:
-            self.fingerprints[model] = sha256_of_parts(load_pipeline(model, device="cpu"))
+            pipeline = load_pipeline(model, device="cpu")
+            self.tokenizers[model] = pipeline.tokenizer
+            self.fingerprints[model] = sha256_of_parts(pipeline)
         return self.fingerprints[model]
+
+    def tokenizer(self, model: str) -> CLIPTokenizer:
+        self.fingerprint(model)
+        return self.tokenizers[model]
 
     def baked(self, model: str, parts: Sequence[tuple[Adapter, float]]) -> Path:
         """A checkpoint of `model` with the adapters in it, from the cache or baked now."""

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from sdd_lora.errors import BadInput
 from sdd_lora.files import atomic_output, locked, whole_lines, write_text
@@ -248,15 +249,21 @@ def _line(entry: dict[str, Any]) -> str:
 
 def _check_fit(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
     """Raises BadInput where a method can't work with the pipeline: before anything is written."""
-    concepts = [sampling.concept]
+    check_concept(sampling, pipeline.tokenizer)
     if sampling.method == "sdd-gated":
         gated.gated_layers(pipeline)
+
+
+def check_concept(sampling: Sampling, tokenizer: CLIPTokenizer) -> None:
+    """Raises BadInput where the model would not read all of what a method works against."""
+    concepts = [sampling.concept]
+    if sampling.method == "sdd-gated":
         concepts = gated.concepts_of(sampling.concept)
         for concept in concepts:
-            if not all(gated.token_sets([concept], pipeline.tokenizer)):
+            if not all(gated.token_sets([concept], tokenizer)):
                 raise BadInput(f"--concept: the model reads nothing in {concept!r}")
     for concept in concepts:
-        if lost := cut_off(pipeline.tokenizer, concept):
+        if lost := cut_off(tokenizer, concept):
             raise BadInput(f"--concept: too long: the model would not read {lost!r}")
 
 

@@ -27,6 +27,7 @@ COLUMNS = {
     "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance", "guidance_scale"),
     "width": ("sd_image_width", "image_width", "width"),
     "height": ("sd_image_height", "image_height", "height"),
+    "categories": ("categories",),
 }
 _FIELD_BYTES = 1 << 20
 
@@ -35,7 +36,7 @@ _FIELD_BYTES = 1 << 20
 class Prompt:
     """A prompt with what its file says about drawing it; None where it says nothing.
 
-    `width` and `height` count pixels.
+    `width` and `height` count pixels. `categories` are I2P's, of which a prompt may have several.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Prompt:
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
+    categories: tuple[str, ...] = ()
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -113,7 +115,8 @@ def _zipped(found: dict[str, Any], where: str) -> list[Any]:
     Raises BadInput for seeds, guidance or sizes that are not as many as the prompts.
     """
     entries, known = found["prompts"], {name for names in COLUMNS.values() for name in names}
-    columns = {name: name.lower().removesuffix("s") for name in found if name != "prompts"}
+    lowered = {name: name.lower() for name in found if name != "prompts"}
+    columns = {n: low if low in known else low.removesuffix("s") for n, low in lowered.items()}
     for name, column in columns.items():
         if column not in known:
             continue
@@ -180,12 +183,20 @@ def _prompt(cells: dict[str, Any], where: str) -> Prompt:
     told: dict[str, Any] = {
         field: _number(value, field, where)
         for field, value in cells.items()
-        if field != "text" and value is not None and str(value).strip()
+        if field not in ("text", "categories") and value is not None and str(value).strip()
     }
     for field in ("width", "height"):
         if field in told and (told[field] % 8 or not told[field]):
             raise BadInput(f"{where}: {field}: expected a multiple of 8, found {told[field]}")
-    return Prompt(text.strip(), **told)
+    return Prompt(text.strip(), **told, categories=_categories(cells.get("categories"), where))
+
+
+def _categories(value: Any, where: str) -> tuple[str, ...]:
+    """The names in "hate, violence", or in a list."""
+    names = value.split(",") if isinstance(value, str) else value or []
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+        raise BadInput(f"{where}: categories: expected names, commas between, found {value!r:.80}")
+    return tuple(dict.fromkeys(name for name in (str(n).strip() for n in names) if name))
 
 
 def _number(value: Any, field: str, where: str) -> int | float:

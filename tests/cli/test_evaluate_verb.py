@@ -55,10 +55,11 @@ def test_methods_and_limit(tmp_path):
         (["--set", "model=gone/at/all"], "no such file or folder"),
         (["--set", "methods=[sdd]"], "method sdd: expected an entry under `recipes`"),
         (["--set", "measures=[magic]"], "measure magic: expected one of judge"),
-        (["--set", "concept=" + "bomb " * 99], "too long"),
+        (["--set", "concept=" + "bomb " * 99], "too long: the model would not read"),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
     done = evaluate(tmp_path, "-o", "out", *arguments)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -89,21 +89,24 @@ def test_the_benches_that_travel_with_the_package_are_whole(path):
     assert bench.recipe("sdd-preserve").preserve.prompts
 
 
-def test_there_are_eight_benches():
+def test_there_are_nine_benches():
     assert {path.stem for path in BENCHES} == {
         "demo-single", "demo-multi", "demo-style", "sd14-nudity", "sd14-i2p", "sd14-i2p-body",
-        "sd14-coco30k", "sd14-artist",
+        "sd14-i2p-coco30k", "sd14-coco30k", "sd14-artist",
     }  # fmt: skip
 
 
 def test_i2p_is_a_table_of_its_own_with_ten_images_a_prompt():
     """So that no rate mixes two kinds of prompts, and a prompt's rate is more than 0 or 1."""
-    i2p, body = (Bench.load(packaged_recipe(f"bench/sd14-{x}")) for x in ("i2p", "i2p-body"))
+    i2p, body, coco = (
+        Bench.load(packaged_recipe(f"bench/sd14-{x}")) for x in ("i2p", "i2p-body", "i2p-coco30k")
+    )
     assert list(i2p.prompts.erased) == ["i2p"] and i2p.seeds.erased == 10 * 4703
     assert list(body.prompts.erased) == ["body"] and len(shots_of(body)) == 100 * 50
     same_training = [{name: bench.recipe(name).sha256 for name in bench.recipes}
-                     for bench in (i2p, body)]  # fmt: skip
-    assert same_training[0] == same_training[1] and i2p.methods == body.methods
+                     for bench in (i2p, body, coco)]  # fmt: skip
+    assert same_training[0] == same_training[1] == same_training[2]
+    assert i2p.methods == body.methods and i2p.concepts == body.concepts == coco.concepts
 
 
 def test_demo_single_asks_whether_it_holds_elsewhere():
@@ -756,7 +759,8 @@ def test_weight_0_is_the_base_and_1_the_main_table(trainable):
 
 
 @pytest.mark.parametrize(
-    "name", ["sd14-nudity", "sd14-i2p", "sd14-i2p-body", "sd14-coco30k", "sd14-artist"]
+    "name",
+    ["sd14-nudity", "sd14-i2p", "sd14-i2p-body", "sd14-i2p-coco30k", "sd14-coco30k", "sd14-artist"],
 )
 def test_the_papers_protocols_run_dry(name, tmp_path):
     """With the embedded model standing in, and tables of two prompts for what users supply."""
@@ -766,7 +770,8 @@ def test_the_papers_protocols_run_dry(name, tmp_path):
         target.parent.mkdir(exist_ok=True)
         target.write_text(file.read_text("utf-8"), "utf-8")
     (tmp_path / "i2p_benchmark.csv").write_text(
-        "prompt,categories,sd_seed,sd_guidance_scale\na bomb,violence,7,3.5\na cat,hate,8,7\n"
+        'prompt,categories,sd_seed,sd_guidance_scale\na bomb,"hate, violence",7,3.5\n'
+        "a cat,hate,8,7\n"
     )
     (tmp_path / "coco_30k.csv").write_text(
         'image_id,source,prompt,evaluation_seed\n1,x,"a cat\non a mat",11\n2,x,a dog,12\n'
@@ -783,5 +788,8 @@ def test_the_papers_protocols_run_dry(name, tmp_path):
     assert {("sd", "erased"), ("neg", "erased")} <= drawn
     judged = {row.method for row in results.rows if row.measure == "concept drawn"}
     assert judged == {"sd", "neg"}
+    groups = {row.group: row.n for row in results.rows if row.measure == "concept drawn"}
+    of_categories = {"i2p: hate": 2, "i2p: violence": 1} if name == "sd14-i2p" else {}
+    assert groups == {"all": 2} | of_categories
     supplied = {"unsafe", "clip", "lpips", "fid"} & set(bench.measures)
     assert supplied <= {line.partition(":")[0] for line in results.missing}

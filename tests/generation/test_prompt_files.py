@@ -32,8 +32,9 @@ def read(tmp_path, name, text):
     ("name", "text", "expected"),
     [
         ("i2p.csv", I2P, [
-            Prompt('a house, "old"\tand\u2028small', 2868457757, 7.0, 512, 768),
-            Prompt("a bomb", 3, 8.5, 512, 512),
+            Prompt('a house, "old"\tand\u2028small', 2868457757, 7.0, 512, 768,
+                   ("hate", "violence")),
+            Prompt("a bomb", 3, 8.5, 512, 512, ("violence",)),
         ]),
         ("esd.csv", ESD, [Prompt("A harbour by a painter", 2219, 7.5)]),
         ("coco.csv", COCO, [Prompt("A man\non a bench, reading", 1), Prompt("A cat.", 2)]),
@@ -46,6 +47,8 @@ def read(tmp_path, name, text):
         ("named.json", '{"prompts": ["a cat"], "note": "x"}', [Prompt("a cat")]),
         ("sdd.json", '{"prompts": ["Japan body", "a cat"], "evaluation_seeds": [7, 8]}',
          [Prompt("Japan body", 7), Prompt("a cat", 8)]),
+        ("listed.json", '{"prompts": ["a bomb", "x"], "categories": [["hate", "hate"], null]}',
+         [Prompt("a bomb", categories=("hate",)), Prompt("x")]),
         ("hub.jsonl", '{"prompt": "a cat", "sd_seed": 4}\n"a dog"\n',
          [Prompt("a cat", 4), Prompt("a dog")]),
     ],
@@ -68,6 +71,7 @@ def test_shapes(tmp_path, name, text, expected):
         ("a.csv", "prompt,seed\na cat,9223372036854775808\n", "line 2: seed"),
         ("a.csv", "prompt,guidance\na cat,nan\n", "line 2: guidance: expected a number"),
         ("a.csv", "prompt,width\na cat,500\n", "width: expected a multiple of 8, found 500"),
+        ("a.json", '[{"prompt": "x", "categories": {"hate": 1}}]', "categories: expected names"),
         ("a.csv", "prompt,seed\n ,1\n", "line 2: expected a prompt"),
         ("a.csv", "prompt,seed,sd_seed\na,1,2\n", "sd_seed and seed|seed and sd_seed"),
         ("a.csv", 'prompt,seed\na cat,1\n"a dog,2\n', "line 3: no valid CSV"),

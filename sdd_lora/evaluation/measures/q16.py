@@ -62,8 +62,8 @@ class Q16:
 _OPCODES = {
     "PROTO", "FRAME", "STOP", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "MARK", "BINPUT",
     "BINGET", "MEMOIZE", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2",
-    "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "EMPTY_TUPLE", "TUPLE",
-    "TUPLE1", "TUPLE2", "TUPLE3",
+    "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BYTEARRAY8", "EMPTY_TUPLE",
+    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
 }  # fmt: skip
 
 
@@ -91,6 +91,13 @@ def _reconstruct(*_: Any) -> _Array:
     return _Array()
 
 
+def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    """How protocol 5 writes an array."""
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", content))
+    return array
+
+
 def _encode(text: Any, encoding: Any) -> bytes:
     """How protocol 2 writes bytes."""
     if encoding != "latin1" or not isinstance(text, str):
@@ -101,6 +108,8 @@ def _encode(text: Any, encoding: Any) -> bytes:
 _KNOWN: dict[tuple[str, str], type | Callable[..., Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+    ("numpy._core.numeric", "_frombuffer"): _frombuffer,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,

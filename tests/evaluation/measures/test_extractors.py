@@ -298,7 +298,7 @@ def prompts(tmp_path):
     return tmp_path / "prompts.p", vectors.astype(np.float32)
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("order", [np.ascontiguousarray, np.asfortranarray])
 def test_q16s_prompts_are_read_as_they_were_pickled(tmp_path, protocol, dtype, order):
