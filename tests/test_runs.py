@@ -17,7 +17,7 @@ from sdd_lora.checkpoint.source import DEMO_FOLDER
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.files import sha256_of
 from sdd_lora.model import fingerprint, load_training_parts
-from sdd_lora.run_folder import held
+from sdd_lora.run_folder import TRACKER_LOGS, held
 from sdd_lora.runs import train_recipes
 
 SHORT = """
@@ -35,6 +35,11 @@ def short(**overrides):
     return Recipe.parse(SHORT, overrides={k.replace("__", "."): v for k, v in overrides.items()})
 
 
+def names_in(folder):
+    """Trackers' logs apart, which are there where TensorBoard is installed."""
+    return sorted(p.name for p in folder.iterdir() if p.name != TRACKER_LOGS)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
@@ -47,7 +52,7 @@ def measured(tmp_path_factory):
 
 def test_the_folder_holds_what_the_interface_says(measured):
     folder, recipe, adapter = measured
-    assert sorted(p.name for p in folder.iterdir()) == [
+    assert names_in(folder) == [
         "README.md", "adapter.json", "adapter.peft.safetensors", "adapter.safetensors",
         "before-after.png", "metrics.json", "recipe.yaml",
     ]  # fmt: skip
@@ -118,7 +123,7 @@ def test_a_forced_run_takes_an_earlier_ones_place_whole_or_not_at_all(
     assert contents(folder) == before
     train(short(), folder, resume=True, keep_state=True)
     train(short(), tmp_path / "alone")
-    assert sorted(p.name for p in folder.iterdir()) == [
+    assert names_in(folder) == [
         "README.md", "adapter.json", "adapter.peft.safetensors", "adapter.safetensors",
         "metrics.json", "notes.txt", "recipe.yaml", "state",
     ]  # fmt: skip
@@ -194,7 +199,7 @@ FULL = {
 def test_a_full_training_leaves_the_weights_that_it_changed(tmp_path, kind):
     recipe = Recipe.parse(SHORT.replace("ema: {decay: 0.5}\n", ""), overrides=FULL[kind])
     path = train(recipe, tmp_path / "run")
-    assert sorted(p.name for p in path.parent.iterdir()) == [
+    assert names_in(path.parent) == [
         "README.md", "metrics.json", "recipe.yaml", "weights.safetensors",
     ]  # fmt: skip
     metrics = json.loads((path.parent / "metrics.json").read_text())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sdd_lora.recipe import Measure, Recipe
 BASE_CACHE = Path(str(files("sdd_lora.demo").joinpath("base_verdicts.json.gz")))
 _PICTURES = 8  # of each kind shown in the picture
 _BATCH = 16
+_SEEN_AT_ONCE = 256  # images held in memory until they are judged
 #: prompts and their images (B, H, W, 3) → what is seen in each
 See = Callable[[Sequence[str], np.ndarray], Sequence[Any]]
 
@@ -146,13 +148,11 @@ def verdicts_on(
     verdicts: list[Any] = [cache.get(_key(job)) for job in jobs]
     todo = [i for i, seen in enumerate(verdicts) if seen is None or i in shown]
     images = {}
-    for part in range(0, len(todo), 256):
-        rows = todo[part : part + 256]
-        drawn = [
-            image for _, image in draw(pipeline, [jobs[i] for i in rows], sampling, description)
-        ]
-        seen = see([jobs[i].prompt for i in rows], np.stack(drawn))
-        for i, image, verdict in zip(rows, drawn, seen, strict=True):
+    drawing = draw(pipeline, [jobs[i] for i in todo], sampling, description)
+    while drawn := list(islice(drawing, _SEEN_AT_ONCE)):
+        rows = [todo[number] for number, _ in drawn]
+        seen = see([jobs[i].prompt for i in rows], np.stack([image for _, image in drawn]))
+        for i, (_, image), verdict in zip(rows, drawn, seen, strict=True):
             verdicts[i] = verdict
             if i in shown:
                 images[i] = image
