@@ -77,8 +77,15 @@ class Objective(Section):
         return self
 
 
+#: of `lora.targets`: all layers that ESD-u trains, by its authors' name
+NOXATTN = "noxattn"
+
+
 class Lora(Section):
     """The adapter: low-rank factors on the cross-attention (attn2) matrices named here.
+
+    `noxattn` stands for what esd-u trains: every linear layer and convolution but those of the
+    cross-attention, the time embedding and the output.
 
     `init: concepts` starts to_k's and to_v's down factors in the directions where the concepts'
     embeddings differ most from those of the kept prompts and ∅; `closed-form` starts both factors
@@ -89,7 +96,7 @@ class Lora(Section):
     rank: Positive = 4
     alpha: Annotated[Real, Field(gt=0)] = 4.0
     targets: Annotated[
-        list[Literal["to_q", "to_k", "to_v", "to_out"]], Field(min_length=1)
+        list[Literal["to_q", "to_k", "to_v", "to_out", "noxattn"]], Field(min_length=1)
     ] = ["to_k", "to_v"]  # fmt: skip
     init: Literal["random", "concepts", "closed-form"] = "random"
 
@@ -244,10 +251,12 @@ class Recipe(Section):
                 "preserve.damping changes an adapter's to_k and to_v, which see prompts: expected "
                 "one of them in lora.targets, or damping: 0"
             )
-        if self.parameters == "lora" and kind == "esd-u":
+        noxattn = [NOXATTN] if kind == "esd-u" else [t for t in self.lora.targets if t != NOXATTN]
+        if self.parameters == "lora" and self.lora.targets != noxattn:
             raise ValueError(
-                "esd-u changes what is outside the cross-attention, most of it convolutions, and "
-                "an adapter here changes the cross-attention: expected parameters: full, or esd-x"
+                f"lora.targets: {kind} changes what is "
+                f"{'outside' if kind == 'esd-u' else 'in'} the cross-attention: expected "
+                f"{noxattn or ['to_k', 'to_v']}, found {self.lora.targets}"
             )
         return self
 
@@ -327,7 +336,7 @@ _ESD: dict[str, Any] = {
 #: what one field's value implies for others, on top of the preset, below what a recipe writes
 IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
     (("objective", "kind"), "esd-x"): _ESD,
-    (("objective", "kind"), "esd-u"): _ESD,
+    (("objective", "kind"), "esd-u"): _ESD | {"lora": {"init": "random", "targets": [NOXATTN]}},
     # learning rate of both papers; whole weights move further a step than a product of factors
     (("parameters",), "full"): {
         "lora": Lora().model_dump(),

@@ -175,10 +175,17 @@ def _tell_what_is_not_measured(recipe: Recipe) -> None:
 
 def _as_adapter(recipe: Recipe, trainer: Trainer, metadata: dict[str, Any]) -> Adapter:
     factors = {
-        name: Factors(down.numpy(), up.numpy(), recipe.lora.alpha)
+        name: Factors(
+            down.flatten(1).numpy(), up.flatten(1).numpy(), recipe.lora.alpha, _kernel(down)
+        )
         for name, (down, up) in trainer.teacher_factors().items()
     }
     return Adapter(factors, metadata)
+
+
+def _kernel(down: torch.Tensor) -> tuple[int, int] | None:
+    """The (height, width) of a convolution's factor (r, in, height, width); None of a matrix."""
+    return (down.shape[2], down.shape[3]) if down.ndim == 4 else None
 
 
 def _metadata(recipe: Recipe, base_fingerprint: str) -> dict[str, Any]:

@@ -61,6 +61,16 @@ def test_esd_keeps_no_average_and_has_an_eta():
         assert Recipe.parse(again.to_yaml()) == again
 
 
+def test_esd_u_as_an_adapter_adapts_what_esd_u_trains():
+    recipe = Recipe.parse(MINIMAL + "preset: demo\nobjective: {kind: esd-u}\n")
+    assert (recipe.parameters, recipe.lora.targets, recipe.lora.init) == (
+        "lora", ["noxattn"], "random",
+    )  # fmt: skip
+    assert Recipe.parse(recipe.to_yaml()) == recipe
+    whole = Recipe.parse(MINIMAL + "objective: {kind: esd-u}\nparameters: full\n")
+    assert Recipe.parse(whole.to_yaml()) == whole
+
+
 def test_full_training_starts_from_the_papers_learning_rate():
     recipe = Recipe.parse(MINIMAL + "preset: demo\nparameters: full\n")
     assert recipe.optimizer.learning_rate == 1e-5
@@ -74,7 +84,16 @@ def test_full_training_starts_from_the_papers_learning_rate():
     [
         ("objective: {eta: 1}", "eta belongs to esd-x and esd-u"),
         ("objective: {kind: esd-x}\nema: {decay: 0.9}", "esd-x keeps no average"),
-        ("objective: {kind: esd-u}", "expected parameters: full, or esd-x"),
+        (
+            "objective: {kind: esd-u}\nlora: {targets: [to_k]}",
+            "esd-u changes what is outside the cross-attention: expected ['noxattn']",
+        ),
+        (
+            "lora: {targets: [to_q, noxattn]}",
+            "sdd changes what is in the cross-attention: expected ['to_q']",
+        ),
+        ("objective: {kind: esd-u}\nlora: {init: concepts}", "init: concepts starts to_k and to_v"),
+        ("objective: {kind: esd-u}\npreserve: {damping: 1}", "preserve.damping changes"),
         ("parameters: full\nlora: {rank: 8}", "leave lora away"),
         ("rollout: {steps: 5, points: 5}", "5 points need more than 5 steps"),
         ("rollout: {guidance_interval: [0.8, 0.2]}", "expected low before high"),

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from sdd_lora import Adapter, Recipe, runs, train
+from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.source import DEMO_FOLDER
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.files import sha256_of
+from sdd_lora.generation.pipeline import load_pipeline
 from sdd_lora.model import fingerprint, load_training_parts
 from sdd_lora.run_folder import TRACKER_LOGS, held
 from sdd_lora.runs import train_recipes
@@ -227,6 +229,33 @@ def test_a_full_training_gives_a_shared_base_back(tmp_path):
     ((_, alone),) = train_recipes([tmp_path / "b.yaml"], tmp_path / "alone", [])
     second = together[tmp_path / "together" / "b"]
     assert second["adapter"]["sha256"] == alone["adapter"]["sha256"]
+
+
+def test_esd_u_as_an_adapter_draws_the_same_from_its_file_and_baked(tmp_path):
+    """Convolutions too: what was trained, what diffusers loads, and what is baked are one thing."""
+    recipe = short(objective__kind="esd-u", ema__decay=0, optimizer__learning_rate=0.02)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 128)
+    adapter = train(recipe, tmp_path / "run")
+    assert not any(".attn2." in name for name in adapter.factors)
+    assert {"conv_in", "mid_block.resnets.0.time_emb_proj"} < adapter.factors.keys()
+    bake("demo", [(adapter, 1.0)], tmp_path / "baked")
+    with torch.no_grad():
+        base, loaded, baked = (
+            load_pipeline(model, parts, device="cpu").unet.float()(*inputs).sample
+            for model, parts in (
+                ("demo", []), ("demo", [(adapter, 1.0)]), (str(tmp_path / "baked"), []),
+            )
+        )  # fmt: skip
+        unet = load_training_parts("demo").unet
+        for name, part in adapter.factors.items():
+            weight = unet.get_submodule(name).weight
+            weight += torch.from_numpy(part.delta()).reshape(weight.shape)
+        expected = unet(*inputs).sample
+    assert (expected - base).abs().max() > 0.1
+    assert (loaded - expected).abs().max() < 1e-3
+    assert (baked - expected).abs().max() < 0.02  # rounded to fp16
 
 
 def test_weights_are_measured_as_they_were_written(tmp_path):

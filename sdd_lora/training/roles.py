@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sdd_lora.errors import BadInput
-from sdd_lora.recipe import Lora, Objective, Recipe
+from sdd_lora.recipe import NOXATTN, Lora, Objective, Recipe
 from sdd_lora.training.closed_form import ClosedForm
 
 STUDENT, TEACHER, BASE = "student", "teacher", "base"
@@ -101,7 +101,7 @@ class LoraRoles(Roles):
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
-            target_modules=_target_pattern(lora.targets),
+            target_modules=_target_pattern(unet, lora.targets),
             init_lora_weights=True,  # up = 0: the student starts as the base
         )
         self._adapters = [STUDENT, TEACHER] if averaged else [STUDENT]
@@ -113,8 +113,6 @@ class LoraRoles(Roles):
         self.layers: dict[str, LoraLayer] = {
             name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)
         }
-        if not self.layers:
-            raise BadInput("the UNet has no cross-attention (attn2) layers to adapt")
         for adapter in self._adapters:
             for factor in self.trained(adapter).values():
                 factor.data = factor.data.float()
@@ -152,7 +150,8 @@ class LoraRoles(Roles):
                 up.copy_(new_up / layer.scaling[adapter])
 
     def trained(self, role: str) -> dict[str, nn.Parameter]:
-        """A role's LoRA factors by name, "module.lora_A" [r, in] and "module.lora_B" [out, r]."""
+        """A role's LoRA factors by name, "module.lora_A" [r, in] and "module.lora_B" [out, r]; of a
+        convolution [r, in, h, w] and [out, r, 1, 1]."""
         adapter = role if role in self._adapters else STUDENT
         return {
             f"{name}.{side}": getattr(layer, side)[adapter].weight
@@ -234,14 +233,25 @@ def is_trained(name: str, objective: Objective) -> bool:
     SDD and ESD-x: the cross-attention, every name with `attn2`. ESD-u, `noxattn` in its authors'
     code: all that is neither cross-attention nor the time embedding nor the output layers.
     """
-    if objective.kind == "esd-u":
-        return ".attn2." not in name and not name.startswith(_LEFT_BY_ESD_U)
-    return ".attn2." in name
+    return _is_noxattn(name) if objective.kind == "esd-u" else ".attn2." in name
+
+
+def _is_noxattn(name: str) -> bool:
+    return ".attn2." not in name and not name.startswith(_LEFT_BY_ESD_U)
 
 
 _LEFT_BY_ESD_U = ("time_embedding.", "conv_norm_out.", "conv_out.")
 
 
-def _target_pattern(targets: Sequence[str]) -> str:
-    names = "|".join(re.escape("to_out.0" if t == "to_out" else t) for t in targets)
-    return rf".*attn2\.({names})"
+def _target_pattern(unet: UNet2DConditionModel, targets: Sequence[str]) -> str:
+    """A pattern of the modules that `lora.targets` names. Raises BadInput where there is none."""
+    leaves = tuple(".attn2." + ("to_out.0" if t == "to_out" else t) for t in targets)
+    names = [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and (_is_noxattn(f"{name}.weight") if NOXATTN in targets else name.endswith(leaves))
+    ]
+    if not names:
+        raise BadInput(f"the UNet has no layers to adapt: no {', '.join(targets)}")
+    return "|".join(map(re.escape, names))

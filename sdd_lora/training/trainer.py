@@ -359,7 +359,8 @@ class Trainer:
         return {n: t.detach().cpu() for n, t in self.roles.trained(TEACHER).items()}
 
     def teacher_factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The result of a LoRA training: (down [r, in], up [out, r]), by module name."""
+        """The result of a LoRA training: (down [r, in], up [out, r]), by module name; of a
+        convolution (down [r, in, h, w], up [out, r, 1, 1])."""
         factors = self.teacher_tensors()
         modules = [name.removesuffix(".lora_A") for name in factors if name.endswith(".lora_A")]
         return {name: (factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]) for name in modules}

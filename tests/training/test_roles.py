@@ -32,6 +32,18 @@ def test_all_64_matrices_are_adapted(roles):
     assert len(roles.layers) == 64
 
 
+def test_esd_u_as_an_adapter_adapts_every_layer_whose_weight_it_trains():
+    unet = small_unet()
+    objective = Objective(kind="esd-u", **ESD)
+    expected = {
+        name.removesuffix(".weight")
+        for name, weight in unet.named_parameters()
+        if is_trained(name, objective) and weight.ndim > 1
+    }
+    roles = LoraRoles(unet, Lora(rank=2, targets=["noxattn"]), seed=0)
+    assert set(roles.layers) == expected and len(expected) > 100
+
+
 def test_the_three_roles_give_three_outputs_and_the_base_is_the_untouched_unet(roles, inputs):
     with torch.no_grad():
         for name, factor in roles.trained(TEACHER).items():

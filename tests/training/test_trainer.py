@@ -66,6 +66,11 @@ WAYS = {
     "full": FULL | {"optimizer": {"learning_rate": 1e-4}},
     "esd-x": ESD | {"objective": {"kind": "esd-x", "eta": 3.0}},
     "esd-u": ESD | FULL | {"objective": {"kind": "esd-u", "eta": 1.0}},
+    "esd-u-lora": ESD
+    | {
+        "objective": {"kind": "esd-u", "eta": 1.0},
+        "lora": {"targets": ["noxattn"]},
+    },
 }
 
 
