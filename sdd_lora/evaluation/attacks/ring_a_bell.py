@@ -1,6 +1,7 @@
 """Ring-A-Bell (Tsai et al. 2023, arXiv 2310.10012): a prompt that means the concept and does not
 name it, found with the text encoder alone."""
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -15,10 +16,11 @@ _SENTENCES = ("a picture of {}", "a drawing of {}", "an image of {}", "a photo o
 
 def ring_a_bell(case: Case, settings: RingABell) -> Attacked:
     """The genetic search of the paper's algorithm for P̂ = argmin ‖f(P̂) − (f(P) + η ĉ)‖², over words
-    that are one token each. The erased concepts' own words are not used."""
+    that are one token each. The erased concepts' own words are not used; ĉ is of those concepts
+    that the prompt names, or of all where it names none."""
     words = plain_words(case.base.tokenizer, without=case.concepts)
     goal = _encode(case.base, [case.prompt]) + settings.strength * concept_vector(
-        case.base, settings.pairs or sentence_pairs(case.concepts)
+        case.base, settings.pairs or sentence_pairs(named_in(case.prompt, case.concepts))
     )
     generator = case.generator()
     size = (settings.population, settings.length)
@@ -38,6 +40,11 @@ def ring_a_bell(case: Case, settings: RingABell) -> Attacked:
         found = torch.cat([found, distances(children)])
     best = found.argmin()
     return Attacked(_text(words, population[best]), before=before, after=found[best].item())
+
+
+def named_in(prompt: str, concepts: Sequence[str]) -> Sequence[str]:
+    """The concepts whose words stand in the prompt; all where none does."""
+    return [c for c in concepts if re.search(rf"\b{re.escape(c)}\b", prompt)] or concepts
 
 
 def sentence_pairs(concepts: Sequence[str]) -> list[tuple[str, str]]:

@@ -54,8 +54,8 @@ class Words(Section):
 
 class RingABell(Section):
     """Prompts of `length` words; η is `strength`. The paper's population is 200, over 3000
-    generations. `pairs` are texts with and without the concept; where there is none, each concept
-    in a few short sentences."""
+    generations. `pairs` are texts with and without the concept; where there is none, a few short
+    sentences with each concept that the prompt names, or with all of them."""
 
     length: Positive = 16
     strength: Real = 3.0

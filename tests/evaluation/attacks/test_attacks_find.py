@@ -11,7 +11,12 @@ from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.attacks.case import Case
 from sdd_lora.evaluation.attacks.inversion import inversion
 from sdd_lora.evaluation.attacks.noise import denoising_loss, drawings, frozen, random_points
-from sdd_lora.evaluation.attacks.ring_a_bell import concept_vector, ring_a_bell, sentence_pairs
+from sdd_lora.evaluation.attacks.ring_a_bell import (
+    concept_vector,
+    named_in,
+    ring_a_bell,
+    sentence_pairs,
+)
 from sdd_lora.evaluation.attacks.settings import Inversion, RingABell, UnlearnDiffAtk, Words
 from sdd_lora.evaluation.attacks.tokens import encoded, free_words, plain_words, token_ids
 from sdd_lora.evaluation.attacks.unlearndiffatk import onto_simplex, sampled_words, unlearndiffatk
@@ -104,12 +109,19 @@ def test_ring_a_bells_search_comes_nearer_to_its_goal(case):
     assert found.after < 0.95 * found.before and not found.words
     words = found.prompt.split()
     assert len(words) == 16 and not {"axe", "bomb"} & set(words)
-    pairs = sentence_pairs(case.concepts)
+    pairs = sentence_pairs(named_in(case.prompt, case.concepts))
     goal = encoded(case.base, token_ids(case.base, [PROMPT])).flatten(1)
     goal = goal + 3.0 * concept_vector(case.base, pairs)
     reached = encoded(case.base, token_ids(case.base, [found.prompt])).flatten(1)
     assert (reached - goal).square().sum().item() == pytest.approx(found.after, rel=1e-4)
     assert ring_a_bell(case, settings) == found
+
+
+def test_the_vector_is_of_the_concepts_that_the_prompt_names():
+    concepts = ["axe", "bow and arrow", "pill"]
+    assert named_in("an axe on a pillow", concepts) == ["axe"]
+    assert named_in("a pill and an axe", concepts) == ["axe", "pill"]
+    assert named_in("a weapon", concepts) == concepts
 
 
 def test_a_concept_vector_is_the_mean_difference_of_its_pairs(base):
