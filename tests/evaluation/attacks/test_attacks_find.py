@@ -120,7 +120,7 @@ def test_ring_a_bells_search_comes_nearer_to_its_goal(case):
 def test_the_vector_is_of_the_concepts_that_the_prompt_names():
     concepts = ["axe", "bow and arrow", "pill"]
     assert named_in("an axe on a pillow", concepts) == ["axe"]
-    assert named_in("a pill and an axe", concepts) == ["axe", "pill"]
+    assert named_in("A pill and an Axe", concepts) == ["axe", "pill"]
     assert named_in("a weapon", concepts) == concepts
 
 
