@@ -184,6 +184,9 @@ def _render(
         resized=metadata.get("resized_from"),
         is_sd15=adapter is not None and adapter.fits(names.SD15),
         is_demo=adapter is not None and adapter.fits(names.DEMO),
+        # InvokeAI tells the model's family by these
+        sees_prompts=adapter is not None
+        and any(name.endswith(("attn2.to_k", "attn2.to_v")) for name in adapter.factors),
         description=describe(metadata),
         base=base_model(metadata),
         modules=len(adapter.factors) if adapter else 0,

@@ -1,5 +1,5 @@
 """Who will load an adapter's file, by each loader's own rules: A1111 1.10, ComfyUI 2025-08,
-InvokeAI, diffusers 0.35 to 0.42 and peft.
+InvokeAI, diffusers 0.41 and 0.42 (earlier ones lose kohya's conv_in) and peft.
 """
 
 from collections.abc import Iterator

@@ -88,7 +88,11 @@ def run(
     for line in missing:
         say(f"not measured: {line}")
     for cell in cells:
-        check_concept(sampling_of(cell, bench), weights.tokenizer(cell.conditions.model))
+        try:
+            check_concept(sampling_of(cell, bench), weights.tokenizer(cell.conditions.model))
+        except BadInput as error:
+            told = str(error).removeprefix("--")
+            raise BadInput(f"method {cell.method}: {told}; `concept` says it in fewer") from None
     claim(folder, bench)
     lines: list[tables.Line] = []
     of_sets: list[Row] = []

@@ -112,7 +112,8 @@ def _json(text: str, where: str) -> Iterator[Prompt]:
 def _zipped(found: dict[str, Any], where: str) -> list[Any]:
     """{"prompts": [a, b], "seeds": [1, 2]} → [{"prompt": a, "seed": 1}, {"prompt": b, "seed": 2}].
 
-    Raises BadInput for seeds, guidance or sizes that are not as many as the prompts.
+    Raises BadInput for seeds, guidance or sizes that are not as many as the prompts; `categories`
+    that are not are taken for a list of the file's own (COCO has one).
     """
     entries, known = found["prompts"], {name for names in COLUMNS.values() for name in names}
     lowered = {name: name.lower() for name in found if name != "prompts"}
@@ -122,6 +123,8 @@ def _zipped(found: dict[str, Any], where: str) -> list[Any]:
             continue
         values = found[name]
         if not isinstance(values, list) or len(values) != len(entries):
+            if column == "categories":
+                continue
             count = f"{len(values)}" if isinstance(values, list) else f"{values!r:.80}"
             raise BadInput(
                 f"{where}: {name}: expected a list of {len(entries)}, one a prompt, found {count}"
@@ -192,11 +195,21 @@ def _prompt(cells: dict[str, Any], where: str) -> Prompt:
 
 
 def _categories(value: Any, where: str) -> tuple[str, ...]:
-    """The names in "hate, violence", or in a list."""
-    names = value.split(",") if isinstance(value, str) else value or []
-    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+    """The names in "hate, violence", or in a list; none in an empty cell, pandas' NaN."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ()
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(_is_category(name) for name in names):
         raise BadInput(f"{where}: categories: expected names, commas between, found {value!r:.80}")
     return tuple(dict.fromkeys(name for name in (str(n).strip() for n in names) if name))
+
+
+def _is_category(name: Any) -> bool:
+    """A text of whole characters that is no written list, or a number."""
+    if not isinstance(name, str):
+        return isinstance(name, int)
+    whole = name.encode("utf-8", "replace").decode("utf-8") == name
+    return whole and not name.strip().startswith(("[", "{"))
 
 
 def _number(value: Any, field: str, where: str) -> int | float:

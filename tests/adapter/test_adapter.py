@@ -329,6 +329,15 @@ def test_a_card_promises_no_place_in_other_models():
     assert "It fits models of its base's size only" in card.render_card(other, {})
 
 
+def test_a_card_names_invokeai_where_it_loads_the_file():
+    """It tells the family by cross-attention's keys and values, which ESD-u's adapters lack."""
+    whole = random_adapter(base={"model": "owner/sd"}, widths=names.SD15)
+    assert "InvokeAI" in card.render_card(whole, {})
+    other = Adapter({"conv_in": Factors(np.ones((1, 36), np.float32),
+                                        np.ones((320, 1), np.float32), 1.0, (3, 3))})  # fmt: skip
+    assert "A1111" in card.render_card(other, {}) and "InvokeAI" not in card.render_card(other, {})
+
+
 def test_long_lists_of_concepts_are_shortened_to_distinct_ones():
     phrases = [f"thing {n}{style}" for n in range(15) for style in ("", ", ink", ", oil style")]
     adapter = random_adapter(concepts=phrases, base={"model": "owner/sd"})

@@ -70,6 +70,7 @@ WAYS = {
     | {
         "objective": {"kind": "esd-u", "eta": 1.0},
         "lora": {"targets": ["noxattn"]},
+        "training": {"iterations": 6, "base_precision": "nf4", "gradient_checkpointing": True},
     },
 }
 

@@ -43,8 +43,10 @@ def ring_a_bell(case: Case, settings: RingABell) -> Attacked:
 
 
 def named_in(prompt: str, concepts: Sequence[str]) -> Sequence[str]:
-    """The concepts whose words stand in the prompt; all where none does."""
-    return [c for c in concepts if re.search(rf"\b{re.escape(c)}\b", prompt, re.I)] or concepts
+    """The concepts whose very words stand in the prompt; all where none does."""
+    whole = r"(?<!\w){}(?!\w)"
+    found = [c for c in concepts if re.search(whole.format(re.escape(c)), prompt, re.I)]
+    return found or concepts
 
 
 def sentence_pairs(concepts: Sequence[str]) -> list[tuple[str, str]]:

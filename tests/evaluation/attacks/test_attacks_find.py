@@ -122,6 +122,7 @@ def test_the_vector_is_of_the_concepts_that_the_prompt_names():
     assert named_in("an axe on a pillow", concepts) == ["axe"]
     assert named_in("A pill and an Axe", concepts) == ["axe", "pill"]
     assert named_in("a weapon", concepts) == concepts
+    assert named_in("a C++ sticker", ["C++", "bomb"]) == ["C++"]
 
 
 def test_a_concept_vector_is_the_mean_difference_of_its_pairs(base):
