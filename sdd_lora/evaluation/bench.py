@@ -91,8 +91,7 @@ def run(
         try:
             check_concept(sampling_of(cell, bench), weights.tokenizer(cell.conditions.model))
         except BadInput as error:
-            told = str(error).removeprefix("--")
-            raise BadInput(f"method {cell.method}: {told}; `concept` says it in fewer") from None
+            raise BadInput(f"method {cell.method}: {error}") from None
     claim(folder, bench)
     lines: list[tables.Line] = []
     of_sets: list[Row] = []

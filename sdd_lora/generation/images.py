@@ -261,10 +261,10 @@ def check_concept(sampling: Sampling, tokenizer: CLIPTokenizer) -> None:
         concepts = gated.concepts_of(sampling.concept)
         for concept in concepts:
             if not all(gated.token_sets([concept], tokenizer)):
-                raise BadInput(f"--concept: the model reads nothing in {concept!r}")
+                raise BadInput(f"concept: the model reads nothing in {concept!r}")
     for concept in concepts:
         if lost := cut_off(tokenizer, concept):
-            raise BadInput(f"--concept: too long: the model would not read {lost!r}")
+            raise BadInput(f"concept: too long: the model would not read {lost!r}")
 
 
 def _tell_of_long_prompts(pipeline: StableDiffusionPipeline, jobs: Sequence[Job]) -> None:
