@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,11 +38,11 @@ from sdd_lora.evaluation.results import (
 )
 from sdd_lora.evaluation.taking import (
     MEASURES,
+    NAMED_BY,
     BesideSd,
     Measure,
     OfImages,
     OfSets,
-    concept_of,
 )
 from sdd_lora.evaluation.weights import Train, Weights
 from sdd_lora.files import write_text
@@ -123,9 +124,10 @@ def run(
         sampling=bench.sampling.model_dump(exclude={"batch"}),
         methods={method: weights.told(method) for method in bench.methods},
         measures=info,
+        sources={key.partition(" ")[0]: measure.source for key, measure in measures.items()},
         variations=tables.variations(lines, fields, info),
         attacks=tables.attacks(lines, info, costs),
-        collateral=tables.collateral(lines, info, concept_of),
+        collateral=tables.collateral(lines, NAMED_BY),
         interference=weights.interference(), missing=missing,
     )  # fmt: skip
     write_text(folder / CSV, results.to_csv())
@@ -307,7 +309,8 @@ def measure_cell(
         | ({"categories": shot.categories} if shot.categories else {})
         for shot in cell.shots
     ]  # fmt: skip
-    known = {(x["measure"], x["file"]): x["values"] for x in read_lines(target, VALUES)}
+    told = read_lines(target, VALUES, {"measure", "file", "values"})
+    known = {(x["measure"], x["file"]): x["values"] for x in told}
     paired = cell.method != "sd" and replace(cell.conditions, weight=1.0) == usual
     base = drawn_in(folder / BASE) if paired else {}
     if any(shot.job not in base for shot in cell.shots):
@@ -318,6 +321,7 @@ def measure_cell(
         for start in range(0, len(todo), _MEASURED_AT_ONCE):
             part = todo[start : start + _MEASURED_AT_ONCE]
             values = _taken(measure, part, folder, base)
+            _check_finite(name, part, values)
             append_lines(
                 target / VALUES,
                 [{"measure": key, "file": line["file"], "values": v}
@@ -327,6 +331,19 @@ def measure_cell(
         for line in lines:
             line["values"] |= known[key, line["file"]]
     return lines
+
+
+def _check_finite(
+    measure: str, lines: Sequence[tables.Line], values: Sequence[dict[str, bool | float]]
+) -> None:
+    """Raises BadInput where a measure gives no number: weights with NaN in them."""
+    for line, found in zip(lines, values, strict=True):
+        if not all(map(math.isfinite, found.values())):
+            raise BadInput(
+                f"measure {measure.partition(' ')[0]}: expected finite numbers, found {found} for "
+                f"{line['file']}; are its weights sound? What was drawn stays: run again with "
+                "others, or without this measure"
+            )
 
 
 def _taken(
@@ -351,7 +368,8 @@ def measure_set(folder: Path, cell: Cell, measures: dict[str, Measure]) -> list[
     was measured before is kept."""
     target, drawn = folder / cell.folder, drawn_in(folder / cell.folder)
     files = [drawn[shot.job] for shot in cell.shots if shot.kind == "kept"]
-    known = {x["measure"]: x["values"] for x in read_lines(target, VALUES_OF_SETS)}
+    told = read_lines(target, VALUES_OF_SETS, {"measure", "values"})
+    known = {x["measure"]: x["values"] for x in told}
     rows = []
     for key, measure in measures.items():
         if not isinstance(measure, OfSets) or not files:

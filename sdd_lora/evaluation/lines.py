@@ -9,14 +9,18 @@ from sdd_lora.errors import BadInput
 from sdd_lora.files import atomic_output, whole_lines
 
 
-def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; what a kill cut short is left out. Raises BadInput for one
-    that is damaged."""
+def read_lines(folder: Path, name: str, fields: set[str]) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file, all with these `fields`; what a kill cut short is left out.
+    Raises BadInput for one that is damaged."""
     path = folder / name
     lines = whole_lines(path) if path.exists() else []
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        found = [dict(json.loads(line)) for line in lines]
+        for line in found:
+            if lost := fields - line.keys():
+                raise ValueError(f"found one without {', '.join(sorted(lost))}")
+        return found
+    except (ValueError, TypeError) as error:
         raise BadInput(
             f"{path}: expected a JSON object a line: {error}; delete the file and run again: what "
             "it held is found anew"

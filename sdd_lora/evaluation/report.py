@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.attacks.settings import NAMES
@@ -30,14 +30,30 @@ from sdd_lora.evaluation.results import (
     percent,
     plain,
 )
+from sdd_lora.progress import say
 
 REPORT = "report.html"
 #: points of a kept rate that a method may lose and still count as keeping
 TOLERATED_LOSS = 0.03
 _ERASED_SHOWN, _KEPT_SHOWN, _MOVED_SHOWN, _ATTACKED_SHOWN = 3, 1, 12, 4
-_OF_AN_IMAGE = {"method", "variation", "setting", "kind", "set", "prompt", "seed", "file", "values"}
 _THUMBNAIL = 160
 _SMALL = 96  # pictures up to this size are embedded as they are
+
+
+class _ImageLine(BaseModel):
+    """A line of images.jsonl, as far as a page shows it."""
+
+    model_config = ConfigDict(extra="allow")
+    method: str
+    variation: str | None
+    setting: float | str | None
+    kind: str
+    set: str
+    prompt: str
+    seed: int
+    file: str
+    values: dict[str, bool | float]
+    asked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,18 +108,21 @@ def render_report(folder: Path) -> str:
             family=family,
             scales={name: _scale(results, name) for name in results.headline()},
             best=best_that_keeps(results),
+            headline=_headline_pair(results),
             trade=_trade_off(results),
             groups={name: _groups(results.rows, name) for name in results.measure_names()},
             main_grid=_main_grid(folder, results, images),
             variations=[_variation(folder, v, results, images) for v in results.variations],
             elsewhere=list(results.elsewhere_tables()),
             attacks=list(results.attack_tables()),
-            attack_notes=[NAMES[a] for a in dict.fromkeys(r.attack for r in results.attacks)],
+            attack_notes=[
+                NAMES[a] for a in dict.fromkeys(r.attack for r in results.attacks) if a in NAMES
+            ],
             attack_grids=_attack_grids(folder, results, images),
             not_attacked=NOT_ATTACKED,
             moved=_moved(results),
-            bench_text=bench_file.read_text("utf-8", "replace") if bench_file.exists() else "",
-            image_count=len(images),
+            bench_text=bench_file.read_text("utf-8", "replace") if bench_file.is_file() else "",
+            image_count=len({image["file"] for image in images}),
         )
         .lstrip()
     )
@@ -115,19 +134,23 @@ def _beside(name: str) -> str:
 
 
 def read_images(folder: Path) -> list[dict[str, Any]]:
-    """The lines of images.jsonl. Raises BadInput where one is damaged."""
+    """The lines of images.jsonl, none where it isn't there: published tables come without their
+    pictures. Raises BadInput where one is damaged."""
     path = folder / IMAGES
+    if not path.exists():
+        say(f"{path}: no such file; the page comes without pictures")
+        return []
     try:
         lines = path.read_text("utf-8").split("\n")  # prompts may hold U+2028, U+0085 …
-        images = [json.loads(line) for line in lines if line]
-        for image in images:
-            if lost := _OF_AN_IMAGE - dict(image).keys():
-                raise ValueError(f"found one without {', '.join(sorted(lost))}")
-        return images
-    except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise BadInput(
-            f"{path}: expected a JSON object a line, one an image: {error}; run evaluate again"
-        ) from error
+        return [_ImageLine.model_validate_json(line).model_dump() for line in lines if line]
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, UnicodeDecodeError) as error:
+        problem = str(error)
+    raise BadInput(
+        f"{path}: expected a JSON object a line, one an image: {problem}; run evaluate again"
+    )
 
 
 def family(method: str) -> str:
@@ -141,7 +164,7 @@ def family(method: str) -> str:
 
 def best_that_keeps(results: Results) -> tuple[Row, Row] | None:
     """The row of the lowest rate of what is erased, among methods whose kept rate is at most
-    TOLERATED_LOSS below that of `sd`; and the row of `sd`. None where there is no such pair."""
+    TOLERATED_LOSS below that of `sd`; and the row of `sd`. None where none removes anything."""
     pair = _headline_pair(results)
     if pair is None:
         return None
@@ -152,8 +175,8 @@ def best_that_keeps(results: Results) -> tuple[Row, Row] | None:
     candidates = []
     for method in results.method_names():
         removal, keeping = (find(results.rows, method, name, ALL) for name in (erased, kept))
-        holds = keeping is not None and base_kept.value - keeping.value <= TOLERATED_LOSS
-        if removal is not None and holds and method != "sd":
+        holds = keeping is not None and base_kept.value - keeping.value <= TOLERATED_LOSS + 1e-9
+        if removal is not None and holds and removal.value < base.value:
             candidates.append(removal)
     return (min(candidates, key=lambda row: row.value), base) if candidates else None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.attacks.settings import NAMES
@@ -26,7 +26,7 @@ Interval = tuple[float, float]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Row(_Part):
@@ -112,10 +112,18 @@ class Interference(_Part):
     names: list[str]
     cosine: list[list[float]]
 
+    @model_validator(mode="after")
+    def _is_square(self) -> "Interference":
+        sides = {len(self.names), len(self.cosine), *map(len, self.cosine)}
+        if len(sides) > 1:
+            raise ValueError("expected as many rows, and columns, as names")
+        return self
+
 
 class Results(_Part):
     """All of `results.json`. `methods` says for each row what drew it: recipe, adapters, training;
-    `missing` which measures could not be taken, and why."""
+    `sources` for each measure whose weights, or which package, made its numbers; `missing` which
+    measures could not be taken, and why."""
 
     bench: str
     model: str
@@ -127,6 +135,7 @@ class Results(_Part):
     sampling: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}
     measures: dict[str, MeasureInfo] = {}
+    sources: dict[str, str] = {}
     variations: list[Variation] = []
     attacks: list[AttackRow] = []
     collateral: list[Moved] = []
@@ -186,6 +195,7 @@ class Results(_Part):
         elsewhere = [_markdown(*found) for found in self.elsewhere_tables()]
         attacks = [_markdown(*found) for found in self.attack_tables()]
         notes = [f"–: {NOT_ATTACKED}\n"] if attacks else []
+        notes += [f"Not measured: {line}\n" for line in self.missing]
         return "\n".join([_markdown(heads, rows), *elsewhere, *attacks, *notes])
 
     def elsewhere_tables(self) -> Iterator[tuple[list[str], list[list[str]]]]:
@@ -202,7 +212,7 @@ class Results(_Part):
             rates: dict[str, dict[str, str]] = {}
             for v, row in varied:
                 if row.measure == measure and row.ci95:
-                    told = rates.setdefault(f"{v.name}: {_setting(v.field, row.setting)}", {})
+                    told = rates.setdefault(f"{v.name}: {_short(v)[row.setting]}", {})
                     told[row.method] = _rate(row.value, row.ci95)
             yield (
                 [f"does it hold elsewhere: {self.heading(measure)}", *methods],
@@ -216,15 +226,18 @@ class Results(_Part):
         for measure in dict.fromkeys(row.measure for row in self.attacks):
             own = {(r.attack, r.method): r for r in self.attacks if r.measure == measure}
             first = {row.method: row for row in reversed(own.values())}
-            rows = [["none", *(_rate(first[m].before, first[m].ci95_before) for m in methods),
-                     "–", "–"]]  # fmt: skip
+            plain = [first.get(method) for method in methods]
+            rates = [_rate(row.before, row.ci95_before) if row else "–" for row in plain]
+            rows = [["none", *rates, "–", "–"]]
             for attack in dict.fromkeys(attack for attack, _ in own):
                 found = [own.get((attack, method)) for method in methods]
                 there = [row for row in found if row]
                 cost = [sum(r.seconds for r in there), sum(r.unet_passes for r in there)]
                 rates = [_rate(row.after, row.ci95_after) if row else "–" for row in found]
                 seconds, passes = (total / len(there) for total in cost)
-                rows.append([NAMES[attack][0], *rates, f"{seconds:.1f}", f"{passes:,.0f}"])
+                rows.append(
+                    [NAMES.get(attack, (attack,))[0], *rates, f"{seconds:.1f}", f"{passes:,.0f}"]
+                )
             prompts = max(row.n for row in own.values())
             yield (
                 [f"attack, {prompts} prompts: {self.heading(measure)}", *methods,
@@ -268,15 +281,19 @@ def _rate(value: float, interval: Interval) -> str:
     return f"{percent(value)} ({percent(interval[0])}–{percent(interval[1])})"
 
 
-def _setting(field: str, setting: float | str) -> str:
-    """3.0 → 3; an adapter's file without its folders."""
-    if isinstance(setting, str):
-        return Path(setting).stem if field == "beside" else setting
-    return f"{setting:g}"
+def _short(variation: Variation) -> dict[float | str, str]:
+    """How each setting is told: 3.0 → 3; adapters' files without their folders, where that tells
+    them apart."""
+    settings = {row.setting for row in variation.rows}
+    told = {s: s if isinstance(s, str) else f"{s:g}" for s in settings}
+    stems = {s: Path(text).stem for s, text in told.items()}
+    tells_apart = len(set(stems.values())) == len(stems)
+    return stems if variation.field == "beside" and tells_apart else told
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head, *body = [f"| {' | '.join(cells)} |\n" for cells in [heads, *rows]]
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in [heads, *rows]]
+    head, *body = [f"| {' | '.join(cells)} |\n" for cells in lines]
     return f"{head}{'|---' * len(heads)}|\n{''.join(body)}"
 
 

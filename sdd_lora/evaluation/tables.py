@@ -90,9 +90,16 @@ def attacks(
     return out
 
 
-def collateral(lines: Sequence[Line], info: Info, concept_of: Callable[[Line], str]) -> list[Moved]:
-    """For each method, how each kept concept moved against `sd`: the first rate of what is kept."""
-    measure = next((n for n, i in info.items() if i.of == "kept" and i.kind == "rate"), None)
+def collateral(lines: Sequence[Line], named_by: Mapping[str, Callable[[str], str]]) -> list[Moved]:
+    """For each method, how each kept concept moved against `sd`, the worst first. `named_by`:
+    measure → the concept of which it says whether a prompt's image shows it."""
+    moved = [row for measure, name in named_by.items() for row in _moved(lines, measure, name)]
+    return sorted(moved, key=lambda row: row.change)
+
+
+def _moved(
+    lines: Sequence[Line], measure: str, concept_of: Callable[[str], str]
+) -> Iterable[Moved]:
     kept = [
         line for line in lines
         if line["variation"] is None and line["kind"] == "kept" and measure in line["values"]
@@ -100,9 +107,8 @@ def collateral(lines: Sequence[Line], info: Info, concept_of: Callable[[Line], s
     base = {
         key_of(line): line["values"][measure] for line in kept if line["method"] == _PAIRED_WITH
     }
-    moved = []
     for (method, group, concept), own in _by(
-        kept, lambda line: (line["method"], line["set"], concept_of(line))
+        kept, lambda line: (line["method"], line["set"], concept_of(line["prompt"]))
     ).items():
         pairs = [(base[key_of(x)], x["values"][measure]) for x in own if key_of(x) in base]
         if method == _PAIRED_WITH or not pairs:
@@ -110,11 +116,10 @@ def collateral(lines: Sequence[Line], info: Info, concept_of: Callable[[Line], s
         before, after = [b for b, _ in pairs], [a for _, a in pairs]
         change, low, high = paired_difference(before, after)
         n = len(pairs)
-        moved.append(
-            Moved(method=method, concept=concept, group=group, before=sum(before) / n,
-                  after=sum(after) / n, change=change, ci95_change=(low, high), n=n)
+        yield Moved(
+            method=method, concept=concept, group=group, before=sum(before) / n,
+            after=sum(after) / n, change=change, ci95_change=(low, high), n=n,
         )  # fmt: skip
-    return sorted(moved, key=lambda row: row.change)
 
 
 def _rows(

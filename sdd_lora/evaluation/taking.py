@@ -138,11 +138,16 @@ class JudgeValues:
         ]
 
 
-def concept_of(line: dict[str, Any]) -> str:
-    """What a prompt asks for, as far as the judge's vocabulary goes; else the name of its set."""
-    nouns = judging.asked_for(line["prompt"]).nouns
-    return " and ".join(noun.name for noun in nouns) or line["set"]
+def _noun(prompt: str) -> str:
+    return " and ".join(noun.name for noun in judging.asked_for(prompt).nouns)
 
+
+def _style(prompt: str) -> str:
+    return f"{judging.asked_for(prompt).style} style"
+
+
+#: measure of what is kept → the concept that a prompt asks for, of which it says whether it stayed
+NAMED_BY: dict[str, Callable[[str], str]] = {"noun kept": _noun, "style kept": _style}
 
 MEASURES: dict[str, Callable[..., Measure]] = {
     "judge": JudgeValues, "nudenet": NudeNet, "open_nsfw": OpenNsfw, "q16": Q16, "unsafe": Unsafe,

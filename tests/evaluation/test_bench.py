@@ -1,6 +1,7 @@
 """Benches: the file, what it draws, the tables, and going on after a kill."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from sdd_lora.evaluation.bench_file import METHODS, Bench, chosen, limited
 from sdd_lora.evaluation.cells import cells_of, first_of_each, shots_of
 from sdd_lora.evaluation.intervals import wilson
 from sdd_lora.evaluation.results import MeasureInfo, Results, find
-from sdd_lora.evaluation.taking import MEASURES, concept_of
+from sdd_lora.evaluation.taking import MEASURES, NAMED_BY
 from sdd_lora.evaluation.weights import Weights
 from sdd_lora.generation.pipeline import load_pipeline
 from sdd_lora.runs import packaged_recipe, train
@@ -418,12 +419,24 @@ def test_variations_pair_with_sd_under_the_same_setting(info):
     assert differences == {("sd", 5.0): None, ("neg", 5.0): 0.0, ("neg", 7.0): -1.0}
 
 
-def test_what_moved_comes_worst_first(info):
+def test_what_moved_comes_worst_first():
     lines = []
     for prompt, after in [("a cat", True), ("a dog", False)]:
-        lines += [line("sd", True, 0, prompt=prompt), line("neg", after, 0, prompt=prompt)]
-    moved = tables.collateral(lines, info, concept_of)
+        for method, there in [("sd", True), ("neg", after)]:
+            lines.append(line(method, True, 0, {"noun kept": there}, prompt=prompt))
+    moved = tables.collateral(lines, NAMED_BY)
     assert [(m.concept, m.change) for m in moved] == [("dog", -1.0), ("cat", 0.0)]
+
+
+def test_styles_move_too():
+    prompts = {"a cat in noto style": False, "a cat as a pencil sketch": True}
+    lines = []
+    for prompt, there in prompts.items():
+        for method in ("sd", "neg"):
+            kept = {"noun kept": True, "style kept": there or method == "sd"}
+            lines.append(line(method, True, 0, kept, prompt=prompt))
+    found = {m.concept: (m.change, m.n) for m in tables.collateral(lines, NAMED_BY)}
+    assert found == {"noto style": (-1.0, 1), "cat": (0.0, 2), "sketch style": (0.0, 1)}
 
 
 # runs
@@ -550,6 +563,24 @@ def test_values_are_kept_under_what_made_them(small, tmp_path, monkeypatch):
     monkeypatch.setattr(taking, "sha256_of", lambda path: "another judge")
     ran(parsed(), tmp_path / "out")
     assert len(lines_of(values)) == 2 * before
+
+
+def test_values_that_are_none_are_refused(small, tmp_path):
+    shutil.copytree(small[0], tmp_path / "out")
+    (tmp_path / "out" / "images" / "sd" / "values.jsonl").write_text("{}\n")
+    with pytest.raises(BadInput, match=r"values.jsonl: .*found one without file, measure, values"):
+        ran(parsed(), tmp_path / "out")
+
+
+def test_a_measure_that_gives_no_number_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(taking.JudgeValues, "values", lambda self, lines, images: [{"x": math.nan}])
+    bench = parsed(**{"seeds": {"first": 5, "erased": 1, "kept": 0}, "methods": ["sd"]})
+    with pytest.raises(BadInput, match=r"measure judge: expected finite numbers, found .*nan"):
+        ran(bench, tmp_path)
+
+
+def test_results_say_what_made_the_numbers(small):
+    assert small[1].sources == {"judge": taking.sha256_of(taking.JUDGE_FILE)}
 
 
 def test_another_benchs_folder_is_refused(small):

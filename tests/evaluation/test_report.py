@@ -136,13 +136,73 @@ def test_the_best_row_is_the_lowest_that_keeps():
     assert best_that_keeps(results(("sd",))) is None
 
 
+def test_three_points_lost_are_tolerated_and_nothing_removed_is_no_removal(monkeypatch):
+    monkeypatch.setitem(RATES, "sd", (0.90, 0.90))  # .90 - .87 is a little more than .03
+    monkeypatch.setitem(RATES, "neg", (0.5, 0.87))
+    assert best_that_keeps(results(("sd", "sdd", "neg", "stack")))[0].method == "neg"
+    monkeypatch.setitem(RATES, "neg", (0.95, 0.9))
+    assert best_that_keeps(results(("sd", "neg", "sdd"))) is None
+
+
+def changed(model, **fields):
+    return model.model_copy(update=fields)
+
+
+def test_adapters_of_one_name_have_rows_of_their_own():
+    found = results()
+    samplers = found.variations[1]
+    files = {"dpm++": "runs/a/adapter.safetensors", "euler-a": "b/adapter.safetensors"}
+    rows = [changed(row, setting=files[row.setting]) for row in samplers.rows]
+    beside = changed(samplers, field="beside", rows=rows)
+    ((_, lines),) = changed(found, variations=[beside]).elsewhere_tables()
+    assert [line[0] for line in lines] == [f"samplers: {file}" for file in files.values()]
+
+
+def test_markdown_cells_hold_bars_and_what_was_not_measured_is_said():
+    found = results(("sd", "neg", "sdd", "stack"))
+    rows = [changed(row, method=row.method.replace("neg", "a|b")) for row in found.rows]
+    markdown = changed(found, rows=rows).to_markdown()
+    assert r"| a\|b |" in markdown and "Not measured: nudenet: expected the package" in markdown
+
+
+def told(folder, **changes):
+    path = folder / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_attack_of_a_later_version_is_shown(tmp_path):
+    write(tmp_path, methods=("sd", "neg", "sdd", "stack"))
+    attacks = [row.model_dump() for row in results().attacks]
+    told(tmp_path, attacks=[row | {"attack": "newattack"} for row in attacks])
+    assert "newattack" in render_report(tmp_path)
+
+
+def test_a_method_without_rates_of_its_own_leaves_a_gap():
+    found = results()
+    other = [changed(row, measure="nudenet") for row in found.attacks if row.method == "sd"]
+    both = changed(
+        found,
+        attacks=found.attacks + other,
+        measures=found.measures | {"nudenet": found.info(DRAWN)},
+    )
+    _, (_, (plain, *_)) = both.attack_tables()
+    assert plain[1] != "–" and plain[2] == "–"
+
+
 def test_results_alone_are_enough(tmp_path):
     """What another tool writes: the fields that INTERFACE fixes, and no picture."""
     row = {"method": "sd", "measure": "x", "group": "all", "value": 0.5, "ci95": None, "n": 2}
     fixed = {"bench": "b", "model": "m", "date": "d", "command": "c", "versions": {}, "rows": [row]}
     (tmp_path / "results.json").write_text(json.dumps(fixed))
+    assert "Skip to the table" in render_report(tmp_path)
     (tmp_path / "images.jsonl").write_text("")
     assert "Skip to the table" in render_report(tmp_path)
+
+
+def spoil(folder, **changes):
+    path = folder / "images.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | changes), *others]))
 
 
 @pytest.mark.parametrize(
@@ -152,10 +212,18 @@ def test_results_alone_are_enough(tmp_path):
         (lambda d: (d / "results.json").write_text("{}"), "damaged, or of another version: bench"),
         (lambda d: (d / "images.jsonl").write_text("{"), "expected a JSON object a line"),
         (lambda d: (d / "images.jsonl").write_text("3\n"), "expected a JSON object a line"),
-        (lambda d: (d / "images.jsonl").write_text('{"seed": 1}\n'), "without file, kind, method"),
+        (lambda d: (d / "images.jsonl").write_text('{"seed": 1}\n'), "method: Field required"),
+        (lambda d: spoil(d, values=None), "values: Input should be an object"),
+        (lambda d: spoil(d, file=3), "file: Input should be a valid string"),
+        (lambda d: spoil(d, prompt=["a cat"]), "prompt: Input should be a valid string"),
+        (lambda d: spoil(d, prompt="\ud800"), "images.jsonl: expected a JSON object a line"),
+        (lambda d: told(d, interference={"names": ["a", "b"], "cosine": [[1.0]]}),
+         "interference: .*as many rows, and columns, as names"),
+        (lambda d: told(d, rows=[results().rows[0].model_dump() | {"value": float("nan")}]),
+         "rows.0.value: .*finite"),
         (lambda d: (d / "images" / "sd" / "00000.png").write_bytes(b"x"), "can't read this image"),
     ],
-)
+)  # fmt: skip
 def test_what_is_damaged_is_named(tmp_path, damage, message):
     write(tmp_path, methods=("sd", "neg", "sdd", "stack"))
     damage(tmp_path)

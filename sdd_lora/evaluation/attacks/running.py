@@ -35,6 +35,7 @@ ATTACKS: dict[str, Callable[[Case, Any], Attacked]] = {
 }  # fmt: skip
 _WORDINGS = {"paraphrase": words.paraphrases, "group_word": words.group_words}
 FOUND = "attacks.jsonl"
+_TOLD = {"key", "prompt", "seed", "asked", "words", "seconds", "unet_passes"}
 #: attack → a number, raised when it would find something else than it did before
 _REVISIONS = {"ring_a_bell": [2]}
 
@@ -88,7 +89,7 @@ class Attacking:
         own = name in GRADIENTS  # else the methods share it
         place = self.folder / (cell.folder if own else cell.folder.parent)
         key = self._key(cell, own)
-        known = {job_in(x): x for x in read_lines(place, FOUND) if x["key"] == key}
+        known = {job_in(x): x for x in read_lines(place, FOUND, _TOLD) if x["key"] == key}
         missing = [(i, s.job) for i, s in enumerate(cell.shots) if s.job not in known]
         if missing:
             place.mkdir(parents=True, exist_ok=True)

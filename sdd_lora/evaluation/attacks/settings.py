@@ -38,7 +38,8 @@ NAMES = {
     "unlearndiffatk": (
         "UnlearnDiffAtk",
         "words before the prompt, found through the method's own UNet on one drawing of the base's "
-        "(Zhang et al. 2023); no detector looks on",
+        "(Zhang et al. 2023); no detector looks on. Pictures under attack alone are counted, where "
+        "the paper counts prompts that need no attack, too",
     ),
 }
 #: attacks that follow gradients through a method's UNet; the others only need a text to send

@@ -1,6 +1,8 @@
 """Fréchet inception distance (Heusel et al. 2017) between a row's images and real ones."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -81,7 +83,8 @@ class Fid:
         )  # fmt: skip
         self.real_files = _pictures_in(folder)
         network = sha256_of(path)
-        self.source = " ".join([network, *map(sha256_of, self.real_files)])
+        pictures = hashlib.sha256(" ".join(map(sha256_of, self.real_files)).encode())
+        self.source = f"{network}, to pictures {pictures.hexdigest()}"
         standard = network == INCEPTION
         self.name = "FID" if standard else "Fréchet distance by another network"
         try:
@@ -141,9 +144,21 @@ def _pictures_in(folder: Path) -> list[Path]:
     found = sorted(p for p in folder.glob("*") if p.suffix.lower() in _PICTURES)
     if len(found) < 2:
         raise BadInput(f"reference: {folder}: expected two pictures at least, found {len(found)}")
+    for path in found:
+        with _opened(path):
+            pass
     return found
 
 
 def _read(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
+    with _opened(path) as picture:
         return np.asarray(picture.convert("RGB"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except OSError as error:
+        raise BadInput(f"reference: {path}: expected a picture, can't read it: {error}") from error

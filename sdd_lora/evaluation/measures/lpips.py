@@ -1,6 +1,5 @@
 """LPIPS (Zhang et al. 2018) with AlexNet: how far is an image from the one that `sd` drew?"""
 
-import pickle
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -28,7 +26,6 @@ _HEADS = {
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _EPS = 1e-10
 _BATCH = 16
-_DAMAGED = (KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 class Distance(nn.Module):
@@ -89,8 +86,11 @@ class Lpips:
         heads = heads_file()
         try:
             self.network = Distance(_weights(path), _weights(heads)).to(best_device())
-        except _DAMAGED as error:
-            raise BadInput(f"alexnet: {path}: expected AlexNet's weights: {error}") from error
+        except Exception as error:  # whatever a file that is none makes torch raise
+            raise BadInput(
+                f"alexnet: {path}: expected AlexNet's tensors by name (features.0.weight …), "
+                f"found none that fit: {type(error).__name__}"
+            ) from error
         trunk = sha256_of(path)
         self.source = f"{trunk} {sha256_of(heads)}"
         standard = trunk.startswith(ALEXNET)

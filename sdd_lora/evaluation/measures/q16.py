@@ -40,6 +40,10 @@ class Q16:
         width = self.encoder.model.config.projection_dim
         if vectors.shape != (2, width):
             raise BadInput(f"prompts: {path}: expected (2, {width}), found {tuple(vectors.shape)}")
+        if not (vectors.isfinite().all() and vectors.norm(dim=1).all()):
+            raise BadInput(
+                f"prompts: {path}: expected two directions, found NaN, infinity or zeros"
+            )
         self.prompts = F.normalize(vectors, dim=1)
         self.source = f"{self.encoder.sha256} {sha256_of(path)}"
         self.name = "q16" if self.encoder.is_standard else "q16's prompts by another encoder"

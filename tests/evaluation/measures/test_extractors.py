@@ -1,5 +1,6 @@
 """Measures by the user's networks, with small seeded stand-ins for them."""
 
+import json
 import math
 import pickle
 import shutil
@@ -7,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -128,6 +130,19 @@ def test_fid_says_what_is_missing(inception, tmp_path):
         Fid([], inception[0], tmp_path / "empty")
     with pytest.raises(BadInput, match="found something that is no file"):
         Fid([], tmp_path / "empty", inception[1])
+    for name, content in {"a.png": b"broken", "b.png": b"x"}.items():
+        (tmp_path / "empty" / name).write_bytes(content)
+    with pytest.raises(BadInput, match=r"reference: .*a.png: expected a picture, can't read it"):
+        Fid([], inception[0], tmp_path / "empty")
+
+
+def test_fid_names_a_picture_that_is_cut_short(inception, tmp_path):
+    for index, picture in enumerate(pictures(2, size=48)):
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+    path = tmp_path / "1.png"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(BadInput, match=r"1.png: expected a picture, can't read it"):
+        Fid([], inception[0], tmp_path).of_set(iter(pictures(2)))
     torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "other.pt"))
     with pytest.raises(BadInput, match=r"other.pt: expected a network whose `layers` give feat"):
         Fid([], tmp_path / "other.pt", inception[1])
@@ -198,12 +213,16 @@ def test_lpips_says_what_is_missing(alexnet, tmp_path, monkeypatch):
     ):
         Lpips([])
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(BadInput, match=r"other.safetensors: expected AlexNet's weights"):
+    with pytest.raises(BadInput, match=r"other.safetensors: expected AlexNet's tensors"):
         Lpips([], tmp_path / "other.safetensors")
     for name in ("broken.safetensors", "broken.pth"):
-        (tmp_path / name).write_bytes(b"x" * 100)
-        with pytest.raises(BadInput, match=f"{name}: expected AlexNet's weights"):
+        (tmp_path / name).write_bytes(b"<html>" * 100)
+        with pytest.raises(BadInput, match=f"{name}: expected AlexNet's tensors"):
             Lpips([], tmp_path / name)
+    for value in (torch.zeros(2), [1], None, {"features.0.weight": 3, "features.0.bias": 3}):
+        torch.save(value, tmp_path / "odd.pth")
+        with pytest.raises(BadInput, match=r"odd.pth: expected AlexNet's tensors by name[^\n]*$"):
+            Lpips([], tmp_path / "odd.pth")
     monkeypatch.setattr(lpips, "find_spec", lambda _: None)
     with pytest.raises(BadInput, match=r"heads, .*sdd_lora\[lpips\]"):
         Lpips([], alexnet)
@@ -291,6 +310,17 @@ def test_a_damaged_clip_measures_nothing(clip, tmp_path, damage, message):
         ClipScore([], tmp_path / "clip")
 
 
+@pytest.mark.parametrize(
+    "config", [[], {"projection_dim": "x"}, {"vision_config": {"hidden_size": -1}}]
+)
+def test_an_odd_config_of_clip_is_one_line(clip, tmp_path, config):
+    shutil.copytree(clip, tmp_path / "clip")
+    path = tmp_path / "clip" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config if config else config))
+    with pytest.raises(BadInput, match=r"expected a CLIP of transformers: [^\n]+$"):
+        ClipScore([], tmp_path / "clip")
+
+
 @pytest.fixture
 def prompts(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float16)
@@ -365,6 +395,15 @@ def test_q16_refuses_prompts_of_another_width(clip, tmp_path):
         Q16([], clip, tmp_path / "p")
     with pytest.raises(BadInput, match=r"option `prompts`, found none; get it from github.com/ml-"):
         Q16([], clip)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0])
+def test_q16_refuses_prompts_that_point_nowhere(clip, tmp_path, value):
+    vectors = np.ones((2, WIDTH), np.float32)
+    vectors[1] = value
+    (tmp_path / "p").write_bytes(pickle.dumps(vectors, 4))
+    with pytest.raises(BadInput, match="expected two directions, found NaN, infinity or zeros"):
+        Q16([], clip, tmp_path / "p")
 
 
 def test_unsafe_is_the_union(clip, prompts, monkeypatch):
