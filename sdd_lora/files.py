@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from sdd_lora.errors import BadInput, Busy, SddLoraError
 
@@ -51,6 +51,16 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
         if temporary is not None:
             with suppress(FileNotFoundError):
                 temporary.unlink()
+
+
+@contextmanager
+def appended(path: Path) -> Iterator[TextIO]:
+    """A text file that grows at its end. Raises SddLoraError where it can't: a full disk."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise SddLoraError(f"{path}: not written: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
@@ -35,6 +35,7 @@ from sdd_lora.evaluation.results import (
     MeasureInfo,
     Results,
     Row,
+    reading,
 )
 from sdd_lora.evaluation.taking import (
     MEASURES,
@@ -46,6 +47,7 @@ from sdd_lora.evaluation.taking import (
 )
 from sdd_lora.evaluation.weights import Train, Weights
 from sdd_lora.files import write_text
+from sdd_lora.generation.denoise import size_of
 from sdd_lora.generation.images import (
     Job,
     Sampling,
@@ -169,7 +171,7 @@ class FromDrawings(StableDiffusionImg2ImgPipeline):
         start = []
         for text, g in zip(prompt, generator, strict=True):
             job = Job(text, g.initial_seed(), guidance_scale, width, height)
-            start.append(Image.open(self.pictures[job]).convert("RGB"))
+            start.append(Image.fromarray(_image(self.pictures[job])))
         return super().__call__(
             prompt, image=start, strength=self.redone, generator=generator,
             guidance_scale=guidance_scale, **options,
@@ -194,7 +196,8 @@ def draw_cell(
         pipeline.set_progress_bar_config(disable=True)
         pipeline.redone = conditions.image
         pipeline.pictures = {
-            _with_all(job, sampling): file for job, file in drawn_in(folder / BASE).items()
+            _with_all(job, sampling, pipeline): file
+            for job, file in drawn_in(folder / BASE).items()
         }
     generate(pipeline, jobs, sampling, target, settings)
 
@@ -208,10 +211,11 @@ def sampling_of(cell: Cell, bench: Bench) -> Sampling:
     )  # fmt: skip
 
 
-def _with_all(job: Job, sampling: Sampling) -> Job:
-    """The job with what it is drawn with, its own or not."""
+def _with_all(job: Job, sampling: Sampling, pipeline: StableDiffusionPipeline) -> Job:
+    """The job with what it is drawn with, its own or not: both sides of a size, or none."""
     own = sampling.for_job(job)
-    return replace(job, guidance=own.guidance, width=own.width, height=own.height)
+    size = size_of(pipeline, own) if own.width or own.height else (None, None)
+    return replace(job, guidance=own.guidance, width=size[0], height=size[1])
 
 
 def _concept(method: str, bench: Bench) -> str:
@@ -309,7 +313,7 @@ def measure_cell(
         | ({"categories": shot.categories} if shot.categories else {})
         for shot in cell.shots
     ]  # fmt: skip
-    told = read_lines(target, VALUES, {"measure", "file", "values"})
+    told = read_lines(target, VALUES, {"measure": str, "file": str, "values": dict})
     known = {(x["measure"], x["file"]): x["values"] for x in told}
     paired = cell.method != "sd" and replace(cell.conditions, weight=1.0) == usual
     base = drawn_in(folder / BASE) if paired else {}
@@ -368,7 +372,7 @@ def measure_set(folder: Path, cell: Cell, measures: dict[str, Measure]) -> list[
     was measured before is kept."""
     target, drawn = folder / cell.folder, drawn_in(folder / cell.folder)
     files = [drawn[shot.job] for shot in cell.shots if shot.kind == "kept"]
-    told = read_lines(target, VALUES_OF_SETS, {"measure", "values"})
+    told = read_lines(target, VALUES_OF_SETS, {"measure": str, "values": dict})
     known = {x["measure"]: x["values"] for x in told}
     rows = []
     for key, measure in measures.items():
@@ -385,8 +389,5 @@ def measure_set(folder: Path, cell: Cell, measures: dict[str, Measure]) -> list[
 
 
 def _image(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise BadInput(f"{path}: {DAMAGED_IMAGE}: {error}") from error
+    with reading(path, DAMAGED_IMAGE), Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))

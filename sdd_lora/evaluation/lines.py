@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from sdd_lora.errors import BadInput
-from sdd_lora.files import atomic_output, whole_lines
+from sdd_lora.files import appended, atomic_output, whole_lines
 
 
-def read_lines(folder: Path, name: str, fields: set[str]) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file, all with these `fields`; what a kill cut short is left out.
-    Raises BadInput for one that is damaged."""
+def read_lines(folder: Path, name: str, fields: dict[str, type]) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file, all with these `fields` of these types; what a kill cut
+    short is left out. Raises BadInput for one that is damaged."""
     path = folder / name
     lines = whole_lines(path) if path.exists() else []
     try:
         found = [dict(json.loads(line)) for line in lines]
         for line in found:
-            if lost := fields - line.keys():
-                raise ValueError(f"found one without {', '.join(sorted(lost))}")
+            for field, kind in fields.items():
+                if not isinstance(line.get(field), kind):
+                    raise ValueError(f"found {line.get(field)!r:.80} as {field}")
         return found
     except (ValueError, TypeError) as error:
         raise BadInput(
@@ -41,5 +42,5 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         if not whole.endswith(b"\n"):
             with atomic_output(path) as file:
                 file.write(whole[: whole.rfind(b"\n") + 1])
-    with open(path, "a", encoding="utf-8") as file:
+    with appended(path) as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

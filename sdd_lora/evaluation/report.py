@@ -29,6 +29,7 @@ from sdd_lora.evaluation.results import (
     find,
     percent,
     plain,
+    reading,
 )
 from sdd_lora.progress import say
 
@@ -301,17 +302,14 @@ def _picture(folder: Path, results: Results, image: dict[str, Any], column: str)
 
 def _data_uri(path: Path) -> str:
     """A small picture as it is, a large one as a JPEG thumbnail."""
-    try:
-        with Image.open(path) as opened:
-            small = max(opened.size) <= _SMALL
-            opened.thumbnail((_THUMBNAIL, _THUMBNAIL))
-            file = io.BytesIO()
-            if small:
-                opened.save(file, "PNG", optimize=True)
-            else:
-                opened.convert("RGB").save(file, "JPEG", quality=85)
-    except OSError as error:
-        raise BadInput(f"{path}: {DAMAGED_IMAGE}: {error}") from error
+    with reading(path, DAMAGED_IMAGE), Image.open(path) as opened:
+        small = max(opened.size) <= _SMALL
+        opened.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        file = io.BytesIO()
+        if small:
+            opened.save(file, "PNG", optimize=True)
+        else:
+            opened.convert("RGB").save(file, "JPEG", quality=85)
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 

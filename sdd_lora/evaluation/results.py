@@ -4,9 +4,11 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from sdd_lora.errors import BadInput
@@ -14,6 +16,17 @@ from sdd_lora.evaluation.attacks.settings import NAMES
 
 RESULTS, IMAGES, BENCH = "results.json", "images.jsonl", "bench.yaml"
 DAMAGED_IMAGE = "can't read this image; delete it and run evaluate again, which draws it anew"
+
+
+@contextmanager
+def reading(picture: Path, advice: str) -> Iterator[None]:
+    """Whatever Pillow raises for a damaged picture becomes BadInput, with `advice`."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{picture}: {advice}: {error}") from error
+
+
 #: the group of a row that counts all of a measure's images
 ALL = "all"
 #: why a cell of an attack's row is empty

@@ -1,6 +1,7 @@
 """Prompts × seeds → images and a manifest; resumable, each image a function of prompt and seed."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -16,10 +17,10 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from sdd_lora.errors import BadInput
-from sdd_lora.files import atomic_output, locked, whole_lines, write_text
+from sdd_lora.files import appended, atomic_output, locked, whole_lines, write_text
 from sdd_lora.generation.methods import METHODS, gated
 from sdd_lora.generation.pipeline import set_scheduler
-from sdd_lora.generation.prompt_files import Prompt
+from sdd_lora.generation.prompt_files import SIDES, Prompt, is_side
 from sdd_lora.progress import progress, warn
 from sdd_lora.prompts import cut_off
 
@@ -43,6 +44,14 @@ class Job:
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
+
+
+#: what a manifest's line holds: the file's name, and what is the job's own
+_TOLD = {
+    "file": (str,), "prompt": (str,), "seed": (int,), "guidance": (int, float), "width": (int,),
+    "height": (int,),
+}  # fmt: skip
+_IMAGE = re.compile(r"\d{5,}\.png")
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,8 @@ def check_sampling(sampling: Sampling, jobs: Sequence[Job] = ()) -> None:
             f"guidance above 1, found {highest:g}"
         )
     for side in (side for own in every for side in (own.width, own.height)):
-        if side is not None and (side <= 0 or side % 8):
-            raise BadInput(f"width and height: expected multiples of 8, found {side}")
+        if side is not None and not is_side(side):
+            raise BadInput(f"width and height: expected {SIDES}, found {side}")
 
 
 def jobs_for(prompts: Sequence[str], count: int, first_seed: int) -> list[Job]:
@@ -188,7 +197,7 @@ def _draw_into(
     missing: Sequence[tuple[str, Job]], sampling: Sampling,
 ) -> None:  # fmt: skip
     """Draw into the named files; an image is there before its line is."""
-    with open(folder / manifest, "a", encoding="utf-8") as lines:
+    with appended(folder / manifest) as lines:
         for index, image in draw(pipeline, [job for _, job in missing], sampling, "drawing"):
             name, job = missing[index]
             with atomic_output(folder / name) as file:
@@ -225,7 +234,7 @@ def is_drawn(
         return False
     _claim(folder, _all_settings(sampling, settings))
     names = [f"{i:05d}.png" for i in range(len(jobs))]
-    return not _missing(folder, jobs) and all((folder / name).exists() for name in names)
+    return not _missing(folder, jobs) and all(map(_is_whole, (folder / name for name in names)))
 
 
 def job_in(entry: dict[str, Any]) -> Job:
@@ -294,7 +303,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Write the run's settings, or check that they are the ones of the run already there."""
     path = folder / SETTINGS
     if path.exists():
-        found = _parsed(path.read_text("utf-8"), path)
+        found = _parsed(_text(path), path)
         changed = [k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k)]
         if changed:
             raise BadInput(
@@ -318,7 +327,7 @@ def _tidy(folder: Path) -> None:
         for file in [path, *parts] if file.exists()
         for entry in _entries(file)
     }  # fmt: skip
-    there = sorted(name for name in entries if (folder / name).exists())
+    there = sorted(name for name in entries if _is_whole(folder / name))
     text = "".join(_line(entries[name]) for name in there)
     if not path.exists() or path.read_bytes() != text.encode():
         write_text(path, text)
@@ -326,13 +335,27 @@ def _tidy(folder: Path) -> None:
         part.unlink()
 
 
+def _is_whole(image: Path) -> bool:
+    """Is it there? A repaired file system leaves files of no bytes."""
+    return image.is_file() and image.stat().st_size > 0
+
+
 def _entries(path: Path) -> list[dict[str, Any]]:
     """A manifest's whole lines. Raises BadInput for one that is damaged."""
     entries = [_parsed(line, path) for line in whole_lines(path)]
     for number, entry in enumerate(entries, 1):
-        if not {"file", "prompt", "seed"} <= entry.keys() <= {"file", *Job.__dataclass_fields__}:
+        typed = all(type(value) in _TOLD.get(name, ()) for name, value in entry.items())
+        whole = typed and {"file", "prompt", "seed"} <= entry.keys()
+        if not (whole and _IMAGE.fullmatch(entry["file"])):
             raise BadInput(f"{path}: line {number}: damaged; draw into another folder")
     return entries
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: can't read it ({error}); draw into another folder") from error
 
 
 def _parsed(text: str, path: Path) -> dict[str, Any]:

@@ -30,6 +30,9 @@ COLUMNS = {
     "categories": ("categories",),
 }
 _FIELD_BYTES = 1 << 20
+_MAX_SIDE = 8192
+#: what a width or a height must be
+SIDES = f"a multiple of 8, up to {_MAX_SIDE} pixels"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Prompt:
     categories: tuple[str, ...] = ()
 
 
+def is_side(pixels: int) -> bool:
+    """Can a picture be that wide, or high?"""
+    return 0 < pixels <= _MAX_SIDE and pixels % 8 == 0
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a .txt, .csv, .json or .jsonl file, in its order.
 
@@ -60,8 +68,10 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise BadInput(f"{path}: expected a file of prompts that ends in {known}")
     try:
         text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise BadInput(f"{path}: expected a file of prompts, can't read it: {error}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: {error}; save it as UTF-8") from error
     prompts = list(reader(text, str(path)))
     if not prompts:
         raise BadInput(f"{path}: expected prompts, found none")
@@ -79,16 +89,17 @@ def _csv(text: str, where: str) -> Iterator[Prompt]:
     rows = csv.reader(io.StringIO(text), strict=True)
     line = 1
     try:
-        header = [name.strip() for name in next(rows, [])]
+        header = [name.strip() for name in next(filter(any, rows), [])]
         columns = _columns_of(header, where)
         line = rows.line_num + 1
         for row in rows:
-            if row and len(row) != len(header):
+            told = any(cell.strip() for cell in row)  # spreadsheets end in rows of bare commas
+            if told and len(row) != len(header):
                 raise BadInput(
                     f"{where}: line {line}: expected {len(header)} fields, found {len(row)}; a "
                     "prompt with commas or line breaks must stand in double quotes"
                 )
-            if row:
+            if told:
                 cells = {field: row[header.index(name)] for field, name in columns.items()}
                 yield _prompt(cells, f"{where}: line {line}")
             line = rows.line_num + 1
@@ -189,8 +200,8 @@ def _prompt(cells: dict[str, Any], where: str) -> Prompt:
         if field not in ("text", "categories") and value is not None and str(value).strip()
     }
     for field in ("width", "height"):
-        if field in told and (told[field] % 8 or not told[field]):
-            raise BadInput(f"{where}: {field}: expected a multiple of 8, found {told[field]}")
+        if field in told and not is_side(told[field]):
+            raise BadInput(f"{where}: {field}: expected {SIDES}, found {told[field]}")
     return Prompt(text.strip(), **told, categories=_categories(cells.get("categories"), where))
 
 

@@ -526,12 +526,27 @@ def test_a_damaged_image_is_named_and_drawn_anew_once_deleted(small, tmp_path):
     shutil.copytree(small[0], tmp_path / "out")
     image = tmp_path / "out" / "images" / "sd" / "00000.png"
     (image.parent / "values.jsonl").unlink()
-    image.write_bytes(image.read_bytes()[:100])
-    with pytest.raises(BadInput, match=r"00000\.png: can't read this image; delete it and run"):
-        ran(parsed(), tmp_path / "out")
+    for damaged in (image.read_bytes()[:100], image.read_bytes().replace(b"\rIHDR", b"\x05IHDR")):
+        image.write_bytes(damaged)
+        with pytest.raises(BadInput, match=r"00000\.png: can't read this image; delete it and run"):
+            ran(parsed(), tmp_path / "out")
     image.unlink()
     values = [row.value for row in ran(parsed(), tmp_path / "out").rows]
     assert values == pytest.approx([row.value for row in small[1].rows], rel=0.01)
+
+
+def test_what_is_drawn_anew_may_have_one_side_of_its_own_and_must_be_whole(tmp_path):
+    (tmp_path / "own.csv").write_text("prompt,width\na bomb,128\n")
+    changes = {"prompts.erased": {"weapons": "own.csv"}, "methods": ["sd"]}
+    changes |= {"seeds": {"first": 5, "erased": 1, "kept": 0}} | varied("image", 0.5, erased=1)
+    bench = Bench.parse(SMALL, folder=tmp_path, overrides=changes)
+    results = ran(bench, tmp_path / "out")
+    assert [row.n for row in results.variations[0].rows if row.group == "all"] == [1]
+    shutil.rmtree(tmp_path / "out" / "images" / "v")
+    image = tmp_path / "out" / "images" / "sd" / "00000.png"
+    image.write_bytes(image.read_bytes()[:-300])
+    with pytest.raises(BadInput, match=r"00000\.png: can't read this image; delete it and run"):
+        ran(bench, tmp_path / "out")
 
 
 def test_sizes_of_prompts_are_no_matter_to_the_judge(tmp_path):
@@ -567,9 +582,17 @@ def test_values_are_kept_under_what_made_them(small, tmp_path, monkeypatch):
 
 def test_values_that_are_none_are_refused(small, tmp_path):
     shutil.copytree(small[0], tmp_path / "out")
-    (tmp_path / "out" / "images" / "sd" / "values.jsonl").write_text("{}\n")
-    with pytest.raises(BadInput, match=r"values.jsonl: .*found one without file, measure, values"):
-        ran(parsed(), tmp_path / "out")
+    values = tmp_path / "out" / "images" / "sd" / "values.jsonl"
+    for line, found in {
+        "{}": "None as measure",
+        '{"measure": "judge", "file": ["a"]}': r"\['a'\] as file",
+        '{"measure": "judge", "file": "a", "values": 5}': "5 as values",
+    }.items():
+        values.write_text(line + "\n")
+        with pytest.raises(
+            BadInput, match=f"values.jsonl: expected a JSON object a line: found {found}"
+        ):
+            ran(parsed(), tmp_path / "out")
 
 
 def test_a_measure_that_gives_no_number_is_named(tmp_path, monkeypatch):

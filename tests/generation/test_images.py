@@ -2,18 +2,21 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sdd_lora.errors import BadInput
-from sdd_lora.files import locked
+from sdd_lora.errors import BadInput, SddLoraError
+from sdd_lora.files import appended, locked
 from sdd_lora.generation.images import (
     Job,
     Sampling,
     check_sampling,
     draw,
+    drawn_in,
     generate,
+    is_drawn,
     jobs_for,
     jobs_of,
 )
@@ -119,6 +122,42 @@ def test_a_lost_image_is_drawn_again_and_named_once(pipeline, tmp_path):
     assert (tmp_path / "manifest.jsonl").read_text() == whole
 
 
+def test_an_image_without_bytes_is_drawn_again(pipeline, tmp_path):
+    generate(pipeline, JOBS[:2], SAMPLING, tmp_path, {})
+    (tmp_path / "00001.png").write_bytes(b"")
+    assert not is_drawn(tmp_path, JOBS[:2], SAMPLING, {})
+    assert generate(pipeline, JOBS[:2], SAMPLING, tmp_path, {}) == 1
+    assert (tmp_path / "00001.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"file": 5}, {"file": None}, {"file": ["a"]}, {"file": ""}, {"file": "../00000.png"},
+     {"seed": "0"}, {"seed": None}, {"prompt": ["x"]}, {"guidance": "7"}, {"width": 1.5},
+     {"image": 1}],
+)  # fmt: skip
+def test_a_manifest_of_other_types_is_damaged(pipeline, tmp_path, changes):
+    generate(pipeline, JOBS[:1], SAMPLING, tmp_path, {})
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes) + "\n")
+    for read in (drawn_in, lambda folder: generate(pipeline, JOBS[:1], SAMPLING, folder, {})):
+        with pytest.raises(BadInput, match=r"manifest.jsonl: line 1: damaged; draw into another"):
+            read(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_named():
+    with pytest.raises(SddLoraError, match="/dev/full: not written: No space left on device"):
+        with appended(Path("/dev/full")) as file:
+            file.write("x")
+
+
+def test_settings_that_cannot_be_read_are_named(pipeline, tmp_path):
+    (tmp_path / "settings.json").write_bytes(b"\xff")
+    with pytest.raises(BadInput, match=r"settings.json: can't read it .*draw into another folder"):
+        generate(pipeline, JOBS[:1], SAMPLING, tmp_path, {})
+
+
 def test_another_processs_part_is_put_in(pipeline, tmp_path):
     generate(pipeline, JOBS[:2], SAMPLING, tmp_path, {})
     manifest = tmp_path / "manifest.jsonl"
@@ -210,5 +249,5 @@ def test_a_method_needs_its_concept_and_must_exist():
         check_sampling(Sampling(method="sld-max", concept="bomb", guidance=1.0))
     check_sampling(Sampling(method="neg", concept="bomb", guidance=1), [Job("a", 1, guidance=2)])
     check_sampling(Sampling(method="sdd-gated", concept="bomb", guidance=1))
-    with pytest.raises(BadInput, match="multiples of 8, found 100"):
+    with pytest.raises(BadInput, match=r"a multiple of 8, .*found 100"):
         check_sampling(Sampling(height=100))

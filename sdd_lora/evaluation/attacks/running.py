@@ -35,7 +35,10 @@ ATTACKS: dict[str, Callable[[Case, Any], Attacked]] = {
 }  # fmt: skip
 _WORDINGS = {"paraphrase": words.paraphrases, "group_word": words.group_words}
 FOUND = "attacks.jsonl"
-_TOLD = {"key", "prompt", "seed", "asked", "words", "seconds", "unet_passes"}
+_TOLD = {
+    "key": str, "prompt": str, "seed": int, "asked": str, "words": dict, "seconds": float,
+    "unet_passes": int,
+}  # fmt: skip
 #: attack → a number, raised when it would find something else than it did before
 _REVISIONS = {"ring_a_bell": [2]}
 

@@ -1,8 +1,7 @@
 """Fréchet inception distance (Heusel et al. 2017) between a row's images and real ones."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 
 from sdd_lora.errors import BadInput
 from sdd_lora.evaluation.measures import needs
-from sdd_lora.evaluation.results import MeasureInfo
+from sdd_lora.evaluation.results import MeasureInfo, reading
 from sdd_lora.files import sha256_of
 from sdd_lora.model import best_device
 
@@ -22,6 +21,7 @@ from sdd_lora.model import best_device
 INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 _SIZE = 299
 _BATCH = 32
+_NO_PICTURE = "expected a picture, of `reference`, can't read it"
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -145,20 +145,11 @@ def _pictures_in(folder: Path) -> list[Path]:
     if len(found) < 2:
         raise BadInput(f"reference: {folder}: expected two pictures at least, found {len(found)}")
     for path in found:
-        with _opened(path):
+        with reading(path, _NO_PICTURE), Image.open(path):
             pass
     return found
 
 
 def _read(path: Path) -> np.ndarray:
-    with _opened(path) as picture:
+    with reading(path, _NO_PICTURE), Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as picture:
-            yield picture
-    except OSError as error:
-        raise BadInput(f"reference: {path}: expected a picture, can't read it: {error}") from error
