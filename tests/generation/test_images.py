@@ -147,9 +147,9 @@ def test_a_manifest_of_other_types_is_damaged(pipeline, tmp_path, changes):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
 def test_a_full_disk_is_named():
-    with pytest.raises(SddLoraError, match="/dev/full: not written: No space left on device"):
-        with appended(Path("/dev/full")) as file:
-            file.write("x")
+    full = "/dev/full: not written: No space left on device"
+    with pytest.raises(SddLoraError, match=full), appended(Path("/dev/full")) as file:
+        file.write("x")
 
 
 def test_settings_that_cannot_be_read_are_named(pipeline, tmp_path):
