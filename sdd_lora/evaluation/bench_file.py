@@ -46,6 +46,7 @@ METHODS = {
     "esd-u-1": "ESD on all but cross-attention, η 1",
     "esd-u-3": "ESD on all but cross-attention, η 3",
     "esd-x-1-lora": "ESD on cross-attention as an adapter, η 1",
+    "esd-u-1-lora": "ESD on all but cross-attention as an adapter, η 1",
     "sdd-full": "SDD, all of cross-attention, as its authors did",
     "sdd": "SDD as an adapter",
     "sdd-preserve": "SDD as an adapter, other prompts held",
