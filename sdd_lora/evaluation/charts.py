@@ -125,7 +125,7 @@ _Box = tuple[float, float, float, float]
 def _free_place(label: str, x: float, y: float, taken: Sequence[_Box]) -> _Place:
     """The place nearest to (x, y), on either side, where the label covers the least."""
     places: list[_Place] = []
-    for distance in (0, 11, -11, 22, -22, 33, -33, 44, -44, 55, -55):
+    for distance in (sign * 11 * step for step in range(10) for sign in (1, -1)):
         places += [(x + 8, y + 4 + distance, "start"), (x - 8, y + 4 + distance, "end")]
     inside = [p for p in places if _inside(_box(label, *p))]
     return min(inside or places, key=lambda place: _covered(_box(label, *place), taken))
