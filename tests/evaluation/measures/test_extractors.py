@@ -130,6 +130,9 @@ def test_fid_says_what_is_missing(inception, tmp_path):
         Fid([], inception[0], tmp_path / "empty")
     with pytest.raises(BadInput, match="found something that is no file"):
         Fid([], tmp_path / "empty", inception[1])
+    torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "other.pt"))
+    with pytest.raises(BadInput, match=r"other.pt: expected a network whose `layers` give feat"):
+        Fid([], tmp_path / "other.pt", inception[1])
     for name, content in {"a.png": b"broken", "b.png": b"x"}.items():
         (tmp_path / "empty" / name).write_bytes(content)
     with pytest.raises(BadInput, match=r"a.png: expected a picture, of `reference`, can't read it"):
@@ -143,9 +146,6 @@ def test_fid_names_a_picture_that_is_cut_short(inception, tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(BadInput, match=r"1.png: expected a picture, of `reference`, can't read it"):
         Fid([], inception[0], tmp_path).of_set(iter(pictures(2)))
-    torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "other.pt"))
-    with pytest.raises(BadInput, match=r"other.pt: expected a network whose `layers` give feat"):
-        Fid([], tmp_path / "other.pt", inception[1])
     assert Fid([], *inception).of_set(pictures(1)) == {}
 
 
