@@ -3,25 +3,25 @@
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from sdd_lora.version import __version__
 
 _PUBLIC = {
     "Adapter": "sdd_lora.adapter.adapter",
-    "stack": "sdd_lora.adapter.compose",
+    "stack": "sdd_lora.adapter.algebra",
     "bake": "sdd_lora.checkpoint.bake",
     "Recipe": "sdd_lora.recipe",
-    "train": "sdd_lora.runs",
-    "load_pipeline": "sdd_lora.generation.pipeline",
+    "train": "sdd_lora.runs.train",
+    "load_pipeline": "sdd_lora.sd.pipeline",
 }
-__all__ = ["Adapter", "Recipe", "bake", "load_pipeline", "stack", "train"]
+__all__ = ["Adapter", "Recipe", "__version__", "bake", "load_pipeline", "stack", "train"]
 
 if TYPE_CHECKING:
     from sdd_lora.adapter.adapter import Adapter
-    from sdd_lora.adapter.compose import stack
+    from sdd_lora.adapter.algebra import stack
     from sdd_lora.checkpoint.bake import bake
-    from sdd_lora.generation.pipeline import load_pipeline
     from sdd_lora.recipe import Recipe
-    from sdd_lora.runs import train
+    from sdd_lora.runs.train import train
+    from sdd_lora.sd.pipeline import load_pipeline
 
 
 def __getattr__(name: str) -> object:

@@ -398,7 +398,7 @@ def as_options(changes: dict[str, Any]) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML as people read it: 1:30 and 010 are text, not 90 and 8."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
+    yaml_implicit_resolvers = {
         first: [(tag, form) for tag, form in forms if tag not in _NUMBERS]
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

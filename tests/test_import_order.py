@@ -8,18 +8,18 @@ import sdd_lora
 PACKAGE = Path(sdd_lora.__file__).parent
 #: each may import what stands in an earlier row
 ORDER = [
-    {"errors"},
-    {"files", "progress"},
-    {"recipe", "names", "safetensors_file"},
-    {"run_folder"},
+    {"version", "errors", "progress"},
+    {"sd1", "io", "recipe"},
     {"adapter"},
     {"checkpoint"},
     {"demo"},  # the embedded models and judge: data, a leaf
-    {"model", "prompts"},
+    {"sd"},
     {"training"},
     {"generation"},
-    {"evaluation"},
+    {"measures"},
+    {"attacks"},
     {"runs"},
+    {"bench"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -63,5 +63,5 @@ def test_imports_never_run_back():
 
 def test_the_test_sees_a_wrong_import(tmp_path):
     file = tmp_path / "x.py"
-    file.write_text("def f():\n    from sdd_lora.runs import train\n")
+    file.write_text("def f():\n    from sdd_lora.runs.train import train\n")
     assert imported_parts(file) == {"runs"}

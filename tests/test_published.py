@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.describe import describe
+from sdd_lora.adapter.inspect import describe
 from sdd_lora.adapter.loaders import verdicts
 from sdd_lora.checkpoint.fitting import misfits
-from sdd_lora.checkpoint.source import locate
-from sdd_lora.evaluation import before_after
-from sdd_lora.files import sha256_of
+from sdd_lora.checkpoint.locate import locate
+from sdd_lora.io.atomic import sha256_of
 from sdd_lora.recipe import Recipe
+from sdd_lora.runs import before_after
 
 ADAPTERS = Path(__file__).parent.parent / "adapters"
 FOLDERS = sorted(path.parent for path in ADAPTERS.glob("demo/*/metrics.json"))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sdd_lora.evaluation.bench_file import Bench
-from sdd_lora.evaluation.report import best_that_keeps
-from sdd_lora.evaluation.results import ALL, Results, find, percent
+from sdd_lora.bench.bench_file import Bench
+from sdd_lora.bench.report import best_that_keeps
+from sdd_lora.bench.results import ALL, Results, find, percent
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("adapters/demo/bench/*/results.json"))

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.adapter import card, formats, hub, widths
 from sdd_lora.adapter.card import METADATA_KEY
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.errors import BadInput
-from sdd_lora.files import atomic_output
-from sdd_lora.safetensors_file import read_tensors, serialize
+from sdd_lora.io.atomic import atomic_output
+from sdd_lora.io.safetensors import read_tensors, serialize
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ DTYPES: dict[str, np.dtype] = {
 class Adapter:
     """Factors per module, and metadata. It is a *delta*: never to be confused with a weight.
 
-    `factors` maps canonical names (see `sdd_lora.names`) to `Factors`. `metadata` is JSON-able and
+    `factors` maps canonical names (see `sdd_lora.sd1`) to `Factors`. `metadata` is JSON-able and
     travels in the file's header; the keys that cards and user interfaces show are `name`,
     `description`, `concepts`, `base`, `recipe`, `versions`, `measures`, `merged_from`, `author`,
     `license`, `date`. What a foreign file said in its header is kept under `header`.

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.errors import BadInput
-from sdd_lora.files import write_text
-from sdd_lora.safetensors_file import data_sha256
+from sdd_lora.io.atomic import write_text
+from sdd_lora.io.safetensors import data_sha256
 
 if TYPE_CHECKING:
     from sdd_lora.adapter.adapter import Adapter

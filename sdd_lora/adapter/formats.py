@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.adapter.widths import require_one_model
 from sdd_lora.errors import BadInput

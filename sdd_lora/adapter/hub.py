@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.files import atomic_folder, refuse_existing, sha256_of
-from sdd_lora.safetensors_file import header_from_bytes
+from sdd_lora.io.atomic import atomic_folder, refuse_existing, sha256_of
+from sdd_lora.io.safetensors import header_from_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

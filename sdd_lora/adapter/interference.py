@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from sdd_lora.adapter.compose import Weighted
+from sdd_lora.adapter.algebra import Weighted
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.errors import BadInput
 

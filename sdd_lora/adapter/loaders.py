@@ -5,9 +5,9 @@ InvokeAI, diffusers 0.41 and 0.42 (earlier ones lose kohya's conv_in) and peft.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.adapter import formats
-from sdd_lora.adapter.describe import Description
+from sdd_lora.adapter.inspect import Description
 
 _DRESS = "convert it with --to kohya"
 

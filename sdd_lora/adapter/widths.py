@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.errors import BadInput
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -14,29 +14,9 @@ from typing import BinaryIO
 
 from threadpoolctl import threadpool_limits
 
-from sdd_lora.checkpoint import pickles, presence, provenance
-from sdd_lora.checkpoint.arithmetic import Delta, Rounding, Tally, edit
-from sdd_lora.checkpoint.edits import (
-    Edits,
-    EmaChoice,
-    Weighted,
-    laid_out,
-    plan_edits,
-    segments,
-    stored_bytes,
-    strided,
-)
-from sdd_lora.checkpoint.layout import (
-    Checkpoint,
-    Place,
-    journal_of,
-    open_checkpoint,
-    require_sd1_unet,
-)
-from sdd_lora.checkpoint.provenance import BakedAdapter, Baking
-from sdd_lora.checkpoint.room import insert_room
-from sdd_lora.checkpoint.source import EMBEDDED, MODEL_SUFFIXES, locate, named, require_apart
-from sdd_lora.checkpoint.stream import (
+from sdd_lora.checkpoint import detect as presence
+from sdd_lora.checkpoint import history as provenance
+from sdd_lora.checkpoint.copying import (
     PAGE_BYTES,
     copy_range,
     encode_header,
@@ -46,6 +26,27 @@ from sdd_lora.checkpoint.stream import (
     start_writing,
     write_at,
 )
+from sdd_lora.checkpoint.history import BakedAdapter, Baking
+from sdd_lora.checkpoint.layout import (
+    Checkpoint,
+    Place,
+    journal_of,
+    open_checkpoint,
+    require_sd1_unet,
+)
+from sdd_lora.checkpoint.locate import EMBEDDED, MODEL_SUFFIXES, locate, named, require_apart
+from sdd_lora.checkpoint.plan import (
+    Edits,
+    EmaChoice,
+    Weighted,
+    laid_out,
+    plan_edits,
+    segments,
+    stored_bytes,
+    strided,
+)
+from sdd_lora.checkpoint.room import insert_room
+from sdd_lora.checkpoint.rounding import Delta, Rounding, Tally, edit
 from sdd_lora.checkpoint.undo import (
     held,
     require_sole,
@@ -55,7 +56,8 @@ from sdd_lora.checkpoint.undo import (
     write_undo,
 )
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.files import (
+from sdd_lora.io import torch_zip as pickles
+from sdd_lora.io.atomic import (
     atomic_folder,
     atomic_output,
     link_tree,
@@ -63,8 +65,8 @@ from sdd_lora.files import (
     require_space,
     sync_folder,
 )
+from sdd_lora.io.safetensors import Header, open_input
 from sdd_lora.progress import warn
-from sdd_lora.safetensors_file import Header, open_input
 
 #: Below this share of an edit surviving the rounding, or above that error, a warning is due.
 _REALISED_ENOUGH, _ERROR_TOO_MUCH = 0.9, 0.5

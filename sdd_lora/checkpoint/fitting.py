@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.checkpoint import edits
+from sdd_lora.checkpoint import plan as edits
+from sdd_lora.checkpoint.copying import as_array, read_bytes
 from sdd_lora.checkpoint.layout import open_checkpoint, require_sd1_unet
-from sdd_lora.checkpoint.stream import as_array, read_bytes
 from sdd_lora.errors import BadInput
-from sdd_lora.safetensors_file import open_input
+from sdd_lora.io.safetensors import open_input
 
 
 def misfits(model: Path, adapter: Adapter) -> list[str]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sdd_lora import names
-from sdd_lora.checkpoint import pickles
+from sdd_lora import sd1 as names
 from sdd_lora.errors import BadInput
-from sdd_lora.names import Widths
-from sdd_lora.safetensors_file import Header, TensorInfo, read_header
+from sdd_lora.io import torch_zip as pickles
+from sdd_lora.io.safetensors import Header, TensorInfo, read_header
+from sdd_lora.sd1 import Widths
 
 Layout = Literal["diffusers", "unet", "ldm"]
 

@@ -16,11 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from sdd_lora.checkpoint import provenance
-from sdd_lora.checkpoint.layout import journal_of, require_settled
-from sdd_lora.checkpoint.room import remove_room
-from sdd_lora.checkpoint.source import named, require_apart
-from sdd_lora.checkpoint.stream import (
+from sdd_lora.checkpoint import history as provenance
+from sdd_lora.checkpoint.copying import (
     PAGE_BYTES,
     Segment,
     copy_range,
@@ -28,8 +25,11 @@ from sdd_lora.checkpoint.stream import (
     read_pieces,
     write_at,
 )
+from sdd_lora.checkpoint.layout import journal_of, require_settled
+from sdd_lora.checkpoint.locate import named, require_apart
+from sdd_lora.checkpoint.room import remove_room
 from sdd_lora.errors import BadInput
-from sdd_lora.files import (
+from sdd_lora.io.atomic import (
     atomic_folder,
     atomic_output,
     link_tree,
@@ -39,14 +39,14 @@ from sdd_lora.files import (
     sync_folder,
     write_text,
 )
-from sdd_lora.progress import say
-from sdd_lora.safetensors_file import (
+from sdd_lora.io.safetensors import (
     Header,
     TensorInfo,
     header_from_bytes,
     open_input,
     read_header,
 )
+from sdd_lora.progress import say
 
 METADATA_KEY = "sdd_lora.undo"
 

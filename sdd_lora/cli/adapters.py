@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sdd_lora.errors import BadInput
-from sdd_lora.files import refuse_existing
+from sdd_lora.io.atomic import refuse_existing
 
 if TYPE_CHECKING:
     from sdd_lora.adapter.adapter import Adapter
@@ -64,8 +64,8 @@ def write(adapter: "Adapter", path: Path, form: str, dtype: str) -> dict[str, An
     for --json.
     """
     from sdd_lora.adapter.card import has_labels, sidecar_path, sidecar_text
-    from sdd_lora.adapter.describe import describe
-    from sdd_lora.files import atomic_output
+    from sdd_lora.adapter.inspect import describe
+    from sdd_lora.io.atomic import atomic_output
 
     sidecar = sidecar_path(path) if has_labels(adapter) else None
     with ExitStack() as pending:  # the sidecar appears after the adapter, or neither does

@@ -92,8 +92,8 @@ def bake(
     """  # noqa: E501
     from sdd_lora.adapter.adapter import Adapter, adapter_file
     from sdd_lora.checkpoint import bake as baking
-    from sdd_lora.checkpoint.arithmetic import Rounding
-    from sdd_lora.checkpoint.source import require_apart
+    from sdd_lora.checkpoint.locate import require_apart
+    from sdd_lora.checkpoint.rounding import Rounding
     from sdd_lora.errors import BadInput
 
     if seed is not None and rounding is not RoundingChoice.stochastic:

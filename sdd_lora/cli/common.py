@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sdd_lora import __version__
 from sdd_lora.errors import BadInput, SddLoraError
+from sdd_lora.version import __version__
 
 app = typer.Typer(
     name="sdd-lora",
@@ -111,7 +111,7 @@ def verb(name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
 def speaks() -> bool:
     """Of the processes that torchrun started, is this the one that prints? The others fall silent,
     but for warnings."""
-    from sdd_lora.generation.images import processes
+    from sdd_lora.io.distributed import processes
 
     is_main = bool(processes().is_main_process)
     if not is_main:

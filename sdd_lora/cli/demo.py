@@ -60,7 +60,7 @@ def demo(
         sdd-lora demo --recipe substances -o my-run --seed 1
     """  # fmt: skip
     from sdd_lora.cli.tables import measures_table
-    from sdd_lora.runs import PICTURE, packaged_recipe, train_recipes
+    from sdd_lora.runs.train import PICTURE, packaged_recipe, train_recipes
 
     changes = [f"training.seed={seed}"]
     if quick:

@@ -10,7 +10,7 @@ import typer
 from sdd_lora.cli.common import Result, verb
 
 if TYPE_CHECKING:
-    from sdd_lora.evaluation.results import Results
+    from sdd_lora.bench.results import Results
 
 
 @verb("evaluate")
@@ -49,7 +49,7 @@ def evaluate(
 
         sdd-lora report bench
     """  # fmt: skip
-    from sdd_lora.evaluation.bench_file import Bench, chosen, limited
+    from sdd_lora.bench.bench_file import Bench, chosen, limited
     from sdd_lora.recipe import parse_override
 
     overrides = dict(map(parse_override, changes or []))
@@ -57,8 +57,8 @@ def evaluate(
     wanted = chosen(wanted, [m for given in methods or [] for m in given.split(",")])
     folder = output or Path("bench") / (wanted.name + (f"-limit{limit}" if limit else ""))
 
-    from sdd_lora.evaluation.bench import MARKDOWN, run
-    from sdd_lora.runs import train, versions
+    from sdd_lora.bench.run import MARKDOWN, run
+    from sdd_lora.runs.train import train, versions
 
     command = shlex.join(["sdd-lora", *sys.argv[1:]])
     try:

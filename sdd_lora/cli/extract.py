@@ -8,7 +8,7 @@ from sdd_lora.cli.adapters import Dtype, Energy, Force, OutputFile, Rank
 from sdd_lora.cli.common import Result, verb
 
 if TYPE_CHECKING:
-    from sdd_lora.checkpoint.difference import Extraction
+    from sdd_lora.checkpoint.extract import Extraction
 
 
 @verb("extract")
@@ -40,8 +40,8 @@ def extract(
     """  # noqa: E501
     from pathlib import Path
 
-    from sdd_lora.checkpoint import difference
-    from sdd_lora.checkpoint.source import locate
+    from sdd_lora.checkpoint import extract as difference
+    from sdd_lora.checkpoint.locate import locate
     from sdd_lora.cli.adapters import check_outputs, line, write
 
     check_outputs(force, output)

@@ -12,7 +12,7 @@ from sdd_lora.cli.common import Result, speaks, verb, weighted
 from sdd_lora.errors import BadInput
 
 if TYPE_CHECKING:
-    from sdd_lora.generation.images import Job
+    from sdd_lora.generation.sampling import Job
 
 #: torch takes seeds of 64 bits
 _SEEDS = 2**63
@@ -104,10 +104,11 @@ def generate(
         raise BadInput("no prompt: give --prompt TEXT or --prompts FILE")
     adapters = [weighted(a) for a in adapter or []]
 
-    from sdd_lora.files import sha256_of
-    from sdd_lora.generation.images import Sampling, check_sampling, jobs_of
+    from sdd_lora.generation.images import check_sampling
     from sdd_lora.generation.images import generate as draw_images
-    from sdd_lora.generation.pipeline import load_adapters, load_pipeline, sha256_of_parts
+    from sdd_lora.generation.sampling import Sampling, jobs_of
+    from sdd_lora.io.atomic import sha256_of
+    from sdd_lora.sd.pipeline import load_adapters, load_pipeline, sha256_of_parts
 
     sampling = Sampling(
         steps, guidance, scheduler.value, method, concept, batch, width=width, height=height

@@ -40,7 +40,7 @@ def _describe(path: Path, norms: bool) -> dict[str, Any]:
     from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
     from sdd_lora.adapter.formats import looks_like_adapter
     from sdd_lora.checkpoint.layout import read_any_header, require_settled
-    from sdd_lora.checkpoint.source import locate_file
+    from sdd_lora.checkpoint.locate import locate_file
 
     path = locate_file(path)
     require_settled(path)
@@ -53,7 +53,7 @@ def _describe(path: Path, norms: bool) -> dict[str, Any]:
 
 def _adapter(path: Path, norms: bool) -> dict[str, Any]:
     from sdd_lora.adapter.adapter import Adapter
-    from sdd_lora.adapter.describe import describe
+    from sdd_lora.adapter.inspect import describe
 
     found = describe(path)
     data = {
@@ -79,9 +79,9 @@ def _adapter(path: Path, norms: bool) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path, norms: bool) -> dict[str, Any]:
+    from sdd_lora.checkpoint.detect import chain_of_model
     from sdd_lora.checkpoint.fitting import cross_attention_norms
     from sdd_lora.checkpoint.layout import FAMILIES, describe
-    from sdd_lora.checkpoint.presence import chain_of_model
 
     found = describe(path)
     data = {

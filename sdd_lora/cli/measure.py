@@ -44,12 +44,12 @@ def measure(
 
         sdd-lora measure my.safetensors:0.7 --recipe gore.yaml --set model=demo-community -o there
     """
-    from sdd_lora import runs
     from sdd_lora.adapter.adapter import Adapter, adapter_file
-    from sdd_lora.adapter.compose import stack
+    from sdd_lora.adapter.algebra import stack
     from sdd_lora.cli.tables import measures_table
     from sdd_lora.recipe import Recipe, parse_override
-    from sdd_lora.run_folder import ADAPTER, PEFT_TWIN
+    from sdd_lora.runs import train as runs
+    from sdd_lora.runs.folder import ADAPTER, PEFT_TWIN
 
     settings = Recipe.load(recipe, dict(map(parse_override, changes or [])))
     named = [weighted(adapter) for adapter in adapters]

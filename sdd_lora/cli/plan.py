@@ -12,7 +12,7 @@ from sdd_lora.errors import BadInput
 
 if TYPE_CHECKING:
     from sdd_lora.recipe import Recipe
-    from sdd_lora.training.footprint import Footprint, Saving
+    from sdd_lora.training.plan import Footprint, Saving
 
     Counted = tuple[Footprint, list[Saving]]
 
@@ -66,7 +66,7 @@ def plan(
         sdd-lora plan recipes/sd15 --set training.precision=fp32 --json
     """
     from sdd_lora.recipe import Recipe, parse_override
-    from sdd_lora.runs import recipe_files
+    from sdd_lora.runs.train import recipe_files
 
     most = None if within is None else _bytes_of(within)
     overrides = dict(map(parse_override, changes or []))
@@ -103,8 +103,8 @@ def _kind(recipe: "Recipe") -> str:
 
 def _count(recipe: "Recipe", most: int | None) -> "Counted":
     """The footprint, and what brings it down to `most` bytes."""
-    from sdd_lora.model import unet_config
-    from sdd_lora.training.footprint import fit, footprint
+    from sdd_lora.sd.model import unet_config
+    from sdd_lora.training.plan import fit, footprint
 
     config = unet_config(recipe.model)
     found = footprint(recipe, config)
@@ -114,7 +114,7 @@ def _count(recipe: "Recipe", most: int | None) -> "Counted":
 def _planned(
     recipe: "Recipe", most: int | None, found: "Footprint", savings: "list[Saving]"
 ) -> tuple[dict[str, Any], str]:
-    from sdd_lora.checkpoint.source import local
+    from sdd_lora.checkpoint.locate import local
 
     iterations = recipe.training.iterations
     flops = found.cost_in_forwards * found.forward_flops * iterations

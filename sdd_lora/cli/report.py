@@ -29,8 +29,8 @@ def report(
 
         sdd-lora report bench/demo-single -o table.html --force
     """  # fmt: skip
-    from sdd_lora.evaluation.report import REPORT, render_report
-    from sdd_lora.files import refuse_existing, write_text
+    from sdd_lora.bench.report import REPORT, render_report
+    from sdd_lora.io.atomic import refuse_existing, write_text
 
     target = output or folder / REPORT
     refuse_existing(target, force)

@@ -21,7 +21,7 @@ def resize(
 
         sdd-lora resize stack.safetensors -o small.safetensors --energy 0.99
     """
-    from sdd_lora.adapter import compose
+    from sdd_lora.adapter import algebra as compose
     from sdd_lora.adapter.adapter import Adapter, stored_dtype
     from sdd_lora.cli.adapters import check_outputs, line, write
     from sdd_lora.cli.tables import table

@@ -54,11 +54,11 @@ def stack(
 
         sdd-lora stack runs/weapons runs/gore:0.8 ink.safetensors:-0.5 -o mix.safetensors --rank 16
     """
-    from sdd_lora.adapter import compose
+    from sdd_lora.adapter import algebra as compose
     from sdd_lora.adapter.adapter import Adapter
     from sdd_lora.adapter.interference import draw_heat_map, interference
     from sdd_lora.cli.adapters import check_outputs, line, write
-    from sdd_lora.files import atomic_output
+    from sdd_lora.io.atomic import atomic_output
     from sdd_lora.progress import warn
 
     check_outputs(force, output, *([heat_map] if heat_map else []))

@@ -66,7 +66,7 @@ def train(
     `torchrun --nproc-per-node 2 -m sdd_lora train …`.
     """
     from sdd_lora.cli.tables import measures_table, runs_table
-    from sdd_lora.runs import train_recipes
+    from sdd_lora.runs.train import train_recipes
 
     speaker = speaks()
     if share:
@@ -88,7 +88,7 @@ def _shared(
     recipes: list[Path], output: Path | None, changes: list[str], keep_state: bool
 ) -> Result:
     from sdd_lora.cli.tables import runs_table
-    from sdd_lora.runs import share_recipes
+    from sdd_lora.runs.train import share_recipes
 
     shared = share_recipes(recipes, output, changes, keep_state)
     runs: list[dict[str, Any]] = [

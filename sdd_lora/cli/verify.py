@@ -46,7 +46,7 @@ def verify(
     from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
     from sdd_lora.adapter.formats import looks_like_adapter
     from sdd_lora.checkpoint.layout import read_any_header, require_settled
-    from sdd_lora.checkpoint.source import locate_file
+    from sdd_lora.checkpoint.locate import locate_file
 
     file = locate_file(file)
     require_settled(file)
@@ -67,10 +67,10 @@ def verify(
 
 def _adapter(path: Path, model: str | None, base: str | None) -> Result:
     from sdd_lora.adapter.adapter import Adapter
-    from sdd_lora.adapter.describe import describe
+    from sdd_lora.adapter.inspect import describe
     from sdd_lora.adapter.loaders import verdicts
     from sdd_lora.checkpoint.fitting import misfits
-    from sdd_lora.checkpoint.source import locate
+    from sdd_lora.checkpoint.locate import locate
 
     adapter = Adapter.load(path)
     found = describe(path)
@@ -104,7 +104,7 @@ def _adapter(path: Path, model: str | None, base: str | None) -> Result:
 
 def _checkpoint(path: Path, adapter: Path | None, base: str | None) -> Result:
     from sdd_lora.adapter.adapter import Adapter
-    from sdd_lora.checkpoint.presence import chain_of_model
+    from sdd_lora.checkpoint.detect import chain_of_model
 
     chain = chain_of_model(path)
     data: dict[str, Any] = {
@@ -124,8 +124,8 @@ def _checkpoint(path: Path, adapter: Path | None, base: str | None) -> Result:
 
 def _presence(model: Path, adapter: Any, base: str | None) -> tuple[dict[str, Any], str]:
     """Whether an adapter is in a model: by its record, and with a base by its weights."""
-    from sdd_lora.checkpoint.presence import find
-    from sdd_lora.checkpoint.source import locate
+    from sdd_lora.checkpoint.detect import find
+    from sdd_lora.checkpoint.locate import locate
 
     found = find(model, adapter, None if base is None else locate(base))
     text = "not recorded as baked in"

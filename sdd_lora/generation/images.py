@@ -4,46 +4,34 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from sdd_lora.errors import BadInput
-from sdd_lora.files import appended, atomic_output, locked, whole_lines, write_text
 from sdd_lora.generation.methods import METHODS, gated
-from sdd_lora.generation.pipeline import set_scheduler
-from sdd_lora.generation.prompt_files import SIDES, Prompt, is_side
+from sdd_lora.generation.prompt_files import SIDES, is_side
+from sdd_lora.generation.sampling import Job, Sampling
+from sdd_lora.io.atomic import appended, atomic_output, locked, whole_lines, write_text
+from sdd_lora.io.distributed import processes
 from sdd_lora.progress import progress, warn
-from sdd_lora.prompts import cut_off
+from sdd_lora.sd.pipeline import set_scheduler
+from sdd_lora.sd.prompts import cut_off
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "settings.json"
 #: where processes write before all are done; the first one writes the manifest itself
 _PART = "manifest.{}.jsonl"
-_WAIT = timedelta(days=7)
 
 
 #: methods that draw as `sd` does where an image's guidance is 1 or less
 _CHANGE_GUIDANCE = METHODS.keys() - {"sd", "sdd-gated"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to draw; what is None is as the sampling has it. Sizes are in pixels."""
-
-    prompt: str
-    seed: int
-    guidance: float | None = None
-    width: int | None = None
-    height: int | None = None
 
 
 #: what a manifest's line holds: the file's name, and what is the job's own
@@ -52,30 +40,6 @@ _TOLD = {
     "height": (int,),
 }  # fmt: skip
 _IMAGE = re.compile(r"\d{5,}\.png")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are drawn; `method` is one of the method ids, `concept` what it works against.
-
-    Width and height count pixels, a multiple of 8; None is the model's own size.
-    """
-
-    steps: int = 25
-    guidance: float = 7.5
-    scheduler: str = "ddim"
-    method: str = "sd"
-    concept: str = ""
-    batch: int = 8
-    width: int | None = None
-    height: int | None = None
-
-    def for_job(self, job: Job) -> "Sampling":
-        """With what the job has of its own."""
-        own: dict[str, Any] = {
-            "guidance": job.guidance, "width": job.width, "height": job.height
-        }  # fmt: skip
-        return replace(self, **{name: value for name, value in own.items() if value is not None})
 
 
 def check_sampling(sampling: Sampling, jobs: Sequence[Job] = ()) -> None:
@@ -98,22 +62,6 @@ def check_sampling(sampling: Sampling, jobs: Sequence[Job] = ()) -> None:
     for side in (side for own in every for side in (own.width, own.height)):
         if side is not None and not is_side(side):
             raise BadInput(f"width and height: expected {SIDES}, found {side}")
-
-
-def jobs_for(prompts: Sequence[str], count: int, first_seed: int) -> list[Job]:
-    """`count` jobs that go through the prompts in turn, each with its own seed."""
-    return [Job(prompts[i % len(prompts)], first_seed + i) for i in range(count)]
-
-
-def jobs_of(prompts: Sequence[Prompt], images: int, first_seed: int) -> list[Job]:
-    """`images` jobs for each prompt; seeds count up from the prompt's own where it has one, and
-    from `first_seed` through all prompts where not."""
-    jobs = []
-    for number, prompt in enumerate(prompts):
-        start = first_seed + number * images if prompt.seed is None else prompt.seed
-        own = (prompt.guidance, prompt.width, prompt.height)
-        jobs += [Job(prompt.text, start + k, *own) for k in range(images)]
-    return jobs
 
 
 def draw(
@@ -144,12 +92,6 @@ def _batches(jobs: Sequence[Job], sampling: Sampling) -> Iterator[tuple[list[int
     for own, indices in alike.items():
         for start in range(0, len(indices), own.batch):
             yield indices[start : start + own.batch], own
-
-
-def processes() -> PartialState:
-    """The processes that torchrun or accelerate started, which share the images; often just one."""
-    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    return PartialState(cpu=not on_gpu, timeout=_WAIT)
 
 
 def generate(

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast, gather_object
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.files import atomic_output
+from sdd_lora.io.atomic import atomic_output
 from sdd_lora.progress import progress, warn
 from sdd_lora.recipe import Optimizer as OptimizerSettings
 from sdd_lora.recipe import Recipe, as_options
@@ -32,7 +32,7 @@ from sdd_lora.training.memory import (
     peak_bytes,
     reset_peak,
 )
-from sdd_lora.training.quantised import quantise
+from sdd_lora.training.nf4 import quantise
 from sdd_lora.training.roles import SEES_PROMPTS, STUDENT, TEACHER, LoraRoles, make_roles
 from sdd_lora.training.rollout import Points, Rollout, generator_for
 from sdd_lora.training.savings import savings

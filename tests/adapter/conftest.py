@@ -1,1 +1,1 @@
-from hub_stand_in import hub  # noqa: F401
+from support.hub_stand_in import hub  # noqa: F401

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from adapter_making import TO_K, TO_OUT, distance, random_adapter
 from safetensors.numpy import save_file
+from support.adapter_making import TO_K, TO_OUT, distance, random_adapter
 
-from sdd_lora import files, names
+from sdd_lora import sd1 as names
 from sdd_lora.adapter import card
 from sdd_lora.adapter.adapter import Adapter, Factors
-from sdd_lora.adapter.compose import resize, stack
-from sdd_lora.adapter.describe import describe
+from sdd_lora.adapter.algebra import resize, stack
+from sdd_lora.adapter.inspect import describe
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.safetensors_file import read_header
+from sdd_lora.io import atomic as files
+from sdd_lora.io.safetensors import read_header
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 DOWN, UP, ALPHA = f"{STEM}.lora_down.weight", f"{STEM}.lora_up.weight", f"{STEM}.alpha"

@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapter_making import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from support.adapter_making import (
     ATTENTION_KINDS,
     KINDS,
     TO_K,
@@ -15,14 +18,11 @@ from adapter_making import (
     random_factors,
     shapes,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from sdd_lora.adapter import formats
 from sdd_lora.adapter.adapter import Adapter, Factors
 from sdd_lora.errors import BadInput
-from sdd_lora.safetensors_file import read_header
+from sdd_lora.io.safetensors import read_header
 
 GOLDEN = Path(__file__).parent / "golden"
 #: Relative to the largest entry: two factors of a product, each rounded once.

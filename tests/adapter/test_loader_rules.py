@@ -6,14 +6,14 @@ import logging
 import numpy as np
 import pytest
 import torch
-from adapter_making import KINDS, PLACE, TO_K, TO_OUT, random_adapter
-from checkpoint_models import parts, pipeline
 from safetensors.numpy import save_file
+from support.adapter_making import KINDS, PLACE, TO_K, TO_OUT, random_adapter
+from support.checkpoint_models import parts, pipeline
 
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.describe import describe
+from sdd_lora.adapter.inspect import describe
 from sdd_lora.adapter.loaders import verdicts
-from sdd_lora.names import kohya_stem, peft_stem
+from sdd_lora.sd1 import kohya_stem, peft_stem
 
 PROJ_IN = f"{PLACE}.proj_in"
 TEXT = "text_encoder.text_model.encoder.layers.0.mlp.fc1"

@@ -6,14 +6,14 @@ import logging
 import numpy as np
 import pytest
 import torch
-from adapter_making import KINDS, random_adapter
-from checkpoint_models import parts, pipeline
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from support.adapter_making import KINDS, random_adapter
+from support.checkpoint_models import parts, pipeline
 
 from sdd_lora import stack
 from sdd_lora.adapter import formats
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.names import CROSS_ATTENTION
+from sdd_lora.sd1 import CROSS_ATTENTION
 
 UNET_KINDS = tuple(k for k in KINDS if not k.startswith("text_encoder"))
 TEXT_KINDS = tuple(k for k in KINDS if k.startswith("text_encoder"))

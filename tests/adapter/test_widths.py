@@ -1,9 +1,9 @@
 """The model that an adapter's shapes speak of."""
 
 import pytest
-from adapter_making import KINDS, shapes
+from support.adapter_making import KINDS, shapes
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.adapter.widths import fits, require_one_model
 from sdd_lora.errors import BadInput
 

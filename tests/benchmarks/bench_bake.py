@@ -24,11 +24,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import checkpoint_models as models
+from support import checkpoint_models as models
 
-from sdd_lora import names
-from sdd_lora.checkpoint.stream import encode_header
-from sdd_lora.safetensors_file import DTYPES, TensorInfo
+from sdd_lora import sd1 as names
+from sdd_lora.checkpoint.copying import encode_header
+from sdd_lora.io.safetensors import DTYPES, TensorInfo
 
 #: Between two commands: a disk is still busy with what was deleted when `sync` returns.
 PAUSE_SECONDS = 5
@@ -36,7 +36,8 @@ PAUSE_SECONDS = 5
 OBVIOUS = """
 import sys
 from safetensors.torch import load_file, save_file
-from sdd_lora import Adapter, names
+from sdd_lora import Adapter
+from sdd_lora import sd1 as names
 tensors, adapter = load_file(sys.argv[1]), Adapter.load(sys.argv[2])
 for module in adapter.factors:
     key = names.checkpoint_key(module)

@@ -15,12 +15,13 @@ import numpy as np
 
 from sdd_lora import Adapter
 from sdd_lora.demo.judge import Judge, judge_images, load_judge
-from sdd_lora.evaluation.before_after import sampling_of
-from sdd_lora.evaluation.intervals import wilson
-from sdd_lora.evaluation.measures.judge import asked_for
-from sdd_lora.generation.images import Job, draw, jobs_for
-from sdd_lora.generation.pipeline import load_pipeline
+from sdd_lora.generation.images import draw
+from sdd_lora.generation.sampling import Job, jobs_for
+from sdd_lora.measures.intervals import wilson
+from sdd_lora.measures.judge import asked_for
 from sdd_lora.recipe import Recipe
+from sdd_lora.runs.before_after import sampling_of
+from sdd_lora.sd.pipeline import load_pipeline
 
 ROOT = Path(__file__).parents[2]
 SEED = 700_000

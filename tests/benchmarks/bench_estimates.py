@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from estimates import Probe, noun_of, of_one_thing
 
-from sdd_lora.model import load_training_parts
-from sdd_lora.prompts import embed
 from sdd_lora.recipe import Recipe, parse_override
-from sdd_lora.runs import encode
+from sdd_lora.runs.train import encode
+from sdd_lora.sd.model import load_training_parts
+from sdd_lora.sd.prompts import embed
 from sdd_lora.training.trainer import Trainer
 
 

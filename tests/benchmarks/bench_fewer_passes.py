@@ -18,13 +18,13 @@ from pathlib import Path
 
 from sdd_lora import Adapter, train
 from sdd_lora.demo.judge import Verdict
-from sdd_lora.evaluation import before_after
-from sdd_lora.evaluation.intervals import paired_difference, wilson
-from sdd_lora.evaluation.measures.judge import asked_for
-from sdd_lora.generation.images import Job
-from sdd_lora.generation.pipeline import load_pipeline
+from sdd_lora.generation.sampling import Job
+from sdd_lora.measures.intervals import paired_difference, wilson
+from sdd_lora.measures.judge import asked_for
 from sdd_lora.recipe import Measure, MeasurePrompts, Recipe
-from sdd_lora.run_folder import METRICS, is_finished, under_way
+from sdd_lora.runs import before_after
+from sdd_lora.runs.folder import METRICS, is_finished, under_way
+from sdd_lora.sd.pipeline import load_pipeline
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo" / "weapons.yaml"
 MEASURE_SEED = 400_000  # no tuning used these

@@ -41,7 +41,7 @@ def recipe_of(way):
 
 
 def planned(way):
-    from sdd_lora.training.footprint import footprint
+    from sdd_lora.training.plan import footprint
 
     return footprint(recipe_of(way), SD15).total
 
@@ -49,11 +49,11 @@ def planned(way):
 def measured(way):
     """Peak bytes of one iteration, without what the libraries take."""
     import torch
+    from support.small import ddim
 
     from sdd_lora.training import trainer
     from sdd_lora.training.memory import peak_bytes
     from sdd_lora.training.trainer import Embeddings, Trainer
-    from tests.small import ddim
 
     trainer.keep_freed_memory = lambda: False
     recipe = recipe_of(way)
@@ -68,9 +68,9 @@ def measured(way):
 def in_the_authors_manner():
     """Two UNets, gradients for all of the student, AdamW on attn2, EMA over every parameter."""
     import torch
+    from support.small import ddim
 
     from sdd_lora.training.memory import peak_bytes
-    from tests.small import ddim
 
     ddim()
     libraries = peak_bytes()

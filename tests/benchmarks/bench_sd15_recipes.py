@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from support.small import ddim
 
 from sdd_lora.recipe import Recipe
 from sdd_lora.training.trainer import Embeddings, Trainer
-from tests.small import ddim
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "sd15"
 CONFIG = {"sample_size": 8, "cross_attention_dim": 768}

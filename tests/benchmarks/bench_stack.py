@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter, Factors
 
 COUNT, RANK = 100, 4

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from estimates import Probe, group_of, of_one_thing
 
 from sdd_lora import Adapter
-from sdd_lora.model import load_training_parts
-from sdd_lora.prompts import embed
 from sdd_lora.recipe import Recipe
+from sdd_lora.sd.model import load_training_parts
+from sdd_lora.sd.prompts import embed
 from sdd_lora.training.directions import second_moment
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from sdd_lora.evaluation.measures.judge import asked_for
+from sdd_lora.measures.judge import asked_for
 from sdd_lora.recipe import Objective
 from sdd_lora.recipe import Rollout as RolloutSettings
 from sdd_lora.training.rollout import Rollout

@@ -1,9 +1,10 @@
 """The ways of the benchmark of fewer passes are what their names say."""
 
-from sdd_lora.model import unet_config
+from benchmarks.bench_fewer_passes import PAPER, RECIPE, WAYS
+
 from sdd_lora.recipe import Recipe
-from sdd_lora.training.footprint import footprint
-from tests.benchmarks.bench_fewer_passes import PAPER, RECIPE, WAYS
+from sdd_lora.sd.model import unet_config
+from sdd_lora.training.plan import footprint
 
 
 def planned(way):

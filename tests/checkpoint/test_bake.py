@@ -5,21 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoint_models as models
 import numpy as np
 import pytest
 import torch
+from support import checkpoint_models as models
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.checkpoint import provenance
-from sdd_lora.checkpoint.arithmetic import Rounding
+from sdd_lora.checkpoint import history as provenance
 from sdd_lora.checkpoint.bake import bake
+from sdd_lora.checkpoint.detect import chain_of_model, find
 from sdd_lora.checkpoint.layout import open_checkpoint
-from sdd_lora.checkpoint.presence import chain_of_model, find
+from sdd_lora.checkpoint.rounding import Rounding
 from sdd_lora.checkpoint.undo import unbake
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.safetensors_file import read_header, read_tensors
+from sdd_lora.io.safetensors import read_header, read_tensors
 
 LDM_K0 = names.checkpoint_key(models.K0)
 
@@ -207,7 +207,7 @@ def test_provenance_names_adapters_and_survives_a_second_bake(tmp_path):
 
 
 def test_baking_twice_is_refused_by_identity_stack_and_weights(tmp_path):
-    from sdd_lora.adapter.compose import resize, stack
+    from sdd_lora.adapter.algebra import resize, stack
 
     source = models.write(tmp_path / "m.safetensors", models.cast(models.ldm_tensors(), "fp16"))
     a, b = models.adapter(size=0.05, name="a"), models.adapter(seed=1, size=0.05, name="b")

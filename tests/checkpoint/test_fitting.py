@@ -1,10 +1,10 @@
 """What is said to fit can be baked, and the other way round."""
 
-import checkpoint_models as models
 import numpy as np
 import pytest
+from support import checkpoint_models as models
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.fitting import cross_attention_norms, misfits
 from sdd_lora.errors import BadInput

@@ -4,18 +4,18 @@ import json
 import subprocess
 import sys
 
-import checkpoint_models as models
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import checkpoint_models as models
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.checkpoint.layout import describe, open_checkpoint, require_sd1
-from sdd_lora.checkpoint.ldm import to_ldm
+from sdd_lora.demo.build.ldm import to_ldm
 from sdd_lora.errors import BadInput
-from sdd_lora.safetensors_file import TensorInfo
+from sdd_lora.io.safetensors import TensorInfo
 
 EMBEDDED = ((32, 64, 128, 128), 128)
 

@@ -1,10 +1,10 @@
 """Baked models through diffusers' own loaders: the picture of the adapter at runtime."""
 
-import checkpoint_models as models
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from support import checkpoint_models as models
 
 from sdd_lora.checkpoint.bake import bake
 

@@ -11,19 +11,21 @@ import time
 from concurrent.futures import wait
 from pathlib import Path
 
-import checkpoint_models as models
 import numpy as np
 import pytest
+from support import checkpoint_models as models
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.checkpoint import bake as baking
-from sdd_lora.checkpoint import presence, provenance, room
+from sdd_lora.checkpoint import detect as presence
+from sdd_lora.checkpoint import history as provenance
+from sdd_lora.checkpoint import room
 from sdd_lora.checkpoint import undo as undoing
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.layout import journal_of, open_checkpoint
 from sdd_lora.checkpoint.undo import Undo, held, unbake
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.safetensors_file import read_header, read_tensors
+from sdd_lora.io.safetensors import read_header, read_tensors
 
 A, B = models.adapter(name="a"), models.adapter(seed=1, leaves=("to_q",), name="b")
 
@@ -529,7 +531,7 @@ def test_two_changes_in_place_at_once_are_one_change(source, tmp_path, monkeypat
 def test_a_file_that_was_replaced_before_it_was_locked_is_another(tmp_path, monkeypatch):
     import fcntl
 
-    from sdd_lora.files import locked
+    from sdd_lora.io.atomic import locked
 
     path, real = tmp_path / "m", fcntl.flock
     path.write_bytes(b"old")
@@ -545,7 +547,7 @@ def test_a_file_that_was_replaced_before_it_was_locked_is_another(tmp_path, monk
 
 
 def test_a_change_in_place_by_another_process_is_respected(source):
-    from sdd_lora.files import locked
+    from sdd_lora.io.atomic import locked
 
     before = source.read_bytes()
     with locked(source), pytest.raises(BadInput, match="another process"):

@@ -10,18 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoint_models as models
 import numpy as np
 import pytest
 import torch
-from adapter_making import KINDS, TO_K, distance, random_adapter
-from hub_stand_in import hub  # noqa: F401
 from safetensors.numpy import save_file
+from support import checkpoint_models as models
+from support.adapter_making import KINDS, TO_K, distance, random_adapter
+from support.hub_stand_in import hub  # noqa: F401
 
-from sdd_lora import names
+from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.cli import app
-from sdd_lora.safetensors_file import read_header
+from sdd_lora.io.safetensors import read_header
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import logging
 import shlex
 import struct
 
-import checkpoint_models as models
 import pytest
+from support import checkpoint_models as models
 
 from sdd_lora.cli import app
-from sdd_lora.safetensors_file import read_tensors
+from sdd_lora.io.safetensors import read_tensors
 
 
 @pytest.fixture

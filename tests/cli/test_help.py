@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-import sdd_lora
 from sdd_lora.cli.common import weighted
+from sdd_lora.version import __version__
 
 VERBS = ["demo", "train", "measure", "plan", "inspect", "verify", "convert", "resize", "stack",
          "extract", "bake", "unbake", "generate", "evaluate", "report", "push", "pull"]  # fmt: skip
@@ -40,7 +40,7 @@ def test_every_verb_teaches(verb):
 
 
 def test_the_version_is_told():
-    assert run("--version").stdout == f"sdd-lora {sdd_lora.__version__}\n"
+    assert run("--version").stdout == f"sdd-lora {__version__}\n"
 
 
 def test_an_unknown_verb_is_bad_input():

@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from support.adapters import random_adapter
 from typer.testing import CliRunner
 
-from sdd_lora import runs
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.cli import app
-from tests.adapters import random_adapter
+from sdd_lora.runs import train as runs
 
 RECIPE = """
 name: measured

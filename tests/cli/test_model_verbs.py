@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from sdd_lora.checkpoint.source import COMMUNITY_FILE
+from sdd_lora.checkpoint.locate import COMMUNITY_FILE
 from sdd_lora.cli import app
 
 RECIPE = """

@@ -10,7 +10,7 @@ from sdd_lora.cli import app
 from sdd_lora.cli.plan import _bytes_of
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
-from sdd_lora.training import footprint
+from sdd_lora.training import plan as footprint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DEMO = """

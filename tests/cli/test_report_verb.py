@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from made_up_bench import write
+from support.made_up_bench import write
 
 
 def report(*arguments):
@@ -35,6 +35,6 @@ def test_a_folder_without_results_is_bad_input(tmp_path):
 
 
 def test_reporting_imports_no_torch():
-    code = "import sys; import sdd_lora.evaluation.report; print('torch' in sys.modules)"
+    code = "import sys; import sdd_lora.bench.report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -6,24 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.adapters import random_adapter
 
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.files import appended, locked
-from sdd_lora.generation.images import (
-    Job,
-    Sampling,
-    check_sampling,
-    draw,
-    drawn_in,
-    generate,
-    is_drawn,
-    jobs_for,
-    jobs_of,
-)
+from sdd_lora.generation.images import check_sampling, draw, drawn_in, generate, is_drawn
 from sdd_lora.generation.methods import METHODS
-from sdd_lora.generation.pipeline import load_pipeline
 from sdd_lora.generation.prompt_files import Prompt
-from tests.adapters import random_adapter
+from sdd_lora.generation.sampling import Job, Sampling, jobs_for, jobs_of
+from sdd_lora.io.atomic import appended, locked
+from sdd_lora.sd.pipeline import load_pipeline
 
 SAMPLING = Sampling(steps=3, guidance=4.0, batch=4)
 JOBS = jobs_for(["a cat", "a bomb, noto style", "a bus"], 5, first_seed=7)

@@ -6,9 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+from support.small import ddim, embeddings, small_unet
+
 from sdd_lora.recipe import Recipe
 from sdd_lora.training.trainer import Trainer
-from tests.small import ddim, embeddings, small_unet
 
 way = json.loads(sys.argv[2])
 recipe = Recipe.model_validate(

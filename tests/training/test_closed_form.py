@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from support.small import ddim, embeddings, small_unet
 
 from sdd_lora.errors import BadInput
-from sdd_lora.model import load_training_parts
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs import encode
+from sdd_lora.runs.train import encode
+from sdd_lora.sd.model import load_training_parts
 from sdd_lora.training.closed_form import ClosedForm
 from sdd_lora.training.roles import BASE, STUDENT, TEACHER
 from sdd_lora.training.trainer import Trainer
-from tests.small import ddim, embeddings, small_unet
 
 
 def made_up(width: int = 6) -> tuple[torch.Tensor, ...]:

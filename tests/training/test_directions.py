@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sdd_lora.errors import BadInput
-from sdd_lora.model import load_training_parts
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs import encode
+from sdd_lora.runs.train import encode
+from sdd_lora.sd.model import load_training_parts
 from sdd_lora.training.directions import concept_directions, damping
 from sdd_lora.training.roles import STUDENT, TEACHER
 from sdd_lora.training.trainer import Trainer

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.small import small_unet
 
 from sdd_lora.recipe import Lora, Objective
 from sdd_lora.training.roles import BASE, STUDENT, TEACHER, LoraRoles, WeightRoles, is_trained
-from tests.small import small_unet
 
 
 @pytest.fixture

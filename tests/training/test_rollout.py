@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from support.small import ddim, embeddings, small_unet
 
 from sdd_lora.recipe import PRESETS, Objective
 from sdd_lora.recipe import Rollout as Settings
 from sdd_lora.training.rollout import Rollout, generator_for
-from tests.small import ddim, embeddings, small_unet
 
 EVERY_OPTION = {
     "plain": {},

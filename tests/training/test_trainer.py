@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate.utils import AutocastKwargs
+from support.small import ddim, embeddings, small_unet
 
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.recipe import Optimizer, Recipe
@@ -19,7 +20,6 @@ from sdd_lora.training.trainer import (
     make_optimizer,
     memory_advice,
 )
-from tests.small import ddim, embeddings, small_unet
 
 
 def recipe(**changes):

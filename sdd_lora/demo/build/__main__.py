@@ -16,13 +16,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from sdd_lora.checkpoint.source import COMMUNITY_FILE, DEMO_FOLDER
+from sdd_lora.checkpoint.locate import COMMUNITY_FILE, DEMO_FOLDER
 from sdd_lora.demo.build import autoencoder, dataset, diffusion, drawings, export, judge, look
 from sdd_lora.demo.build.schedule import write_start
 from sdd_lora.demo.build.tokenizer import make_tokenizer
 from sdd_lora.demo.judge import JUDGE_FILE, load_judge
 from sdd_lora.demo.vocabulary import nouns, styles
-from sdd_lora.generation.pipeline import load_pipeline
+from sdd_lora.sd.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdd_lora.checkpoint.source import DEMO_FOLDER
+from sdd_lora.checkpoint.locate import DEMO_FOLDER
 from sdd_lora.demo.build import dataset
 from sdd_lora.demo.build.captions import caption
 from sdd_lora.demo.build.checkpoints import load_state, save_state

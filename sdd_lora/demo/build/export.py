@@ -10,7 +10,6 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
 from safetensors.numpy import load_file
 from transformers import CLIPTokenizer
 
-from sdd_lora.checkpoint.ldm import to_ldm
 from sdd_lora.demo.build.diffusion import (
     NOISE_SCHEDULE,
     Ema,
@@ -18,8 +17,9 @@ from sdd_lora.demo.build.diffusion import (
     make_text_encoder,
     make_unet,
 )
-from sdd_lora.files import atomic_output
-from sdd_lora.safetensors_file import serialize
+from sdd_lora.demo.build.ldm import to_ldm
+from sdd_lora.io.atomic import atomic_output
+from sdd_lora.io.safetensors import serialize
 
 
 def assemble(

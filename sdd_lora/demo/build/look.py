@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.checkpoint.source import DEMO_FOLDER
+from sdd_lora.checkpoint.locate import DEMO_FOLDER
 from sdd_lora.demo.build import diffusion
 from sdd_lora.demo.build.palette import recoloured
 

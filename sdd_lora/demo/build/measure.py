@@ -12,13 +12,13 @@ from sdd_lora.demo.build.captions import described
 from sdd_lora.demo.build.diffusion import drawing_name
 from sdd_lora.demo.judge import Verdict
 from sdd_lora.demo.vocabulary import groups, nouns, styles
-from sdd_lora.evaluation import before_after
-from sdd_lora.evaluation.intervals import wilson
-from sdd_lora.evaluation.measures.judge import asked_for
-from sdd_lora.generation.images import Job, Sampling, jobs_for
-from sdd_lora.generation.pipeline import load_pipeline
+from sdd_lora.generation.sampling import Job, Sampling, jobs_for
+from sdd_lora.measures.intervals import wilson
+from sdd_lora.measures.judge import asked_for
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs import packaged_recipe
+from sdd_lora.runs import before_after
+from sdd_lora.runs.train import packaged_recipe
+from sdd_lora.sd.pipeline import load_pipeline
 
 EMPTY_IMAGES, EMPTY_SEED = 1000, 150_000
 MISSES_SEED = 800_000

@@ -14,10 +14,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.methods import sd
-from sdd_lora.prompts import embed
+from sdd_lora.sd.prompts import embed
 
 if TYPE_CHECKING:
-    from sdd_lora.generation.images import Sampling
+    from sdd_lora.generation.sampling import Sampling
 
 
 @dataclass

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from sdd_lora.generation.methods import sd
 
 if TYPE_CHECKING:
-    from sdd_lora.generation.images import Sampling
+    from sdd_lora.generation.sampling import Sampling
 
 
 def draw(

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from sdd_lora.generation.denoise import size_of, to_uint8
+from sdd_lora.generation.guided import size_of, to_uint8
 
 if TYPE_CHECKING:
-    from sdd_lora.generation.images import Sampling
+    from sdd_lora.generation.sampling import Sampling
 
 
 def draw(

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from sdd_lora.generation.denoise import denoise
+from sdd_lora.generation.guided import denoise
 
 if TYPE_CHECKING:
-    from sdd_lora.generation.images import Sampling
+    from sdd_lora.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)

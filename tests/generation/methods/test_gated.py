@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from support.adapters import random_adapter
 
 from sdd_lora.errors import BadInput
-from sdd_lora.generation.images import Job, Sampling, draw
+from sdd_lora.generation.images import draw
 from sdd_lora.generation.methods import gated
-from sdd_lora.generation.pipeline import load_pipeline
-from tests.adapters import random_adapter
+from sdd_lora.generation.sampling import Job, Sampling
+from sdd_lora.sd.pipeline import load_pipeline
 
 GATED = Sampling(3, 4.0, method="sdd-gated", concept="bomb")
 PLAIN = Sampling(3, 4.0)

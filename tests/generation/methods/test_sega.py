@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from sdd_lora.generation.images import Job, Sampling, draw
+from sdd_lora.generation.images import draw
 from sdd_lora.generation.methods import sega
-from sdd_lora.generation.pipeline import load_pipeline, set_scheduler
+from sdd_lora.generation.sampling import Job, Sampling
+from sdd_lora.sd.pipeline import load_pipeline, set_scheduler
 
 
 def test_the_update_by_hand():

@@ -1,0 +1,364 @@
+"""A bench: which methods are measured on which model, how; a YAML file, strict like a recipe."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
+
+from sdd_lora.attacks.settings import Attacks, distinct
+from sdd_lora.errors import BadInput
+from sdd_lora.recipe import (
+    Count,
+    Positive,
+    Real,
+    Recipe,
+    Section,
+    Seed,
+    Text,
+    Whole,
+    parse_strictly,
+)
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Methods = Annotated[list[Name], Field(min_length=1), AfterValidator(distinct)]
+Steps = Annotated[Whole, Field(gt=0, le=999)]  # SD 1.x leaves out the first of its 1000 timesteps
+Scheduler = Literal["ddim", "dpm++", "euler-a", "pndm"]
+SCHEDULERS = get_args(Scheduler)
+Field_ = Literal["weight", "guidance", "steps", "scheduler", "model", "image", "beside"]
+
+#: what the attacks' images go by where variations have their names
+ATTACKS = "attacks"
+#: rows of the table in their order → what the report says of them
+METHODS = {
+    "sd": "the model as it is",
+    "neg": "the concept as negative prompt",
+    "sld-weak": "Safe Latent Diffusion, weak",
+    "sld-medium": "Safe Latent Diffusion, medium",
+    "sld-strong": "Safe Latent Diffusion, strong",
+    "sld-max": "Safe Latent Diffusion, max",
+    "sega": "semantic guidance away from the concept",
+    "esd-x-1": "ESD on cross-attention, η 1",
+    "esd-x-3": "ESD on cross-attention, η 3",
+    "esd-u-1": "ESD on all but cross-attention, η 1",
+    "esd-u-3": "ESD on all but cross-attention, η 3",
+    "esd-x-1-lora": "ESD on cross-attention as an adapter, η 1",
+    "esd-u-1-lora": "ESD on all but cross-attention as an adapter, η 1",
+    "sdd-full": "SDD, all of cross-attention, as its authors did",
+    "sdd": "SDD as an adapter",
+    "sdd-preserve": "SDD as an adapter, other prompts held",
+    "sdd-gated": "the adapter, its strength by the prompt's nearness",
+    "stack": "several adapters, summed exactly",
+    "baked": "adapters baked into a checkpoint",
+}
+
+
+class Prompts(Section):
+    """Sets by name: prompts that ask for what is erased, and prompts that must not change.
+
+    An entry that ends in .txt, .csv, .json or .jsonl is a file beside the bench; its prompts may
+    have seeds, guidance and sizes of their own.
+    """
+
+    erased: Annotated[dict[Name, str | list[str]], Field(min_length=1)]
+    kept: dict[Name, str | list[str]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sets_hold_some(self) -> "Prompts":
+        for name, entries in [*self.erased.items(), *self.kept.items()]:
+            if not entries and isinstance(entries, list):
+                raise ValueError(f"{name}: expected prompts, or files of them, found none")
+        return self
+
+
+class Seeds(Section):
+    """How many images all erased, and all kept, sets get together, and the first image's seed."""
+
+    first: Seed = 60_000
+    erased: Count = 200
+    kept: Count = 400
+
+
+class BenchSampling(Section):
+    """How every method draws; `batch` changes no image."""
+
+    steps: Steps = 25
+    guidance: Real = 7.5
+    scheduler: Scheduler = "ddim"
+    batch: Positive = 16
+
+
+class TrainedBy(Section):
+    """A recipe's file, beside the bench, and changes to it: {objective.kind: esd-x}."""
+
+    file: Text
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class VariationOf(Section):
+    """The measures again while one field takes other values.
+
+    weight: of the method's adapters · guidance, steps, scheduler: of the sampling · model: another
+    one · image: img2img from what `sd` drew, the value being how much of it is redone · beside:
+    an adapter that every method carries besides. Images are the first ones of the main table.
+    """
+
+    field: Field_
+    values: Annotated[list[Real | Text], Field(min_length=1), AfterValidator(distinct)]
+    methods: Methods
+    erased: Count = 60
+    kept: Count = 120
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> "VariationOf":
+        if self.erased + self.kept == 0:
+            raise ValueError("expected images, of erased or of kept prompts, found none")
+        kind, fits, expected = _TAKES[self.field]
+        for value in self.values:
+            if not isinstance(value, kind) or not fits(value):
+                raise ValueError(f"{self.field} takes {expected}, found {value!r}")
+        return self
+
+
+def _any(value: Any) -> bool:
+    return True
+
+
+#: field → the kind of value that a variation gives it, which ones, and how to say that
+_TAKES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "weight": (float, _any, "numbers"),
+    "guidance": (float, _any, "numbers"),
+    "steps": (float, lambda n: 1 <= n <= 999 and n.is_integer(), "whole numbers from 1 to 999"),
+    "image": (float, lambda share: 0 < share <= 1, "numbers over 0, up to 1"),
+    "scheduler": (str, lambda name: name in SCHEDULERS, f"some of {', '.join(SCHEDULERS)}"),
+    "model": (str, _any, "names of models"),
+    "beside": (str, _any, "names of adapters"),
+}
+
+
+class Quick(Section):
+    """What --quick changes: dotted fields of the bench, and of every recipe that it trains."""
+
+    bench: dict[str, Any] = Field(default_factory=dict)
+    recipes: dict[str, Any] = Field(default_factory=dict)
+
+
+class Bench(Section):
+    """A whole bench.
+
+    `recipes` names what is trained, `adapters` what a method carries, {name: weight} or [name], a
+    name being one under `recipes`, a file, a run's folder, or a hub id; `weights` a file of a whole
+    UNet or a part of one. A method that is trained under its own name needs no entry in `adapters`.
+    `measures` are names, or names with options. `concept` is the text that neg, SLD and SEGA work
+    against; where it is missing, all concepts joined. `attacks` are run where they are written.
+    """
+
+    name: Name
+    model: Text
+    concepts: list[Text] = Field(default_factory=list)
+    style: Text | None = None
+    concept: Text | None = None
+    prompts: Prompts
+    seeds: Seeds = Seeds()
+    sampling: BenchSampling = BenchSampling()
+    methods: Methods
+    measures: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
+    recipes: dict[Name, TrainedBy] = Field(default_factory=dict)
+    adapters: dict[Name, dict[Text, Real]] = Field(default_factory=dict)
+    weights: dict[Name, Text] = Field(default_factory=dict)
+    variations: dict[Name, VariationOf] = Field(default_factory=dict)
+    attacks: Attacks | None = None
+    quick: Quick = Quick()
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "Bench":
+        if bool(self.concepts) == bool(self.style):
+            raise ValueError("expected either concepts or a style, what is erased")
+        for method in self.every_method:
+            if method not in METHODS and not self.has_weights(method):
+                known = ", ".join(METHODS)
+                raise ValueError(
+                    f"method {method}: expected one of {known}; or a name of your own under "
+                    "recipes, adapters or weights"
+                )
+        if self.seeds.erased + (self.seeds.kept if self.prompts.kept else 0) == 0:
+            raise ValueError("seeds: expected images, of erased or of kept prompts, found none")
+        if self.attacks and not self.seeds.erased:
+            raise ValueError("attacks: expected erased prompts to attack; seeds.erased is 0")
+        if ATTACKS in self.variations:
+            raise ValueError(f"variations.{ATTACKS}: taken by the attacks; choose another name")
+        for name, variation in self.variations.items():
+            for value in variation.values if variation.field == "image" else ():
+                if isinstance(value, float) and self.sampling.steps * value < 1:
+                    steps = self.sampling.steps
+                    raise ValueError(f"variations.{name}: {value} redoes none of {steps} steps")
+        return self
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, quick: bool = False, overrides: dict[str, Any] | None = None
+    ) -> "Bench":
+        """Read a bench; `quick` applies its `quick` section, `overrides` maps dotted names to
+        values. Raises BadInput with every problem and its line."""
+        path = Path(path)
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(
+                f"{path}: expected a bench (YAML text), can't read it: {error}"
+            ) from error
+        return cls.parse(text, str(path), path.parent, quick=quick, overrides=overrides)
+
+    @classmethod
+    def parse(
+        cls, text: str, where: str = "bench", folder: Path = Path(), *, quick: bool = False,
+        overrides: dict[str, Any] | None = None,
+    ) -> "Bench":  # fmt: skip
+        """Like `load`, from a string."""
+
+        def prepared(fields: dict[str, Any]) -> dict[str, Any]:
+            if quick:
+                _quicken(fields)
+            _put(fields, overrides or {})
+            if "measures" in fields:
+                fields["measures"] = _named(fields["measures"], f"{where}: measures", {})
+            if isinstance(adapters := fields.get("adapters"), dict):
+                fields["adapters"] = {
+                    method: _named(parts, f"{where}: adapters.{method}", 1.0)
+                    for method, parts in adapters.items()
+                }
+            return fields
+
+        bench = parse_strictly(cls, text, where, prepared)
+        bench._folder = folder
+        return bench
+
+    @property
+    def every_method(self) -> list[str]:
+        """The table's, the variations' and the attacked ones."""
+        varied = [m for variation in self.variations.values() for m in variation.methods]
+        return [*self.methods, *varied, *(self.attacks.methods if self.attacks else [])]
+
+    @property
+    def erased(self) -> list[str]:
+        """What is to go: the concepts, or the style."""
+        return self.concepts or [str(self.style)]
+
+    @property
+    def against(self) -> str:
+        """The text that inference-time methods work against."""
+        return self.concept or ", ".join(self.erased)
+
+    def has_weights(self, method: str) -> bool:
+        return method in self.recipes or method in self.adapters or method in self.weights
+
+    def file(self, name: str) -> Path:
+        """A file that the bench names, beside it."""
+        return self._folder / name
+
+    def recipe(self, name: str) -> Recipe:
+        """The recipe that trains `name`, without a measurement of its own: the bench measures."""
+        trained = self.recipes[name]
+        changes = {"model": self.model} | trained.set
+        nothing = {"measure.detector": "none", "measure.transfer": []}
+        return Recipe.load(self.file(trained.file), changes | nothing)
+
+    def to_yaml(self) -> str:
+        """The complete bench, defaults filled in."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @property
+    def sha256_of_images(self) -> str:
+        """SHA-256 of what images depend on; methods, measures and variations may be added."""
+        fixed = self.model_dump(
+            mode="json", include={"model", "concepts", "style", "concept", "prompts", "seeds",
+                                  "sampling"},
+        )  # fmt: skip
+        del fixed["sampling"]["batch"]
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def _named(entries: Any, where: str, usual: Any) -> Any:
+    """[a, {b: x}] → {a: usual, b: x}; what is no list is left for the field's own check."""
+    if not isinstance(entries, list):
+        return entries
+    found: dict[Any, Any] = {}
+    for entry in entries:
+        if not isinstance(entry, str | dict):
+            raise BadInput(f"{where}: expected a name, or {{name: …}}, found {entry!r}")
+        named = entry if isinstance(entry, dict) else {entry: usual}
+        if twice := [name for name in named if name in found]:
+            raise BadInput(f"{where}: {twice[0]} stands there twice; expected each once")
+        found |= named
+    return found
+
+
+def _quicken(fields: dict[str, Any]) -> None:
+    """Put the fields of `quick` on top; recipes get theirs too. What has not the shape for that is
+    left for the field's own check."""
+    quick = fields.get("quick")
+    if not isinstance(quick, dict):
+        raise BadInput("--quick: this bench has no `quick` section that says what to leave out")
+    fields["name"] = f"{fields.get('name')}-quick"
+    if isinstance(changes := quick.get("bench"), dict):
+        _put(fields, changes)
+    recipes, changes = fields.get("recipes"), quick.get("recipes")
+    if isinstance(recipes, dict) and isinstance(changes, dict):
+        for trained in recipes.values():
+            if isinstance(trained, dict) and isinstance(trained.get("set", {}), dict):
+                trained["set"] = trained.get("set", {}) | changes
+
+
+def _put(fields: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Set fields by their dotted names."""
+    for dotted, value in changes.items():
+        place = fields
+        *parents, last = str(dotted).split(".")
+        for key in parents:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise BadInput(f"{dotted}: {key} holds a value, not fields")
+        place[last] = value
+
+
+def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:
+    """The bench with fewer methods, in variations and attacks too. Raises BadInput for one that it
+    lacks."""
+    if not methods:
+        return bench
+    there = bench.every_method
+    if unknown := [m for m in methods if m not in there]:
+        raise BadInput(
+            f"--methods {', '.join(unknown)}: not in this bench; expected some of "
+            f"{', '.join(dict.fromkeys(there))}"
+        )
+    variations = {}
+    for name, variation in bench.variations.items():
+        if kept := [m for m in variation.methods if m in methods]:
+            variations[name] = variation.model_copy(update={"methods": kept})
+    wanted = [m for m in bench.methods if m in methods]
+    if not wanted:
+        raise BadInput(
+            f"--methods {', '.join(methods)}: in variations or attacks only; expected one of the "
+            f"table's rows too: {', '.join(bench.methods)}"
+        )
+    attacks = bench.attacks
+    if attacks is not None:
+        attacked = [m for m in attacks.methods if m in methods]
+        attacks = attacks.model_copy(update={"methods": attacked}) if attacked else None
+    return bench.model_copy(
+        update={"methods": wanted, "variations": variations, "attacks": attacks}
+    )
+
+
+def limited(bench: Bench, limit: int | None) -> Bench:
+    """The bench with at most `limit` images of each kind (erased, kept) a row."""
+    if limit is None:
+        return bench
+    seeds = {"erased": min(limit, bench.seeds.erased), "kept": min(limit, bench.seeds.kept)}
+    return bench.model_copy(update={"seeds": bench.seeds.model_copy(update=seeds)})

@@ -1,0 +1,245 @@
+"""What draws each row of a bench: adapters and weights, trained where need be and kept."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.algebra import stack
+from sdd_lora.adapter.interference import interference
+from sdd_lora.bench.bench_file import METHODS, Bench
+from sdd_lora.bench.grid import Cell, draws_with
+from sdd_lora.bench.results import Interference
+from sdd_lora.checkpoint.bake import bake
+from sdd_lora.checkpoint.locate import locate
+from sdd_lora.errors import BadInput
+from sdd_lora.io.atomic import sha256_of
+from sdd_lora.progress import say
+from sdd_lora.sd.model import require_model
+from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
+
+#: where trained baselines are kept, unless SDD_LORA_CACHE says otherwise
+CACHE = Path("~/.cache/sdd_lora")
+
+#: trains a recipe into a folder, resuming where asked to; `sdd_lora.runs.train.train`
+Train = Callable[..., Any]
+
+
+class Weights:
+    """What each method's pipeline carries: adapters or weights, trained where need be, once."""
+
+    def __init__(self, bench: Bench, train: Train) -> None:
+        self.bench, self.train = bench, train
+        self.cache = Path(os.environ.get("SDD_LORA_CACHE", CACHE)).expanduser()
+        self.loaded: dict[str, Adapter] = {}
+        self.runs: dict[str, Path] = {}
+        self.fingerprints: dict[str, str] = {}
+        self.tokenizers: dict[str, CLIPTokenizer] = {}
+        self.models: set[str] = set()
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Raises BadInput for a method that has no weights to draw with, or varies what it lacks;
+        for recipes that can't be read; and for adapters, weights and models that are not there."""
+        for method in dict.fromkeys(cell.method for cell in cells):
+            bare = method == "sd" or draws_with(method) not in ("sd", "sdd-gated")
+            if not bare and not self.bench.has_weights(method):
+                raise BadInput(
+                    f"method {method}: expected an entry under `recipes`, `adapters` or `weights` "
+                    "that says what it draws with"
+                )
+        for name in self.bench.recipes:
+            self.bench.recipe(name)
+        for cell in cells:
+            self._check_variation(cell)
+        for cell in cells:
+            self._check_files(cell)
+
+    def _check_variation(self, cell: Cell) -> None:
+        where = f"variations.{cell.variation}"
+        if cell.conditions.weight != 1 and not self.carries_adapters(cell.method):
+            raise BadInput(f"{where}: {cell.method} carries no adapter whose weight could vary")
+        moved = cell.conditions.model != self.bench.model
+        if moved and cell.method != "baked" and self.is_whole(cell.method):
+            raise BadInput(f"{where}: {cell.method} is another UNet, not to be moved to a model")
+        if cell.conditions.image and draws_with(cell.method) != "sd":
+            raise BadInput(f"{where}: {cell.method} draws in its own way, not from a picture")
+        if cell.conditions.beside and cell.method == "sdd-gated":
+            raise BadInput(f"{where}: the gate of {cell.method} would close on the adapter beside")
+        if cell.conditions.image and "sd" not in self.bench.methods:
+            raise BadInput(f"{where}: starts from what sd drew; expected sd among the methods")
+
+    def _check_files(self, cell: Cell) -> None:
+        """What a cell is drawn with, but what is still to be trained, must be there now."""
+        bench, method = self.bench, cell.method
+        where = f"method {method}" if cell.variation is None else f"variations.{cell.variation}"
+        models = {cell.conditions.model}
+        if method in bench.recipes:
+            models.add(bench.recipe(method).model)
+        try:
+            for model in models - self.models:
+                require_model(model)
+                self.models.add(model)
+            for name in bench.adapters.get(method, ()):
+                if name not in bench.recipes:
+                    self.adapter(name)
+            if cell.conditions.beside:
+                self.beside(cell)
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
+        if method in bench.weights and not bench.file(bench.weights[method]).is_file():
+            raise BadInput(f"{where}: weights: {bench.file(bench.weights[method])}: no such file")
+
+    def carries_adapters(self, method: str) -> bool:
+        """Is a method drawn with adapters, whose weight can vary?"""
+        there = method in self.bench.adapters or method in self.bench.recipes
+        return there and method != "baked" and not self.is_whole(method)
+
+    def is_whole(self, method: str) -> bool:
+        """Are a method's weights a UNet or parts of one?"""
+        if method in self.bench.adapters or method not in self.bench.recipes:
+            return method in self.bench.weights
+        return self.bench.recipe(method).parameters == "full"
+
+    def pipeline(self, cell: Cell) -> StableDiffusionPipeline:
+        """The pipeline that draws a cell."""
+        conditions, method = cell.conditions, cell.method
+        beside = self.beside(cell)
+        whole = self.whole(method)
+        if whole is not None:
+            return load_pipeline(conditions.model, beside, weights=whole)
+        parts = [(adapter, weight * conditions.weight) for adapter, weight in self.parts(method)]
+        if method == "baked":
+            return load_pipeline(str(self.baked(conditions.model, parts)), beside)
+        if len(parts) > 1:
+            parts = [(stack(parts, method), 1.0)]
+        return load_pipeline(conditions.model, [*parts, *beside])
+
+    def parts(self, method: str) -> list[tuple[Adapter, float]]:
+        """The adapters of a method, with their weights; none where it has whole weights."""
+        if self.is_whole(method):
+            return []
+        if method in self.bench.adapters:
+            named = self.bench.adapters[method]
+            return [(self.adapter(name), weight) for name, weight in named.items()]
+        return [(self.adapter(method), 1.0)] if method in self.bench.recipes else []
+
+    def whole(self, method: str) -> Path | None:
+        """The file of a method's weights, where it is no adapter."""
+        if not self.is_whole(method):
+            return None
+        if method in self.bench.weights:
+            return self.bench.file(self.bench.weights[method])
+        return self.trained(method) / "weights.safetensors"
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter by its name under `recipes`, its file, its run's folder, or its hub id."""
+        if name not in self.loaded:
+            trained = name in self.bench.recipes
+            self.loaded[name] = Adapter.load(self.trained(name)) if trained else self._found(name)
+        return self.loaded[name]
+
+    def beside(self, cell: Cell) -> list[tuple[Adapter, float]]:
+        """The adapter that a cell carries beside its method's own, if there is one."""
+        return [(self._found(cell.conditions.beside), 1.0)] if cell.conditions.beside else []
+
+    def _found(self, name: str) -> Adapter:
+        """An adapter from its file or run's folder, beside the bench or not, or its hub id."""
+        beside = self.bench.file(name)
+        return Adapter.load(beside if beside.exists() else name)
+
+    def trained(self, name: str) -> Path:
+        """The run of a recipe, from the cache; trained now where it is not there, or not finished.
+
+        Runs go by their recipe's SHA-256 and their base's weights.
+        """
+        if name not in self.runs:
+            recipe = self.bench.recipe(name)
+            key = f"{recipe.sha256[:24]}-{self.fingerprint(recipe.model)[:16]}"
+            folder = self.cache / "runs" / key
+            if not (folder / "metrics.json").exists():
+                say(f"training {name} into {folder}")
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                self.train(recipe, folder, resume=(folder / "recipe.yaml").exists())
+            self.runs[name] = folder
+        return self.runs[name]
+
+    def fingerprint(self, model: str) -> str:
+        """What a model draws and trains with: all of it, since two may share their UNet's part."""
+        if model not in self.fingerprints:
+            pipeline = load_pipeline(model, device="cpu")
+            self.tokenizers[model] = pipeline.tokenizer
+            self.fingerprints[model] = sha256_of_parts(pipeline)
+        return self.fingerprints[model]
+
+    def tokenizer(self, model: str) -> CLIPTokenizer:
+        self.fingerprint(model)
+        return self.tokenizers[model]
+
+    def baked(self, model: str, parts: Sequence[tuple[Adapter, float]]) -> Path:
+        """A checkpoint of `model` with the adapters in it, from the cache or baked now."""
+        content = [self.fingerprint(model), *((a.identity, weight) for a, weight in parts)]
+        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+        path = locate(model)
+        out = self.cache / "baked" / (key if path.is_dir() else f"{key}.safetensors")
+        if not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            bake(model, parts, out)
+        return out
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """What a cell's images depend on besides prompts, seeds and sampling."""
+        whole, conditions = self.whole(cell.method), cell.conditions
+        return {
+            "model": conditions.model,
+            "fingerprint": self.fingerprint(conditions.model),
+            "adapters": [
+                {"adapter": adapter.name, "weight": weight * conditions.weight,
+                 "identity": adapter.identity}
+                for adapter, weight in self.parts(cell.method)
+            ],
+            "weights": None if whole is None else sha256_of(whole),
+            "image": conditions.image,
+            "attack": self._attack(conditions.attack),
+            "beside": next((a.identity for a, _ in self.beside(cell)), None),
+        }  # fmt: skip
+
+    def _attack(self, name: str) -> dict[str, Any] | None:
+        """An attack's settings."""
+        if self.bench.attacks is None or not name:
+            return None
+        return {name: self.bench.attacks.chosen[name].model_dump(mode="json")}
+
+    def told(self, method: str) -> dict[str, Any]:
+        """What the report says about where a row comes from."""
+        bench = self.bench
+        told: dict[str, Any] = {"how": METHODS.get(method, "")}
+        whole = self.whole(method)
+        if method in bench.adapters:
+            told["adapters"] = bench.adapters[method]
+        elif method in bench.weights:
+            told["weights"] = bench.weights[method]
+        elif method in bench.recipes:
+            metrics = json.loads((self.trained(method) / "metrics.json").read_text("utf-8"))
+            told |= {
+                "recipe": bench.recipes[method].file,
+                "changes": bench.recipes[method].set,
+                "recipe_sha256": bench.recipe(method).sha256,
+                "training": metrics["training"],
+                "tool": metrics["tool"],
+                "versions": metrics["versions"],
+            }
+        return told | ({} if whole is None else {"weights_sha256": sha256_of(whole)})
+
+    def interference(self) -> Interference | None:
+        """How the adapters of the table stand to each other; None where there is but one."""
+        parts = {name: (adapter, 1.0) for name, adapter in self.loaded.items()}
+        if len(parts) < 2:
+            return None
+        report = interference(list(parts.values()))
+        return Interference(names=list(parts), cosine=report.cosine.round(6).tolist())

@@ -1,0 +1,197 @@
+"""What fine-tuning changed: a tuned model against its base, as an adapter and what it can't hold.
+
+The two may differ in layout and dtype, and the tuned one may be partial (some weights alone, as
+ESD publishes them). Tensors are read one at a time. The autoencoder is not compared: no adapter
+reaches it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from sdd_lora import sd1 as names
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.algebra import require_one_size
+from sdd_lora.adapter.extract import low_rank
+from sdd_lora.checkpoint.copying import as_array, read_bytes
+from sdd_lora.checkpoint.layout import Checkpoint, Place, open_checkpoint
+from sdd_lora.errors import BadInput
+from sdd_lora.io.safetensors import open_input
+from sdd_lora.progress import progress
+
+#: Weights are compared in blocks of this many, so that it takes little memory.
+_BLOCK_WEIGHTS = 1 << 20
+_SMALLEST_FP16 = np.finfo(np.float16).smallest_subnormal.astype(np.float32)
+_LDM_HEADS = {"input_blocks", "middle_block", "output_blocks", "out", "time_embed"}
+_DIFFUSERS_HEADS = {
+    "conv_in", "conv_out", "conv_norm_out", "time_embedding", "down_blocks", "mid_block",
+    "up_blocks",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """An adapter and what it leaves out.
+
+    `kept` is the share of each module's squared change that its factors hold, `norms` the norm of
+    that change; `outside` the norms of changes to parameters that no adapter holds (biases, norms,
+    embeddings).
+    """
+
+    adapter: Adapter
+    kept: dict[str, float]
+    norms: dict[str, float]
+    outside: dict[str, float]
+
+    @property
+    def inside_share(self) -> float:
+        """The share of the whole squared change that lies in modules an adapter may hold."""
+        inside = sum(norm**2 for norm in self.norms.values())
+        return inside / (inside + sum(norm**2 for norm in self.outside.values()))
+
+    @property
+    def kept_share(self) -> float:
+        """The share of the whole squared change that the adapter holds."""
+        squares = {name: norm**2 for name, norm in self.norms.items()}
+        inside = sum(squares.values())
+        held = sum(self.kept[name] * square for name, square in squares.items())
+        return held / inside * self.inside_share if inside else 0.0
+
+
+def extract(
+    tuned: Path, base: Path, rank: int | None = None, energy: float | None = None
+) -> Extraction:
+    """The best adapter for tuned − base, of a rank or of the energy to keep in each module.
+
+    Raises BadInput where the two are no pair (a weight that the base lacks, or of another shape),
+    or nothing differs that an adapter may hold.
+    """
+    require_one_size(rank, energy)
+    factors, kept, norms, outside = {}, {}, {}, {}
+    for parameter, change in changes(tuned, base):
+        module = parameter.removesuffix(".weight")
+        norm = math.sqrt(float(np.square(change, dtype=np.float64).sum()))
+        if module == parameter or module not in names.known_modules():
+            outside[parameter] = norm
+            continue
+        factors[module], kept[module] = low_rank(change, rank, energy)
+        norms[module] = norm
+    if not factors:
+        raise BadInput(
+            f"{tuned}: no weight that an adapter may hold differs from {base}; "
+            f"{len(outside)} other parameters do"
+        )
+    metadata = {"name": tuned.stem, "extracted_from": {"tuned": tuned.name, "base": base.name}}
+    return Extraction(Adapter(factors, metadata), kept, norms, outside)
+
+
+def changes(tuned: Path, base: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Canonical parameter name and tuned − base, fp32, of every parameter that was changed.
+
+    A tensor of another dtype than the base's was not where none of its weights differs by more than
+    one step of the coarser dtype. Raises BadInput as `extract` does, and for NaN or infinities.
+    """
+    ours, theirs = open_checkpoint(tuned), open_checkpoint(base)
+    after, before = parameters(ours), parameters(theirs)
+    if not after:
+        raise BadInput(f"{tuned}: no weights of a Stable Diffusion 1.x UNet or text encoder in it")
+    absent = [name for name in after if name not in before]
+    if absent:
+        raise BadInput(
+            f"{base}: has no {absent[0]}, which {tuned} has ({len(absent)} are missing in all); "
+            "give the model that it was tuned from"
+        )
+    with progress("comparing", len(after)) as advance:
+        for name, place in after.items():
+            change = _change(name, _read(ours, place), _read(theirs, before[name]))
+            if change is not None:
+                yield name, change
+            advance()
+
+
+def parameters(checkpoint: Checkpoint) -> dict[str, Place]:
+    """Canonical names of the UNet's and text encoder's parameters → place, of the first copy."""
+    first: dict[str, set[Path]] = {}
+    for copy in checkpoint.copies:
+        files = {place.file for place in copy.places.values()}
+        first.setdefault(copy.component, files)
+    in_text_folder = first.get("text_encoder", set()) - first.get("unet", set())
+    wanted = set().union(*first.values()) if first else set(checkpoint.headers)
+    found = {}
+    for file in (file for file in checkpoint.headers if file in wanted):
+        for key, info in checkpoint.headers[file].tensors.items():
+            name = canonical_parameter(key, file in in_text_folder)
+            if name is not None and info.dtype[0] in "FB" and info.dtype != "BOOL":
+                found[name] = Place(file, key)
+    return found
+
+
+def canonical_parameter(key: str, of_text_encoder: bool = False) -> str | None:
+    """A parameter's name as diffusers has it; the text encoder's prefixed as adapters' modules are.
+
+    None for what belongs to neither the UNet nor the text encoder.
+    """
+    for prefix in (names.LDM_TEXT_PREFIX, names.TEXT_PREFIX):
+        if key.startswith(prefix):
+            key, of_text_encoder = key.removeprefix(prefix), True
+    if of_text_encoder:
+        return names.TEXT_LAYERS_PREFIX + key.removeprefix("text_model.")
+    for prefix in (names.LDM_UNET_PREFIX, "diffusion_model.", names.UNET_PREFIX):
+        key = key.removeprefix(prefix)
+    head = key.partition(".")[0]
+    if head in _DIFFUSERS_HEADS:
+        return key
+    try:
+        return names.from_ldm(key) if head in _LDM_HEADS else None
+    except KeyError:
+        return None
+
+
+def _read(checkpoint: Checkpoint, place: Place) -> np.ndarray:
+    with open_input(place.file) as file:
+        data = read_bytes(file, checkpoint.headers[place.file], place.key)
+    return as_array(data, checkpoint.info(place))
+
+
+def _change(name: str, after: np.ndarray, before: np.ndarray) -> np.ndarray | None:
+    if after.size != before.size or after.shape[:2] != before.shape[:2]:
+        raise BadInput(
+            f"{name}: has the shape {after.shape} in the tuned model, {before.shape} in the base; "
+            "they are different models"
+        )
+    before = before.reshape(after.shape)
+    alike = np.array_equal if after.dtype == before.dtype else _is_a_cast
+    if alike(after.reshape(-1), before.reshape(-1)):
+        return None
+    with np.errstate(invalid="ignore"):
+        change = after.astype(np.float32) - before.astype(np.float32)
+    if not np.isfinite(change).all():
+        raise BadInput(f"{name}: holds NaN or infinite weights, in the tuned model or in the base")
+    return change
+
+
+def _is_a_cast(after: np.ndarray, before: np.ndarray) -> bool:
+    """Whether two vectors of different dtypes may be the same numbers, rounded on different ways.
+
+    fp16 has finer steps than bf16, but not where its numbers become too small for it; and a model
+    of another dtype may have been fp16 before.
+    """
+    for start in range(0, after.size, _BLOCK_WEIGHTS):
+        a, b = after[start : start + _BLOCK_WEIGHTS], before[start : start + _BLOCK_WEIGHTS]
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(a.astype(np.float32) - b.astype(np.float32))
+        steps = np.maximum(_steps(a), _steps(b))
+        if not (difference <= np.maximum(steps, _SMALLEST_FP16)).all():
+            return False
+    return True
+
+
+def _steps(values: np.ndarray) -> np.ndarray:
+    """The distance of each value to the next larger one of its dtype, fp32."""
+    kind = ml_dtypes.finfo(values.dtype)
+    size = np.maximum(np.abs(values.astype(np.float32)), np.float32(kind.smallest_normal))
+    return np.ldexp(np.float32(1), np.frexp(size)[1] - 1 - kind.nmant)

@@ -1,0 +1,209 @@
+"""What has been baked into a file: written in its header, or beside it where that has no room.
+
+A file's chain has one entry for each call of `bake`. The sidecar, `<file>.baked.json`, holds the
+whole chain where it exists; it is tied to the file's bytes, so that it speaks for no other file.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.checkpoint.copying import read_at, read_pieces
+from sdd_lora.errors import BadInput
+from sdd_lora.io.atomic import write_text
+from sdd_lora.io.safetensors import Header, header_of, open_input
+from sdd_lora.progress import warn
+from sdd_lora.version import __version__
+
+METADATA_KEY = "sdd_lora.baked"
+UNKNOWN_DIGEST = "0" * 64
+SAMPLE_BYTES = 256  # a full file has 1,800 tensors, and a bake in place samples nearly all
+
+
+@dataclass(frozen=True)
+class BakedAdapter:
+    """An adapter as a chain names it.
+
+    `lineage` holds the identities of what it was made from, `parts` those that were stacked in it,
+    each with its weight there.
+    """
+
+    name: str
+    identity: str
+    weight: float
+    lineage: tuple[str, ...] = ()
+    concepts: tuple[str, ...] = ()
+    recipe_sha256: str | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, adapter: Adapter, weight: float) -> "BakedAdapter":
+        recipe = adapter.metadata.get("recipe")
+        return cls(
+            adapter.name, adapter.identity, weight, adapter.lineage,
+            tuple(map(str, adapter.metadata.get("concepts") or ())),
+            hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+            if recipe else None,
+            parts_of(adapter),
+        )  # fmt: skip
+
+    @property
+    def identities(self) -> set[str]:
+        return {self.identity, *self.lineage}
+
+
+@dataclass(frozen=True)
+class Baking:
+    """One call of `bake` on one file.
+
+    `before` is the fingerprint of the base: header and touched tensors; `after` that of the touched
+    tensors now; `rest` that of all others: of the beginning of each, or with `whole` of every byte.
+    """
+
+    adapters: tuple[BakedAdapter, ...]
+    rounding: str
+    ema: str
+    tool: str = f"sdd_lora {__version__}"
+    before: str = UNKNOWN_DIGEST
+    after: str = UNKNOWN_DIGEST
+    rest: str = UNKNOWN_DIGEST
+    whole: bool = False
+
+    @property
+    def call(self) -> "Baking":
+        """What all files have in common that one call of `bake` wrote."""
+        unknown = UNKNOWN_DIGEST
+        return replace(self, before=unknown, after=unknown, rest=unknown)
+
+
+def parts_of(adapter: Adapter) -> dict[str, float]:
+    """Identity → weight of the adapters that this one is the sum of, or was resized from (at 1)."""
+    found: dict[str, float] = {}
+    merged = [part for part in adapter.metadata.get("merged_from", ()) if "identity" in part]
+    for part in merged:
+        found[part["identity"]] = found.get(part["identity"], 0.0) + part["weight"]
+    resized = adapter.metadata.get("resized_from", {}).get("identity")
+    earlier = {identity for part in merged for identity in part.get("lineage") or ()}
+    if resized is not None and resized not in earlier:
+        found.setdefault(resized, 1.0)
+    return found
+
+
+def encode(chain: Iterable[Baking]) -> str:
+    return json.dumps([asdict(baking) for baking in chain], sort_keys=True, ensure_ascii=False)
+
+
+def decode(text: str, where: str) -> tuple[Baking, ...]:
+    """The chain from its JSON. Raises BadInput where it is none."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(tuple[Baking, ...]).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]["msg"]
+        raise BadInput(f"{where}: its {METADATA_KEY} can't be read: {first}") from error
+
+
+def chain_of(path: Path, header: Header) -> tuple[Baking, ...]:
+    """What was baked into a file: from its sidecar where there is a valid one, else its header."""
+    sidecar = sidecar_of(path)
+    if sidecar.is_file():
+        content = _read_sidecar(sidecar)
+        if _is_tied(path, header, content):
+            return decode(json.dumps(content["chain"]), str(sidecar))
+        warn(f"{sidecar}: is about another file than {path.name} now is; not used")
+    text = header.metadata.get(METADATA_KEY)
+    return decode(text, str(path)) if text else ()
+
+
+def metadata_with(header: Header, chain: Iterable[Baking]) -> dict[str, str]:
+    """The file's metadata, verbatim, with the chain in it.
+
+    transformers refuses a header that has metadata but no format in it.
+    """
+    return (header.metadata or {"format": "pt"}) | {METADATA_KEY: encode(chain)}
+
+
+def is_metadata_of(found: dict[str, str], original: dict[str, str]) -> bool:
+    """Whether `found` is `original` but for the chain."""
+    rest = {key: value for key, value in found.items() if key != METADATA_KEY}
+    before = {key: value for key, value in original.items() if key != METADATA_KEY}
+    return rest == before or (not original and rest == {"format": "pt"})
+
+
+def sidecar_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.baked.json")
+
+
+def write_sidecar(path: Path, chain: Iterable[Baking], key: str) -> None:
+    """Write the chain beside a file, tied to it by one of the tensors that were edited."""
+    with open_input(path) as file:
+        tie = digest_of_samples(file, header_of(file, str(path)), [key])
+    content = {"chain": json.loads(encode(chain)), "tied_to": {"tensor": key, "sha256": tie}}
+    write_text(sidecar_of(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def digest_of(digests: Iterable[str]) -> str:
+    """The fingerprint of several things: a digest of their digests, so that they can be taken apart
+    from each other."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def digest_of_samples(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
+    """A fingerprint of tensors by the beginning of each: a fine-tune or a cast changes them all."""
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(_sample(file, header, key))
+    return digest.hexdigest()
+
+
+def digest_of_tensors(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
+    """A fingerprint of every byte of the tensors, in the given order."""
+    return digest_of(digest_of_tensor(file, header, key) for key in keys)
+
+
+def checksum_of_tensors(file: BinaryIO, header: Header, keys: Iterable[str]) -> str:
+    """A fingerprint of every byte by a CRC-32 of each tensor: several times as fast as SHA-256, and
+    enough to see that a file has changed."""
+    return digest_of(_crc(file, header, key) for key in keys)
+
+
+def _crc(file: BinaryIO, header: Header, key: str) -> str:
+    crc = 0
+    for piece in read_pieces(file, header, key):
+        crc = zlib.crc32(piece, crc)
+    return f"{crc:08x}"
+
+
+def digest_of_tensor(file: BinaryIO, header: Header, key: str) -> str:
+    digest = hashlib.sha256()
+    for piece in read_pieces(file, header, key):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sample(file: BinaryIO, header: Header, key: str) -> bytes:
+    info = header.tensors[key]
+    return read_at(file, header.data_start + info.start, min(info.nbytes, SAMPLE_BYTES))
+
+
+def _read_sidecar(sidecar: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
+        content["chain"], content["tied_to"]["tensor"], content["tied_to"]["sha256"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{sidecar}: can't be read: {error}; remove it if it isn't yours") from error
+    return content
+
+
+def _is_tied(path: Path, header: Header, content: dict[str, Any]) -> bool:
+    key = content["tied_to"]["tensor"]
+    if key not in header.tensors:
+        return False
+    with open_input(path) as file:
+        return digest_of_samples(file, header, [key]) == content["tied_to"]["sha256"]

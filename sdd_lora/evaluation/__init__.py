@@ -1,1 +1,0 @@
-"""Measuring what an eraser removed and what it left."""

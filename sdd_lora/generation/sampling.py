@@ -1,0 +1,58 @@
+"""One image to draw (a job), and how images are drawn (the sampling)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sdd_lora.generation.prompt_files import Prompt
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to draw; what is None is as the sampling has it. Sizes are in pixels."""
+
+    prompt: str
+    seed: int
+    guidance: float | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn; `method` is one of the method ids, `concept` what it works against.
+
+    Width and height count pixels, a multiple of 8; None is the model's own size.
+    """
+
+    steps: int = 25
+    guidance: float = 7.5
+    scheduler: str = "ddim"
+    method: str = "sd"
+    concept: str = ""
+    batch: int = 8
+    width: int | None = None
+    height: int | None = None
+
+    def for_job(self, job: Job) -> "Sampling":
+        """With what the job has of its own."""
+        own: dict[str, Any] = {
+            "guidance": job.guidance, "width": job.width, "height": job.height
+        }  # fmt: skip
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
+
+
+def jobs_for(prompts: Sequence[str], count: int, first_seed: int) -> list[Job]:
+    """`count` jobs that go through the prompts in turn, each with its own seed."""
+    return [Job(prompts[i % len(prompts)], first_seed + i) for i in range(count)]
+
+
+def jobs_of(prompts: Sequence[Prompt], images: int, first_seed: int) -> list[Job]:
+    """`images` jobs for each prompt; seeds count up from the prompt's own where it has one, and
+    from `first_seed` through all prompts where not."""
+    jobs = []
+    for number, prompt in enumerate(prompts):
+        start = first_seed + number * images if prompt.seed is None else prompt.seed
+        own = (prompt.guidance, prompt.width, prompt.height)
+        jobs += [Job(prompt.text, start + k, *own) for k in range(images)]
+    return jobs

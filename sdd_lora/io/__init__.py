@@ -1,0 +1,1 @@
+"""Reading and writing files: outputs that appear whole, safetensors, torch archives, JSON lines."""

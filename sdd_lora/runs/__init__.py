@@ -1,0 +1,1 @@
+"""A run: train, measure, card, picture; everything in one folder."""

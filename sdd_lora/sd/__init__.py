@@ -1,0 +1,1 @@
+"""Stable Diffusion in memory: devices, models, prompts, pipelines."""

@@ -1,0 +1,102 @@
+"""A diffusers pipeline of a MODEL with adapters on its UNet and text encoder, or other weights."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.errors import BadInput
+from sdd_lora.sd.model import best_device, load_base_pipeline
+from sdd_lora.sd.weights import apply_weights
+
+_SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "euler-a": EulerAncestralDiscreteScheduler,
+    "pndm": PNDMScheduler,
+}
+
+
+def set_scheduler(pipeline: StableDiffusionPipeline, name: str) -> None:
+    """Give the pipeline a sampler by its short name: ddim, dpm++, euler-a or pndm."""
+    pipeline.scheduler = _SCHEDULERS[name].from_config(pipeline.scheduler.config, clip_sample=False)
+
+
+def load_adapters(named: Sequence[tuple[str, float]]) -> list[tuple[Adapter, float]]:
+    """Adapters from their files or run folders, with their weights."""
+    return [(Adapter.load(name), weight) for name, weight in named]
+
+
+def load_pipeline(
+    model: str, adapters: Sequence[tuple[Adapter, float]] = (),
+    dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+    weights: str | Path | None = None,
+) -> StableDiffusionPipeline:  # fmt: skip
+    """A `StableDiffusionPipeline` of MODEL; the adapters are live, not merged.
+
+    `weights` is a file of a UNet's weights, whole or partial, that take the place of the model's.
+    The device is CUDA, MPS or the CPU, whichever there is; the dtype fp16 on CUDA, else fp32.
+    Raises BadInput for a model that is no SD 1.x and for adapters or weights that don't fit it.
+    """
+    device = torch.device(device) if device is not None else best_device()
+    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    pipeline = load_base_pipeline(model, dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    if weights is not None:
+        apply_weights(pipeline.unet, Path(weights))
+    names = [f"adapter_{number}" for number in range(len(adapters))]
+    for name, (adapter, _) in zip(names, adapters, strict=True):
+        _check_fit(pipeline, adapter, model)
+        tensors = {k: torch.from_numpy(v) for k, v in adapter.to_state_dict("kohya").items()}
+        pipeline.load_lora_weights(tensors, adapter_name=name)
+    if adapters:
+        pipeline.set_adapters(names, [weight for _, weight in adapters])
+    return pipeline.to(device)
+
+
+def sha256_of_parts(pipeline: StableDiffusionPipeline) -> str:
+    """SHA-256 of all weights of text encoder, UNet and autoencoder, taken at fp16, so that a model
+    keeps it in another layout and as fp32 or fp16."""
+    digest = hashlib.sha256()
+    for part in (pipeline.text_encoder, pipeline.unet, pipeline.vae):
+        for tensor in part.state_dict().values():
+            digest.update(tensor.detach().cpu().half().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_fit(pipeline: StableDiffusionPipeline, adapter: Adapter, model: str) -> None:
+    """A loader would only warn of a module that the model lacks."""
+    shapes = _weight_shapes(pipeline.unet, "")
+    shapes |= _weight_shapes(pipeline.text_encoder, "text_encoder.")
+    for name, factors in adapter.factors.items():
+        found = shapes.get(name)
+        if found is None or math.prod(found) != math.prod(factors.weight_shape):
+            raise BadInput(
+                f"{adapter.name} does not fit {model}: {name} changes a weight of shape "
+                f"{factors.weight_shape}, the model's is {found or 'not there'}"
+            )
+
+
+def _weight_shapes(part: torch.nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of weights by module name; layers that carry LoRA go by their own name, and the text
+    encoder's with and without the level that transformers 5 dropped."""
+    shapes = {}
+    for key, tensor in part.state_dict().items():
+        if key.endswith(".weight") and "lora_" not in key:
+            name = key.removesuffix(".weight").removesuffix(".base_layer")
+            shapes[prefix + name] = tuple(tensor.shape)
+            if prefix:
+                shapes[f"{prefix}text_model.{name.removeprefix('text_model.')}"] = shapes[
+                    prefix + name
+                ]
+    return shapes

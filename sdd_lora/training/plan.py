@@ -1,0 +1,320 @@
+"""What a training will take: memory by part, UNet passes, arithmetic. Nothing is allocated.
+
+The UNet is built of fake tensors (shapes without values) at its true size, and one rollout's
+forward and one loss with its backward pass are run on it; what they would hold in memory is counted
+operation by operation. What a kernel needs inside itself (a convolution's workspace) is not seen.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from sdd_lora.recipe import Recipe, Rollout
+from sdd_lora.training import objectives
+from sdd_lora.training.nf4 import NF4_BYTES, cast, linear_layers
+from sdd_lora.training.roles import STUDENT, TEACHER, Roles, make_roles
+from sdd_lora.training.savings import savings
+from sdd_lora.training.trainer import DTYPES
+
+_TIMESTEPS = 1000
+#: bytes of the optimizer's two states for one parameter; bitsandbytes adds a scale per 256 values
+_OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}
+#: operations → their arithmetic; torch's own registry knows the other devices' attention kernels
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *rest, **named: sdpa_flop_count(q.shape, k.shape, v.shape)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *rest, **named: sdpa_backward_flop_count(
+            grad.shape, q.shape, k.shape, v.shape
+        )
+    ),
+}
+
+
+class Account(TorchDispatchMode):
+    """Counts, while it is active, floating-point operations (`flops`) and the bytes of the tensors
+    made, from the operation that makes them until they are freed: `live` now, `peak` at most.
+
+    torch's FlopCounterMode won't do for both: its hooks keep the tensors that checkpointing frees.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        arguments = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
+        there = {id(x.untyped_storage()) for x in arguments}
+        made = func(*args, **kwargs)
+        if count := _FLOPS.get(func.overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=made)
+        for tensor in tree_iter(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in there:  # else a view, or changed in place
+                    self._count(storage)
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, storage.nbytes())
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by part, at the moment of the iteration when they are most.
+
+    `loss_activations` are the loss's graph and what its backward pass works with; a rollout, which
+    needs no graph, works with `rollout_activations` at another time. Passes count samples through
+    the UNet, in an iteration; `forward_flops` is the arithmetic of one sample's forward, and
+    `cost_in_forwards` an iteration's in units of it.
+    """
+
+    base: int
+    adapter: int
+    average: int
+    optimizer: int
+    gradients: int
+    loss_activations: int
+    rollout_activations: int
+    rollout_passes: float
+    loss_passes: int
+    forward_flops: int
+    cost_in_forwards: float
+    parameters: int
+    trained: int
+
+    @property
+    def total(self) -> int:
+        """Peak bytes of tensors; a device's context and libraries come on top."""
+        held = self.base + self.adapter + self.average + self.optimizer
+        return held + max(self.gradients + self.loss_activations, self.rollout_activations)
+
+    @property
+    def passes(self) -> float:
+        """UNet passes of an iteration, for the rollout and the loss."""
+        return self.rollout_passes + self.loss_passes
+
+
+def footprint(recipe: Recipe, config: Mapping[str, Any]) -> Footprint:
+    """The footprint of training `recipe` on a UNet of diffusers' `config`, on one device."""
+    training, rollout = recipe.training, recipe.rollout
+    packed = training.base_precision == "nf4"
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(config)).eval()
+        if packed:
+            cast(unet, DTYPES[training.precision])
+        else:
+            unet.to(DTYPES[training.base_precision])
+        if training.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+            unet.train()  # as the trainer does
+        saved, unpacked = _nf4(unet) if packed else (0, 0)
+        base = _bytes(unet.parameters()) - saved
+        parameters = sum(p.numel() for p in unet.parameters())
+        roles = make_roles(unet, recipe)
+    rehearsal = _Rehearsal(recipe, roles)
+    guided = 1 if _unconditional(recipe) else 2
+    with FakeTensorMode():
+        stage = _Stage(unet)
+        with Account() as rollout_account:
+            stage(lambda: rehearsal.roll_out(guided))
+        with Account() as loss_account:
+            stage(rehearsal.loss_and_backward)
+    gradients = _bytes(p.grad for p in stage.tensors.values() if p.grad is not None)
+    student = roles.trained(STUDENT)
+    trained = sum(p.numel() for p in student.values())
+    average = _bytes(roles.trained(TEACHER).values()) if roles.averaged else 0
+    adapter = _bytes(student.values())
+    forward = rollout_account.flops // (guided * rollout.batch)
+    accumulation = training.gradient_accumulation
+    rollout_passes = steps_of_a_point(recipe) * rollout.batch * accumulation
+    return Footprint(
+        base=base, adapter=adapter, average=average,
+        optimizer=math.ceil(_OPTIMIZER_BYTES[recipe.optimizer.kind] * trained),
+        gradients=gradients,
+        loss_activations=loss_account.peak - gradients + unpacked,
+        rollout_activations=rollout_account.peak + unpacked,
+        rollout_passes=rollout_passes,
+        loss_passes=rehearsal.loss_passes * accumulation,
+        forward_flops=forward,
+        cost_in_forwards=rollout_passes + accumulation * loss_account.flops / forward,
+        parameters=parameters, trained=trained,
+    )  # fmt: skip
+
+
+class _Stage:
+    """Runs functions while the UNet's parameters, without a device, are fake ones on the CPU: only
+    there do autocast and the attention kernels choose as they do in earnest."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self._module = _Caller(unet)
+        self.tensors = {
+            f"unet.{name}": torch.empty(p.shape, dtype=p.dtype).requires_grad_(p.requires_grad)
+            for name, p in unet.named_parameters()
+        }
+
+    def __call__(self, function: Callable[[], None]) -> None:
+        torch.func.functional_call(self._module, self.tensors, (function,))
+
+
+class _Caller(torch.nn.Module):
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, function: Callable[[], None]) -> None:
+        function()
+
+
+class _Rehearsal:
+    """One iteration's forwards and backward pass in the trainer's roles, precision and sizes."""
+
+    def __init__(self, recipe: Recipe, roles: Roles) -> None:
+        self.recipe, self.roles = recipe, roles
+        self.loss_passes = 0
+
+    def roll_out(self, guided: int) -> None:
+        with self.roles.teacher():
+            self._forward(*self._inputs(guided * self.recipe.rollout.batch))
+
+    def loss_and_backward(self) -> None:
+        recipe = self.recipe
+        z, t, c_0 = self._inputs(recipe.rollout.batch)
+        c = c_0.repeat_interleave(recipe.rollout.prompts, dim=0)
+        with self.roles.student():
+            objectives.total(
+                recipe.objective, recipe.preserve, self._estimate, self._base_estimate,
+                z, t, c_0, c, c if recipe.preserve.prompts else None,
+            ).backward()  # fmt: skip
+
+    def _inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        config = self.roles.unet.config
+        size = config.sample_size
+        return (
+            torch.empty(batch, config.in_channels, size, size),
+            torch.empty(batch, dtype=torch.int64),
+            torch.empty(batch, 77, config.cross_attention_dim),
+        )
+
+    def _estimate(self, z: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        self.loss_passes += len(z)
+        return self._forward(z, t, c)
+
+    def _base_estimate(self, z: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        with self.roles.base():
+            return self._estimate(z, t, c)
+
+    def _forward(self, z: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        dtype = DTYPES[self.recipe.training.precision]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return self.roles.unet(z, t, c).sample.float()
+
+
+def steps_of_a_point(recipe: Recipe) -> float:
+    """UNet passes of one trajectory for one training point, on average.
+
+    Of N points spread evenly, the last one's number of steps is ((x + (N − 1)D) // N) + 1 for x
+    uniform in 0 … D − 1 (see Rollout); a guided step is two passes.
+    """
+    settings = recipe.rollout
+    depths, points = settings.steps - 1, settings.points
+    passes = [1 if _unconditional(recipe) else n for n in _passes_by_step(settings)]
+    lengths = [(x + (points - 1) * depths) // points + 1 for x in range(depths)]
+    return sum(sum(passes[:length]) for length in lengths) / depths / points
+
+
+def _passes_by_step(settings: Rollout) -> list[int]:
+    low, high = settings.guidance_interval
+    return [2 if low <= t / _TIMESTEPS <= high else 1 for t in _timesteps(settings)]
+
+
+def _timesteps(settings: Rollout) -> list[float]:
+    """DDIM's "leading" timesteps, offset 1; DPM-Solver++'s with their shift at its mean."""
+    steps, last = settings.steps, _TIMESTEPS - 1
+    if settings.solver == "ddim":
+        return [k * (_TIMESTEPS // steps) + 1 for k in reversed(range(steps))]
+    return [last, *(last - (k - 0.5) * last / (steps - 1) for k in range(1, steps))]
+
+
+def _unconditional(recipe: Recipe) -> bool:
+    """Does the rollout go without a prompt, as the reference does at s_g ≤ 1?"""
+    objective = recipe.objective
+    return (
+        objective.kind == "sdd"
+        and objective.variant == "reference"
+        and objective.guidance_scale <= 1
+    )
+
+
+def _nf4(unet: UNet2DConditionModel) -> tuple[int, int]:
+    """(bytes that packing the linear layers saves, those of the largest one while unpacked)."""
+    weights = [unet.get_parameter(f"{name}.weight") for name in linear_layers(unet)]
+    packed = math.ceil(sum(w.numel() for w in weights) * NF4_BYTES)
+    return _bytes(weights) - packed, max(_bytes([w]) for w in weights)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A change of the recipe (dotted names → values), what it costs, and the plan with it."""
+
+    changes: dict[str, Any]
+    costs: str
+    plan: Footprint
+
+
+def fit(recipe: Recipe, config: Mapping[str, Any], plan: Footprint, most: int) -> list[Saving]:
+    """The fewest savings, cheapest first, that bring a training's total to `most` bytes; `plan` is
+    its footprint as it is.
+
+    An empty list where it fits as it is. Where nothing brings it that low, all that help: then the
+    last one's total is still above `most`.
+    """
+    taken: list[Saving] = []
+    for changes, costs in savings(recipe):
+        if plan.total <= most:
+            break
+        changed = _changed(recipe, changes)
+        smaller = footprint(changed, config)
+        if smaller.total < plan.total:
+            more = smaller.cost_in_forwards / plan.cost_in_forwards - 1
+            taken.append(Saving(changes, f"{costs}; {100 * more:+.1f} % arithmetic", smaller))
+            recipe, plan = changed, smaller
+    return taken
+
+
+def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with those fields, checked again."""
+    fields = recipe.model_dump(mode="json")
+    for name, value in changes.items():
+        section, key = name.split(".")
+        fields[section][key] = value
+    return Recipe.model_validate(fields)

