@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,7 +26,6 @@ from sdd_lora.bench.grid import Cell, Conditions, cells_of, draws_with
 from sdd_lora.bench.methods import Train, Weights
 from sdd_lora.bench.results import ALL, BENCH, DAMAGED_IMAGE, IMAGES, RESULTS, Results, Row
 from sdd_lora.errors import BadInput
-from sdd_lora.generation.guided import size_of
 from sdd_lora.generation.images import (
     as_entry,
     check_concept,
@@ -37,6 +35,7 @@ from sdd_lora.generation.images import (
     is_drawn,
     job_in,
 )
+from sdd_lora.generation.img2img import from_images
 from sdd_lora.generation.sampling import Job, Sampling
 from sdd_lora.io.atomic import write_text
 from sdd_lora.io.distributed import processes
@@ -148,27 +147,6 @@ def claim(folder: Path, bench: Bench) -> None:
     write_text(path, bench.to_yaml())
 
 
-class FromDrawings(StableDiffusionImg2ImgPipeline):
-    """Starts from pictures that are there already; `redone` is how much of each is drawn anew,
-    img2img's strength. Sizes are those of the pictures."""
-
-    pictures: dict[Job, Path]
-    redone: float
-
-    def __call__(
-        self, prompt: list[str], generator: list[torch.Generator], guidance_scale: float,
-        width: int | None = None, height: int | None = None, **options: Any,
-    ) -> Any:  # fmt: skip
-        start = []
-        for text, g in zip(prompt, generator, strict=True):
-            job = Job(text, g.initial_seed(), guidance_scale, width, height)
-            start.append(Image.fromarray(_image(self.pictures[job])))
-        return super().__call__(
-            prompt, image=start, strength=self.redone, generator=generator,
-            guidance_scale=guidance_scale, **options,
-        )  # fmt: skip
-
-
 def draw_cell(
     folder: Path, cell: Cell, bench: Bench, weights: Weights, words: dict[str, torch.Tensor]
 ) -> None:
@@ -182,14 +160,7 @@ def draw_cell(
     if words:
         pipeline.load_textual_inversion(list(words.values()), token=list(words))
     if conditions.image:
-        parts = pipeline.components
-        pipeline = FromDrawings(**parts, requires_safety_checker=False)
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.redone = conditions.image
-        pipeline.pictures = {
-            _with_all(job, sampling, pipeline): file
-            for job, file in drawn_in(folder / BASE).items()
-        }
+        pipeline = from_images(pipeline, drawn_in(folder / BASE), sampling, conditions.image)
     generate(pipeline, jobs, sampling, target, settings)
 
 
@@ -200,13 +171,6 @@ def sampling_of(cell: Cell, bench: Bench) -> Sampling:
         conditions.steps, conditions.guidance, conditions.scheduler, method,
         _concept(method, bench), bench.sampling.batch,
     )  # fmt: skip
-
-
-def _with_all(job: Job, sampling: Sampling, pipeline: StableDiffusionPipeline) -> Job:
-    """The job with what it is drawn with, its own or not: both sides of a size, or none."""
-    own = sampling.for_job(job)
-    size = size_of(pipeline, own) if own.width or own.height else (None, None)
-    return replace(job, guidance=own.guidance, width=size[0], height=size[1])
 
 
 def _concept(method: str, bench: Bench) -> str:
