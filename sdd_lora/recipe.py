@@ -27,6 +27,19 @@ def _no_boolean(value: Any) -> Any:
     return value
 
 
+def _only(value: Any) -> BeforeValidator:
+    """A field that is gone, still read where it holds its only `value`."""
+
+    def check(found: Any) -> Any:
+        if found != value:
+            raise ValueError(
+                f"is gone: trials found no use for it; leave it away (found {found!r})"
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
 #: numbers are no booleans, and whole ones no text; "1e-3" is a number though, to YAML a text
 Whole = Annotated[int, Field(strict=True)]
 Real = Annotated[float, BeforeValidator(_no_boolean)]
@@ -133,16 +146,16 @@ class Rollout(Section):
 
     Each trajectory gives `points` training points, one an iteration, spread evenly over its
     timesteps. Each point is used with `prompts` concepts, and as many kept prompts: a pass for the
-    loss is cheap beside the steps that led there. A trajectory is guided where t / 1000 lies in
-    `guidance_interval`; elsewhere one conditional pass a step does.
+    loss is cheap beside the steps that led there.
     """
 
-    solver: Literal["ddim", "dpmsolver++"] = "ddim"
     steps: Annotated[Whole, Field(ge=2, le=999)] = 50
     points: Positive = 1
     prompts: Positive = 1
     batch: Positive = 1
-    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    # of earlier recipes; trials found no use for another value
+    solver: Annotated[Any, _only("ddim"), Field(exclude=True)] = "ddim"
+    guidance_interval: Annotated[Any, _only([0.0, 1.0]), Field(exclude=True)] = [0.0, 1.0]
 
     @model_validator(mode="after")
     def _fields_fit(self) -> "Rollout":
@@ -151,9 +164,6 @@ class Rollout(Section):
                 f"{self.points} points need more than {self.steps} steps: each has a timestep "
                 "of its own, and none has the noisiest"
             )
-        low, high = self.guidance_interval
-        if low > high:
-            raise ValueError(f"guidance_interval: expected low before high, found [{low}, {high}]")
         return self
 
 
@@ -294,11 +304,17 @@ class Recipe(Section):
         """The complete recipe, defaults filled in."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
+    def content(self) -> dict[str, Any]:
+        """All fields as artefacts store them and `sha256` hashes them: fields that are gone stay
+        there with their only value, so that no artefact changes its identity."""
+        gone = {"solver": self.rollout.solver, "guidance_interval": self.rollout.guidance_interval}
+        fields = self.model_dump(mode="json")
+        return fields | {"rollout": gone | fields["rollout"]}
+
     @property
     def sha256(self) -> str:
         """SHA-256 of the recipe's content, whatever its comments and layout."""
-        content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
 
 
 #: named sets of fields, overridden by what a recipe writes; `paper` is the defaults above

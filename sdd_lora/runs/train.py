@@ -193,7 +193,7 @@ def _metadata(recipe: Recipe, base_fingerprint: str) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "concepts": recipe.concepts,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.content(),
         "recipe_sha256": recipe.sha256,
         "base": {"model": recipe.model, "fingerprint": base_fingerprint},
         "tool": f"sdd_lora {__version__}",

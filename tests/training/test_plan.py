@@ -96,8 +96,6 @@ def test_checkpointing_and_half_precision_take_less():
     [
         {},
         {"points": 3},
-        {"guidance_interval": [0.2, 0.8]},
-        {"solver": "dpmsolver++", "points": 2, "guidance_interval": [0.3, 1.0]},
     ],
 )
 def test_passes_of_rollouts_are_as_many_as_counted(settings):

@@ -14,9 +14,7 @@ ROOT = Path(__file__).parents[2]
 WAYS = {
     "paper": {"rollout": {"steps": 4}},
     "fast": {
-        "rollout": {
-            "steps": 6, "points": 3, "solver": "dpmsolver++", "guidance_interval": [0.2, 1.0],
-        },
+        "rollout": {"steps": 6, "points": 3},
         "lora": {"init": "closed-form"},
     },
 }  # fmt: skip

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from support.small import ddim, embeddings, small_unet
 
 from sdd_lora.recipe import PRESETS, Objective
@@ -15,9 +14,6 @@ from sdd_lora.training.rollout import Rollout, generator_for
 EVERY_OPTION = {
     "plain": {},
     "points": {"points": 3},
-    "dpmsolver++": {"solver": "dpmsolver++"},
-    "interval": {"guidance_interval": (0.3, 0.8)},
-    "all": {"points": 3, "solver": "dpmsolver++", "guidance_interval": (0.3, 0.8)},
 }
 
 
@@ -86,42 +82,15 @@ def test_unet_passes_are_two_a_guided_step_and_trajectories_stop_at_their_own_de
     assert rollout.unet_passes == sum(calls) == 2 * steps
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
-def test_several_points_cost_the_steps_of_one_trajectory(solver):
+def test_several_points_cost_the_steps_of_one_trajectory():
     """N points an iteration each: the passes of a trajectory to its deepest point, and no more."""
-    rollout, unet = make(points=4, steps=9, solver=solver, samples=1)
+    rollout, unet = make(points=4, steps=9, samples=1)
     calls = counted(unet)
     for iteration in range(8):
         sample(rollout, iteration, [0])
     deepest = [rollout._start(born, 0).stops[-1] for born in (0, 4)]
     assert rollout.unet_passes == sum(calls) == 2 * sum(deepest)
     assert 2 * sum(deepest) < 2 * 2 * 9
-
-
-@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.8), (0.5, 0.5)])
-def test_outside_the_guidance_interval_a_step_is_one_pass(interval):
-    rollout, unet = make(guidance_interval=interval, steps=9)
-    calls = counted(unet)
-    expected = 0
-    for iteration in range(3):
-        points = sample(rollout, iteration)
-        for t in points.t:
-            made = [int(x) for x in rollout.scheduler.timesteps if x > t]
-            expected += sum(2 if interval[0] <= x / 1000 <= interval[1] else 1 for x in made)
-    assert rollout.unet_passes == sum(calls) == expected
-
-
-@torch.no_grad()
-def test_outside_the_guidance_interval_the_estimate_is_the_conditional_one():
-    rollout, unet = make(guidance_interval=(0.3, 0.8))
-    prompts = embeddings()
-    z, t = torch.randn(3, 4, 8, 8), [901, 501, 101]
-    e_0 = unet(z, torch.tensor(t), prompts.empty.expand(3, -1, -1)).sample
-    e_p = unet(z, torch.tensor(t), prompts.concepts).sample
-    e = rollout._guided(unet, z, t, prompts.empty, prompts.concepts)
-    assert not torch.allclose(e_0, e_p, atol=1e-4)
-    assert torch.allclose(e[[0, 2]], e_p[[0, 2]], atol=1e-5)
-    assert torch.allclose(e[1], e_0[1] + 3 * (e_p[1] - e_0[1]), atol=1e-5)
 
 
 @torch.no_grad()
@@ -147,23 +116,6 @@ def test_several_points_lie_on_one_trajectory():
     assert sample(rollout, 3, [0]).trajectories == [1]
 
 
-@torch.no_grad()
-def test_dpm_solver_trajectories_are_the_librarys():
-    rollout, unet = make(solver="dpmsolver++", steps=6)
-    prompts = embeddings()
-    points = sample(rollout, 2)
-    for i in range(3):
-        ours = rollout._start(2, i)
-        scheduler = DPMSolverMultistepScheduler.from_config(ddim().config)
-        scheduler.set_timesteps(timesteps=ours.solver.timesteps.tolist())
-        z = ours.z.unsqueeze(0)
-        for t in scheduler.timesteps[: ours.stops[0]]:
-            e_0, e_p = unet(z, t, prompts.empty).sample, unet(z, t, prompts.concepts[i : i + 1])[0]
-            z = scheduler.step(e_0 + 3 * (e_p - e_0), t, z).prev_sample
-        assert torch.allclose(points.z_t[i], z[0], atol=1e-3, rtol=1e-3)
-        assert points.t[i] == scheduler.timesteps[ours.stops[0]]
-
-
 @pytest.mark.parametrize(("preset", "passes"), [("paper", 50), ("fast", 5.4)])
 def test_what_the_presets_rollouts_cost_a_point(preset, passes):
     rollout = without_unet(**{"steps": 50} | PRESETS[preset].get("rollout", {}), samples=4)
@@ -183,15 +135,6 @@ def test_t_covers_all_but_the_first_timestep_evenly(points):
     expected = rollout.scheduler.timesteps[1:].tolist()
     assert set(seen) == set(expected)
     assert all(45 <= seen.count(t) <= 105 for t in expected)
-
-
-@pytest.mark.parametrize("points", [1, 4])
-def test_the_few_steps_of_dpm_solver_cover_the_whole_range_evenly(points):
-    rollout = without_unet(steps=6, points=points, solver="dpmsolver++")
-    seen = timesteps_seen(rollout, 600)
-    assert len(set(seen)) > 350 and min(seen) < 20 and max(seen) > 980
-    assert all(40 <= sum(100 * k <= t < 100 * (k + 1) for t in seen) <= 80 for k in range(10))
-    assert all(way.solver.timesteps[0] == 999 for way in [rollout._start(i, 0) for i in range(9)])
 
 
 def test_a_batch_with_several_points_is_spread_over_the_trajectory():
