@@ -5,7 +5,7 @@ from diffusers import StableDiffusionPipeline
 
 from sdd_lora.attacks.case import Case
 from sdd_lora.generation.guided import size_of
-from sdd_lora.sd.pipeline import set_scheduler
+from sdd_lora.sd.schedulers import set_scheduler
 
 _OWN_SEEDS = 1_000_000_000  # beyond those of any table
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, model_validator
@@ -22,12 +22,11 @@ from sdd_lora.recipe import (
     Whole,
     parse_strictly,
 )
+from sdd_lora.sd.schedulers import SCHEDULERS, Scheduler
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Methods = Annotated[list[Name], Field(min_length=1), AfterValidator(distinct)]
 Steps = Annotated[Whole, Field(gt=0, le=999)]  # SD 1.x leaves out the first of its 1000 timesteps
-Scheduler = Literal["ddim", "dpm++", "euler-a", "pndm"]
-SCHEDULERS = get_args(Scheduler)
 Field_ = Literal["weight", "guidance", "steps", "scheduler", "model", "image", "beside"]
 
 #: what the attacks' images go by where variations have their names

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,21 +9,13 @@ import typer
 
 from sdd_lora.cli.common import Result, speaks, verb, weighted
 from sdd_lora.errors import BadInput
+from sdd_lora.sd.schedulers import Scheduler
 
 if TYPE_CHECKING:
     from sdd_lora.generation.sampling import Job
 
 #: torch takes seeds of 64 bits
 _SEEDS = 2**63
-
-
-class Scheduler(str, Enum):
-    """Samplers that diffusers has."""
-
-    ddim = "ddim"
-    dpmsolver = "dpm++"
-    euler_a = "euler-a"
-    pndm = "pndm"
 
 
 @verb("generate")
@@ -80,7 +71,7 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
-    scheduler: Annotated[Scheduler, typer.Option(help="Sampler.")] = Scheduler.ddim,
+    scheduler: Annotated[Scheduler, typer.Option(help="Sampler.")] = "ddim",
     batch: Annotated[int, typer.Option(help="Images drawn at once; changes no image.", min=1)] = 8,
 ) -> Result:
     """Draw images, each a function of its prompt, its seed and the settings alone.
@@ -111,7 +102,7 @@ def generate(
     from sdd_lora.sd.pipeline import load_adapters, load_pipeline, sha256_of_parts
 
     sampling = Sampling(
-        steps, guidance, scheduler.value, method, concept, batch, width=width, height=height
+        steps, guidance, scheduler, method, concept, batch, width=width, height=height
     )
     jobs = jobs_of(texts, images, seed)
     _check_numbers(guidance, jobs)

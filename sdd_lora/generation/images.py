@@ -21,8 +21,8 @@ from sdd_lora.generation.sampling import Job, Sampling
 from sdd_lora.io.atomic import appended, atomic_output, locked, whole_lines, write_text
 from sdd_lora.io.distributed import processes
 from sdd_lora.progress import progress, warn
-from sdd_lora.sd.pipeline import set_scheduler
 from sdd_lora.sd.prompts import cut_off
+from sdd_lora.sd.schedulers import set_scheduler
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "settings.json"

@@ -11,7 +11,7 @@ from PIL import Image
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.measures import needs
-from sdd_lora.sd.model import best_device
+from sdd_lora.sd.devices import best_device
 
 #: model.safetensors of openai/clip-vit-large-patch14
 VIT_L_14 = "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"

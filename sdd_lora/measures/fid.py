@@ -16,7 +16,7 @@ from sdd_lora.io.atomic import sha256_of
 from sdd_lora.io.pictures import reading
 from sdd_lora.measures import needs
 from sdd_lora.measures.base import MeasureInfo
-from sdd_lora.sd.model import best_device
+from sdd_lora.sd.devices import best_device
 
 #: inception-2015-12-05.pt, the TorchScript that clean-fid reads
 INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"

@@ -14,7 +14,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.measures import needs
 from sdd_lora.measures.base import MeasureInfo
-from sdd_lora.sd.model import best_device
+from sdd_lora.sd.devices import best_device
 
 #: SHA-256 of torchvision's alexnet-owt-7be5be79.pth starts as its name says
 ALEXNET = "7be5be79"

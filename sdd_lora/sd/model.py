@@ -114,13 +114,6 @@ def unet_config(model: str) -> dict[str, Any]:
     return config
 
 
-def best_device() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPipeline:
     path, found = require_model(model, **parts)
     options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None} | parts

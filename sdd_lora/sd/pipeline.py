@@ -6,30 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-)
+from diffusers import StableDiffusionPipeline
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.errors import BadInput
-from sdd_lora.sd.model import best_device, load_base_pipeline
+from sdd_lora.sd.devices import best_device, default_dtype
+from sdd_lora.sd.model import load_base_pipeline
 from sdd_lora.sd.weights import apply_weights
-
-_SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "dpm++": DPMSolverMultistepScheduler,
-    "euler-a": EulerAncestralDiscreteScheduler,
-    "pndm": PNDMScheduler,
-}
-
-
-def set_scheduler(pipeline: StableDiffusionPipeline, name: str) -> None:
-    """Give the pipeline a sampler by its short name: ddim, dpm++, euler-a or pndm."""
-    pipeline.scheduler = _SCHEDULERS[name].from_config(pipeline.scheduler.config, clip_sample=False)
 
 
 def load_adapters(named: Sequence[tuple[str, float]]) -> list[tuple[Adapter, float]]:
@@ -49,8 +32,7 @@ def load_pipeline(
     Raises BadInput for a model that is no SD 1.x and for adapters or weights that don't fit it.
     """
     device = torch.device(device) if device is not None else best_device()
-    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    pipeline = load_base_pipeline(model, dtype)
+    pipeline = load_base_pipeline(model, dtype or default_dtype(device))
     pipeline.set_progress_bar_config(disable=True)
     if weights is not None:
         apply_weights(pipeline.unet, Path(weights))

@@ -7,7 +7,8 @@ import torch
 from sdd_lora.generation.images import draw
 from sdd_lora.generation.methods import sega
 from sdd_lora.generation.sampling import Job, Sampling
-from sdd_lora.sd.pipeline import load_pipeline, set_scheduler
+from sdd_lora.sd.pipeline import load_pipeline
+from sdd_lora.sd.schedulers import set_scheduler
 
 
 def test_the_update_by_hand():

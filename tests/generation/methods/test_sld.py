@@ -7,7 +7,8 @@ import torch
 from sdd_lora.generation.images import draw
 from sdd_lora.generation.methods.sld import STRENGTHS, SafetyGuidance, Strength
 from sdd_lora.generation.sampling import Job, Sampling
-from sdd_lora.sd.pipeline import load_pipeline, set_scheduler
+from sdd_lora.sd.pipeline import load_pipeline
+from sdd_lora.sd.schedulers import set_scheduler
 
 EMPTY = torch.zeros(1, 4, 1, 1)
 TEXT = torch.tensor([0.1, 0.3, 1.0, -1.0]).view(1, 4, 1, 1)
