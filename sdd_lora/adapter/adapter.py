@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 
 from sdd_lora import sd1 as names
-from sdd_lora.adapter import card, formats, hub, widths
-from sdd_lora.adapter.card import METADATA_KEY
+from sdd_lora.adapter import formats, hub, widths
 from sdd_lora.adapter.factors import Factors
+from sdd_lora.adapter.metadata import METADATA_KEY, MergedPart, Metadata
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import atomic_output
-from sdd_lora.io.safetensors import read_tensors, serialize
+from sdd_lora.io.safetensors import data_sha256, read_tensors, serialize
 
 if TYPE_CHECKING:
     import torch
@@ -34,18 +34,22 @@ DTYPES: dict[str, np.dtype] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Adapter:
     """Factors per module, and metadata. It is a *delta*: never to be confused with a weight.
 
-    `factors` maps canonical names (see `sdd_lora.sd1`) to `Factors`. `metadata` is JSON-able and
-    travels in the file's header; the keys that cards and user interfaces show are `name`,
-    `description`, `concepts`, `base`, `recipe`, `versions`, `measures`, `merged_from`, `author`,
-    `license`, `date`. What a foreign file said in its header is kept under `header`.
+    `factors` maps canonical names (see `sdd_lora.sd1`) to `Factors`. `metadata` travels in the
+    file's header; it may be given as a dictionary of `Metadata`'s fields and others, JSON-able.
     """
 
     factors: dict[str, Factors]
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Metadata
+
+    def __init__(
+        self, factors: dict[str, Factors], metadata: Metadata | Mapping[str, Any] | None = None
+    ) -> None:
+        object.__setattr__(self, "factors", factors)
+        object.__setattr__(self, "metadata", Metadata.of(metadata or {}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
@@ -56,18 +60,19 @@ class Adapter:
         path = adapter_file(path)
         tensors, header = _read(path)
         try:
-            adapter = cls(formats.decode(tensors, header), card.metadata_of(header))
+            factors, metadata = formats.decode(tensors, header), Metadata.from_header(header)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
-        adapter.metadata.setdefault("name", path.stem)
-        return adapter
+        return cls(
+            factors, metadata if metadata.name is not None else metadata | {"name": path.stem}
+        )
 
     @classmethod
     def from_state_dict(
         cls, tensors: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
     ) -> "Adapter":
         """From tensors (numpy or torch) named in any form; `<module>.alpha` where alpha ≠ rank."""
-        return cls(formats.decode(tensors, {}), dict(metadata or {}))
+        return cls(formats.decode(tensors, {}), metadata)
 
     def to_state_dict(self, form: str = "kohya") -> dict[str, np.ndarray]:
         """fp32 arrays, named in one of kohya, peft, ldm, attn-procs; the scale is folded in."""
@@ -89,9 +94,8 @@ class Adapter:
     def file_content(self, format: str, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """The tensors and the header's metadata that `save` writes."""
         tensors = self._cast(format, dtype)
-        header = card.header(self, tensors)
-        own = {**self.metadata, "identity": self.identity}
-        own.pop("header", None)
+        header = self.metadata.header_entries(self.rank, data_sha256(tensors))
+        own = self.metadata.own_entry() | {"identity": self.identity}
         header[METADATA_KEY] = json.dumps(own, sort_keys=True, ensure_ascii=False)
         if format == "peft":
             header[formats.PEFT_METADATA_KEY] = formats.peft_metadata(self.factors)
@@ -110,13 +114,12 @@ class Adapter:
 
     def derived(self, factors: dict[str, Factors], **metadata: Any) -> "Adapter":
         """Another delta made from this one: the identity and what was measured don't carry over."""
-        own = ("identity", "measures", "resized_from")
-        kept = {key: value for key, value in self.metadata.items() if key not in own}
+        kept = self.metadata.without("identity", "measures", "resized_from")
         return Adapter(factors, kept | metadata)
 
     @property
     def name(self) -> str:
-        return str(self.metadata.get("name", "adapter"))
+        return self.metadata.name_or_default
 
     @property
     def rank(self) -> int:
@@ -134,8 +137,7 @@ class Adapter:
 
         SHA-256 of the factors when the adapter was first saved; kept in the metadata from then on.
         """
-        known = self.metadata.get("identity")
-        return known if isinstance(known, str) else _fingerprint(self.factors)
+        return self.metadata.identity or _fingerprint(self.factors)
 
     def fits(self, sizes: names.Widths) -> bool:
         """Whether its matrices have the sizes of a model of these widths."""
@@ -144,18 +146,17 @@ class Adapter:
     @property
     def lineage(self) -> tuple[str, ...]:
         """Identities of all that this one was made from, at any depth, each once."""
-        sources = [*self.metadata.get("merged_from", ()), self.metadata.get("resized_from", {})]
-        found = (
-            i for made in sources for i in (made.get("identity"), *(made.get("lineage") or ()))
-        )
-        return tuple(dict.fromkeys(i for i in found if i is not None))
+        return self.metadata.lineage
 
-    def as_part(self, weight: float) -> dict[str, Any]:
+    def as_part(self, weight: float) -> MergedPart:
         """What `merged_from` of a sum says of this adapter."""
-        return {
-            "name": self.name, "identity": self.identity, "lineage": list(self.lineage),
-            "weight": weight, "concepts": self.metadata.get("concepts", []),
-        }  # fmt: skip
+        return MergedPart(
+            name=self.name,
+            identity=self.identity,
+            lineage=list(self.lineage),
+            weight=weight,
+            concepts=self.metadata.concepts,
+        )
 
     def norm(self) -> float:
         """The Frobenius norm of the whole delta."""

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import Factors, concatenated, truncated
+from sdd_lora.adapter.metadata import Metadata, ResizedFrom
 from sdd_lora.errors import BadInput
 
 Weighted = Sequence[tuple[Adapter, float]]
@@ -63,10 +63,12 @@ def resize(adapter: Adapter, rank: int | None = None, energy: float | None = Non
             whole += norm**2
             lost += (errors[module] * norm) ** 2
     error = math.sqrt(lost / whole) if whole else 0.0
-    source = {
-        "identity": adapter.identity, "lineage": list(adapter.lineage), "rank": adapter.rank,
-        "relative_error": error,
-    }  # fmt: skip
+    source = ResizedFrom(
+        identity=adapter.identity,
+        lineage=list(adapter.lineage),
+        rank=adapter.rank,
+        relative_error=error,
+    )
     return Resized(adapter.derived(factors, resized_from=source), error, errors)
 
 
@@ -80,19 +82,14 @@ def require_one_size(rank: int | None, energy: float | None) -> None:
         raise BadInput(f"energy {energy}: expected a share above 0, up to 1")
 
 
-def _merged_metadata(parts: Weighted, name: str | None) -> dict[str, Any]:
+def _merged_metadata(parts: Weighted, name: str | None) -> Metadata:
     """Where a stack comes from; `base` stays where all parts agree on it."""
-    adapters = [adapter for adapter, _ in parts]
-    metadata: dict[str, Any] = {
-        "name": name or "+".join(adapter.name for adapter in adapters),
-        "merged_from": [adapter.as_part(weight) for adapter, weight in parts],
-        "concepts": list(dict.fromkeys(
-            concept
-            for adapter, weight in parts if weight > 0
-            for concept in adapter.metadata.get("concepts", [])
-        )),
-    }  # fmt: skip
-    base = adapters[0].metadata.get("base")
-    if base and all(adapter.metadata.get("base") == base for adapter in adapters):
-        metadata["base"] = base
-    return metadata
+    concepts = [c for adapter, weight in parts if weight > 0 for c in adapter.metadata.concepts]
+    metadata = Metadata(
+        name=name or "+".join(adapter.name for adapter, _ in parts),
+        merged_from=[adapter.as_part(weight) for adapter, weight in parts],
+        concepts=list(dict.fromkeys(concepts)),
+    )
+    bases = [adapter.metadata.base for adapter, _ in parts]
+    agreed = bases[0] is not None and all(base == bases[0] for base in bases)
+    return metadata | {"base": bases[0]} if agreed else metadata

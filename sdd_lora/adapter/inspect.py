@@ -6,12 +6,12 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sdd_lora import sd1 as names
-from sdd_lora.adapter import card, formats, widths
+from sdd_lora.adapter import formats, widths
 from sdd_lora.adapter.adapter import PICKLES
 from sdd_lora.adapter.factors import require_alpha
+from sdd_lora.adapter.metadata import Metadata
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import DTYPES, Header, header_of, open_input, read_tensor
 
@@ -33,7 +33,7 @@ class Description:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, int]
     header: Header
-    metadata: dict[str, Any]
+    metadata: Metadata
     sha256: str
     data_sha256: str
 
@@ -110,7 +110,7 @@ def _describe(path: Path, header: Header, content: bytes) -> Description:
         shapes=shapes,
         dtypes=dict(Counter(info.dtype for info in header.tensors.values())),
         header=header,
-        metadata=card.metadata_of(header.metadata),
+        metadata=Metadata.from_header(header.metadata),
         sha256=hashlib.sha256(content).hexdigest(),
         data_sha256=hashlib.sha256(content[header.data_start :]).hexdigest(),
     )

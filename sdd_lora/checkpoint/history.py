@@ -43,10 +43,10 @@ class BakedAdapter:
 
     @classmethod
     def of(cls, adapter: Adapter, weight: float) -> "BakedAdapter":
-        recipe = adapter.metadata.get("recipe")
+        recipe = adapter.metadata.recipe
         return cls(
             adapter.name, adapter.identity, weight, adapter.lineage,
-            tuple(map(str, adapter.metadata.get("concepts") or ())),
+            tuple(adapter.metadata.concepts),
             hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
             if recipe else None,
             parts_of(adapter),
@@ -84,13 +84,14 @@ class Baking:
 def parts_of(adapter: Adapter) -> dict[str, float]:
     """Identity → weight of the adapters that this one is the sum of, or was resized from (at 1)."""
     found: dict[str, float] = {}
-    merged = [part for part in adapter.metadata.get("merged_from", ()) if "identity" in part]
-    for part in merged:
-        found[part["identity"]] = found.get(part["identity"], 0.0) + part["weight"]
-    resized = adapter.metadata.get("resized_from", {}).get("identity")
-    earlier = {identity for part in merged for identity in part.get("lineage") or ()}
-    if resized is not None and resized not in earlier:
-        found.setdefault(resized, 1.0)
+    earlier: set[str] = set()
+    for part in adapter.metadata.merged_from:
+        if part.identity is not None:
+            found[part.identity] = found.get(part.identity, 0.0) + part.weight
+            earlier.update(part.lineage or ())
+    resized = adapter.metadata.resized_from
+    if resized and resized.identity is not None and resized.identity not in earlier:
+        found.setdefault(resized.identity, 1.0)
     return found
 
 

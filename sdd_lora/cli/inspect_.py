@@ -70,7 +70,7 @@ def _adapter(path: Path, norms: bool) -> dict[str, Any]:
         "sha256": found.sha256,
         "autov2": found.autov2,
         "autov3": found.autov3,
-        "metadata": found.metadata,
+        "metadata": found.metadata.as_json(),
     }
     if norms:
         factors = Adapter.load(path).factors

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.card import METADATA_KEY, render_card, render_weights_card, write_sidecar
+from sdd_lora.adapter.card import render_card, render_weights_card, write_sidecar
 from sdd_lora.adapter.factors import Factors
+from sdd_lora.adapter.metadata import METADATA_KEY, Metadata, TrainedOn
 from sdd_lora.errors import BadInput, Busy, SddLoraError
 from sdd_lora.io.atomic import atomic_output, sha256_of, write_text
 from sdd_lora.io.distributed import processes
@@ -139,7 +140,7 @@ def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
 
 def _trained(
     recipe: Recipe, folder: Path, place: Path, resume: bool, parts: TrainingParts | None
-) -> tuple[Adapter | dict[str, torch.Tensor], dict[str, Any], Report]:
+) -> tuple[Adapter | dict[str, torch.Tensor], Metadata, Report]:
     """What came of the training (an adapter, or whole weights by name), what it says of itself, and
     what it took. The folder's earlier files are touched only when everything else is ready."""
     shared = parts is not None
@@ -173,7 +174,7 @@ def _tell_what_is_not_measured(recipe: Recipe) -> None:
         warn("measure.prompts: nothing is drawn or counted, since measure.detector is none")
 
 
-def _as_adapter(recipe: Recipe, trainer: Trainer, metadata: dict[str, Any]) -> Adapter:
+def _as_adapter(recipe: Recipe, trainer: Trainer, metadata: Metadata) -> Adapter:
     factors = {
         name: Factors(
             down.flatten(1).numpy(), up.flatten(1).numpy(), recipe.lora.alpha, _kernel(down)
@@ -188,17 +189,17 @@ def _kernel(down: torch.Tensor) -> tuple[int, int] | None:
     return (down.shape[2], down.shape[3]) if down.ndim == 4 else None
 
 
-def _metadata(recipe: Recipe, base_fingerprint: str) -> dict[str, Any]:
+def _metadata(recipe: Recipe, base_fingerprint: str) -> Metadata:
     """What a result says of itself."""
-    return {
-        "name": recipe.name,
-        "concepts": recipe.concepts,
-        "recipe": recipe.content(),
-        "recipe_sha256": recipe.sha256,
-        "base": {"model": recipe.model, "fingerprint": base_fingerprint},
-        "tool": f"sdd_lora {__version__}",
-        "versions": versions(),
-    }
+    return Metadata(
+        name=recipe.name,
+        concepts=recipe.concepts,
+        recipe=recipe.content(),
+        recipe_sha256=recipe.sha256,
+        base=TrainedOn(model=recipe.model, fingerprint=base_fingerprint),
+        tool=f"sdd_lora {__version__}",
+        versions=versions(),
+    )
 
 
 def _finish(
@@ -210,30 +211,29 @@ def _finish(
     _write(adapter, folder)
     measured = _measured(recipe, folder, adapter=ADAPTER)
     if measured["measures"]:
-        numbers = {"measures": measured["measures"]}
-        adapter = Adapter(adapter.factors, adapter.metadata | numbers)
+        metadata = adapter.metadata | {"measures": measured["measures"]}
+        adapter = Adapter(adapter.factors, metadata)
         _write(adapter, folder)
     result = {"adapter": _file_numbers(folder / ADAPTER, adapter.parameters)}
-    base = adapter.metadata.get("base", {})
-    metrics = _metrics(made_by, base, result, training, measured)
+    metrics = _metrics(made_by, adapter.metadata.base, result, training, measured)
     write_text(folder / CARD, render_card(adapter, metrics))
     _write_metrics(folder, metrics)
     return adapter
 
 
 def _finish_weights(
-    tensors: dict[str, torch.Tensor], metadata: dict[str, Any], folder: Path, recipe: Recipe,
+    tensors: dict[str, torch.Tensor], metadata: Metadata, folder: Path, recipe: Recipe,
     made_by: dict[str, Any], training: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write fully trained weights, measure them as written, write their card; the metrics last."""
-    header = {"format": "pt", METADATA_KEY: json.dumps(metadata, ensure_ascii=False)}
+    header = {"format": "pt", METADATA_KEY: json.dumps(metadata.as_json(), ensure_ascii=False)}
     with atomic_output(folder / WEIGHTS) as file:
         for chunk in serialize({name: t.numpy() for name, t in tensors.items()}, header):
             file.write(chunk)
     measured = _measured(recipe, folder, weights=WEIGHTS)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     result = {"weights": _file_numbers(folder / WEIGHTS, parameters)}
-    metrics = _metrics(made_by, metadata["base"], result, training, measured)
+    metrics = _metrics(made_by, metadata.base, result, training, measured)
     write_text(folder / CARD, render_weights_card(metadata, metrics))
     _write_metrics(folder, metrics)
 
@@ -266,14 +266,14 @@ def _file_numbers(path: Path, parameters: int) -> dict[str, Any]:
 
 
 def _metrics(
-    made_by: dict[str, Any], base: dict[str, Any], result: dict[str, Any],
+    made_by: dict[str, Any], base: TrainedOn | None, result: dict[str, Any],
     training: dict[str, Any], measured: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     return {
         "tool": f"sdd_lora {__version__}",
         "versions": versions(),
         **made_by,
-        "base": base,
+        "base": base.as_json() if base else {},
         **result,
         "training": training,
         **measured,

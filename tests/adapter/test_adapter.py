@@ -105,27 +105,27 @@ DEEP = "[" * 100_000 + "]" * 100_000
     ("metadata", "message"),
     [
         ({"sdd_lora": "{"}, "sdd_lora is damaged"),
-        ({"sdd_lora": "[]"}, "sdd_lora is damaged; expected a JSON object"),
-        ({"sdd_lora": '{"concepts": "bomb"}'}, "sdd_lora is damaged: concepts is 'bomb'"),
-        ({"sdd_lora": '{"base": "demo"}'}, "damaged: base is 'demo'"),
-        ({"sdd_lora": '{"merged_from": [1]}'}, "damaged: merged_from: name is None"),
-        ({"sdd_lora": '{"merged_from": [{"name": "a", "weight": NaN}]}'}, "weight is nan"),
+        ({"sdd_lora": "[]"}, "sdd_lora is damaged"),
+        ({"sdd_lora": '{"concepts": "bomb"}'}, "sdd_lora is damaged: concepts"),
+        ({"sdd_lora": '{"base": "demo"}'}, "damaged: base"),
+        ({"sdd_lora": '{"merged_from": [1]}'}, "damaged: merged_from.0"),
+        ({"sdd_lora": '{"merged_from": [{"name": "a", "weight": NaN}]}'}, "merged_from.0.weight"),
         (
             {"sdd_lora": '{"merged_from": [{"name": "a", "weight": 1%s}]}' % ("0" * 400)},
-            "weight is",
+            "merged_from.0.weight",
         ),
-        ({"sdd_lora": '{"measures": [{"name": "x"}]}'}, "damaged: measures: group is None"),
-        ({"sdd_lora": '{"resized_from": {"rank": 4}}'}, "resized_from: relative_error is None"),
+        ({"sdd_lora": '{"measures": [{"name": "x"}]}'}, "damaged: measures.0.group"),
+        ({"sdd_lora": '{"resized_from": {"rank": 4}}'}, "resized_from.relative_error"),
         (
             {"sdd_lora": '{"merged_from": [{"name": "a", "weight": 1, "lineage": "x"}]}'},
-            "damaged: lineage is 'x'",
+            "merged_from.0.lineage",
         ),
         (
             {"sdd_lora": '{"resized_from": {"relative_error": 0, "lineage": [[]]}}'},
-            "lineage: identity is \\[\\]",
+            "resized_from.lineage.0",
         ),
         ({"sdd_lora": DEEP}, "sdd_lora is damaged"),
-        ({"sdd_lora": '{"a": %s}' % ("[" * 80 + "]" * 80)}, "sdd_lora is damaged"),
+        ({"sdd_lora": '{"a": %s}' % ("[" * 300 + "]" * 300)}, "sdd_lora is damaged"),
         ({"sdd_lora": '{"name": "\\ud800"}'}, "sdd_lora is damaged"),
         ({"lora_adapter_metadata": DEEP}, "is no JSON"),
         ({"lora_adapter_metadata": '{"unet.lora_alpha": 1%s}' % ("0" * 400)}, "beyond any float"),
@@ -229,7 +229,7 @@ def test_legacy_pickles_give_tensors_and_never_run(tmp_path):
 def test_an_entry_of_nothing_is_none(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file(GOOD, path, {"sdd_lora": '{"merged_from": null, "concepts": null}'})
-    assert Adapter.load(path).metadata == {"name": "a"}
+    assert Adapter.load(path).metadata.as_json() == {"name": "a"}
 
 
 def test_scaled_is_a_multiple_with_another_identity():

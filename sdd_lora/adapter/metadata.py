@@ -1,0 +1,283 @@
+"""What an adapter's file says about it: our own entry of the header, and those of other tools.
+
+Our entry is one JSON object under `sdd_lora`, read by `Metadata`. User interfaces show `ss_*`
+(A1111) and ModelSpec 1.0.1 keys, which are written beside it and read from foreign files.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from sdd_lora.errors import BadInput
+
+METADATA_KEY = "sdd_lora"
+SHOWN_CONCEPTS = 12
+_MODELSPEC_FIELDS = ("description", "author", "license", "date", "usage_hint")
+#: Header keys written anew at every save: what a read file said there is stale or in `Metadata`.
+_GENERATED = {
+    METADATA_KEY,
+    "format",
+    "lora_adapter_metadata",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "ss_output_name",
+    "ss_sd_model_name",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_base_model_version",
+    "ss_v2",
+    "modelspec.sai_model_spec",
+    "modelspec.architecture",
+    "modelspec.implementation",
+    "modelspec.title",
+    "modelspec.merged_from",
+    "modelspec.hash_sha256",
+    *(f"modelspec.{field}" for field in _MODELSPEC_FIELDS),
+}
+
+
+def _finite(value: int | float) -> int | float:
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError("expected a finite number")
+    return value
+
+
+#: A number as JSON has it: 1 stays 1, so that what is read is written again byte for byte.
+Number = Annotated[int | float, AfterValidator(_finite)]
+
+
+class Entry(BaseModel):
+    """A JSON object with known fields; others are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that were given, as JSON has them."""
+        return self.model_dump(exclude_unset=True)
+
+
+class TrainedOn(Entry):
+    """The model that an adapter was trained on: its name, and a digest of its weights."""
+
+    model: str | None = None
+    fingerprint: str | None = None
+
+
+class Source(Entry):
+    """An adapter that another was made from; `lineage`: the identities that it was made from."""
+
+    identity: str | None = None
+    lineage: list[str] | None = None
+
+
+class MergedPart(Source):
+    """A part of a stack, and its weight there."""
+
+    name: str
+    weight: Number
+    concepts: list[str] | None = None
+
+
+class ResizedFrom(Source):
+    """What a smaller adapter was cut from; `relative_error` is ‖ΔW − ΔW′‖ / ‖ΔW‖."""
+
+    rank: int | None = None
+    relative_error: Number
+
+
+class ExtractedFrom(Entry):
+    """The file names of the two checkpoints whose difference an adapter is."""
+
+    tuned: str
+    base: str
+
+
+class MeasuredRate(Entry):
+    """A row of `metrics.json`: the share of images, of 1, without and with the adapter."""
+
+    name: str
+    group: str
+    before: Number
+    after: Number
+
+
+class Metadata(Entry):
+    """What is known of an adapter. Reads like the JSON object it is: `metadata["name"]`,
+    `metadata | {"name": "other"}`.
+
+    `header` holds what other tools wrote into the file's header; it is no part of our entry.
+    """
+
+    name: str | None = None
+    merged_from: list[MergedPart] = []
+    concepts: list[str] = []
+    recipe: JsonValue = None
+    recipe_sha256: str | None = None
+    base: TrainedOn | None = None
+    tool: str | None = None
+    versions: dict[str, str] = {}
+    measures: list[MeasuredRate] = []
+    resized_from: ResizedFrom | None = None
+    extracted_from: ExtractedFrom | None = None
+    description: str | None = None
+    author: str | None = None
+    license: str | None = None
+    date: str | None = None
+    usage_hint: str | None = None
+    identity: str | None = None
+    header: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        """null says nothing: as if the field were missing."""
+        if isinstance(fields, dict):
+            return {key: value for key, value in fields.items() if value is not None}
+        return fields
+
+    @classmethod
+    def of(cls, fields: "Mapping[str, Any] | Metadata") -> "Metadata":
+        """From a dictionary of Python's. Raises BadInput where a field is of another type."""
+        if isinstance(fields, Metadata):
+            return fields
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise BadInput(f"an adapter's metadata: {_first_problem(error)}") from None
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, str]) -> "Metadata":
+        """Our own entry of a file's header, or what a foreign header tells of the same kind.
+
+        Raises BadInput where our entry is no JSON object of these fields.
+        """
+        others = {key: value for key, value in header.items() if key not in _GENERATED}
+        own = header.get(METADATA_KEY)
+        found = _of_foreign(header) if own is None else _parsed(own)
+        return found.without("header") | ({"header": others} if others else {})
+
+    def own_entry(self) -> dict[str, Any]:
+        """Our entry of the header: all but what other tools wrote."""
+        return self.without("header").as_json()
+
+    def header_entries(self, rank: int, data_hash: str) -> dict[str, str]:
+        """The header's entries for user interfaces: of a file of this rank, whose tensors' bytes
+        have this SHA-256."""
+        name = self.name_or_default
+        entries = {
+            **self.header,
+            "format": "pt",
+            "ss_output_name": name,
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(rank),
+            "ss_network_alpha": str(float(rank)),
+            "ss_base_model_version": "sd_v1",
+            "ss_v2": "False",
+            "sshs_model_hash": data_hash,
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": "stable-diffusion-v1/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": name,
+            "modelspec.hash_sha256": f"0x{data_hash}",
+        }
+        if self.base_model:
+            entries["ss_sd_model_name"] = self.base_model
+        if self.merged_from:
+            entries["modelspec.merged_from"] = ", ".join(part.name for part in self.merged_from)
+        described = {"description": self.sentence} | self.as_json()
+        entries |= {f"modelspec.{k}": described[k] for k in _MODELSPEC_FIELDS if described.get(k)}
+        return entries
+
+    @property
+    def name_or_default(self) -> str:
+        return "adapter" if self.name is None else self.name
+
+    @property
+    def base_model(self) -> str | None:
+        """The name of the model that the adapter was trained on."""
+        return self.base.model if self.base else None
+
+    @property
+    def sentence(self) -> str:
+        """One sentence on what the adapter does; empty where nothing is known."""
+        if self.description:
+            return self.description
+        if not self.concepts:
+            return ""
+        made = "Made of adapters trained" if self.merged_from else "Trained"
+        model = self.base_model or "Stable Diffusion 1.x"
+        return f"{made} to keep {model} from drawing: {shortened(self.concepts)}."
+
+    @property
+    def lineage(self) -> tuple[str, ...]:
+        """Identities of all that the adapter was made from, at any depth, each once."""
+        sources: list[Source] = [*self.merged_from]
+        if self.resized_from:
+            sources.append(self.resized_from)
+        found = (i for made in sources for i in (made.identity, *(made.lineage or ())))
+        return tuple(dict.fromkeys(i for i in found if i is not None))
+
+    def without(self, *fields: str) -> "Metadata":
+        """The same, but for these fields."""
+        return Metadata(**{key: value for key, value in self._given() if key not in fields})
+
+    def __or__(self, changes: Mapping[str, Any]) -> "Metadata":
+        return Metadata.of(dict(self._given()) | dict(changes))
+
+    def __getitem__(self, field: str) -> Any:
+        return self.as_json()[field]
+
+    def __contains__(self, field: str) -> bool:
+        return field in self.model_fields_set
+
+    def get(self, field: str, default: Any = None) -> Any:
+        return self.as_json().get(field, default)
+
+    def _given(self) -> Iterator[tuple[str, Any]]:
+        return ((key, value) for key, value in self if key in self.model_fields_set)
+
+
+def shortened(concepts: Iterable[str]) -> str:
+    """The first `SHOWN_CONCEPTS` of them, and how many more there are.
+
+    "axe, in oil" is left out where "axe" is there too: the recipe and the sidecar list all of them.
+    """
+    listed = dict.fromkeys(concepts)
+    distinct = [c for c in listed if "," not in c or c.partition(",")[0] not in listed]
+    more = len(distinct) - SHOWN_CONCEPTS
+    return ", ".join(distinct[:SHOWN_CONCEPTS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _parsed(text: str) -> Metadata:
+    try:
+        return Metadata.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        problem = _first_problem(error)
+        raise BadInput(f"the header's {METADATA_KEY} is damaged: {problem}") from None
+
+
+def _of_foreign(header: Mapping[str, str]) -> Metadata:
+    found: dict[str, Any] = {
+        "name": header.get("modelspec.title") or header.get("ss_output_name") or None
+    }
+    if base := header.get("ss_sd_model_name"):
+        found["base"] = {"model": base}
+    found |= {key: header.get(f"modelspec.{key}") or None for key in _MODELSPEC_FIELDS}
+    return Metadata(**found)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Where the first wrong field is, and what was expected there."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
