@@ -2,29 +2,25 @@
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from sdd_lora.errors import BadInput
-
-
-def _no_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, found {str(value).lower()}")
-    return value
+from sdd_lora.io.strict_yaml import (
+    Count,
+    Positive,
+    Real,
+    Section,
+    Seed,
+    Switch,
+    Text,
+    Whole,
+    parse_strictly,
+    write_yaml,
+)
 
 
 def _only(value: Any) -> BeforeValidator:
@@ -38,23 +34,6 @@ def _only(value: Any) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
-
-
-#: numbers are no booleans, and whole ones no text; "1e-3" is a number though, to YAML a text
-Whole = Annotated[int, Field(strict=True)]
-Real = Annotated[float, BeforeValidator(_no_boolean)]
-Switch = Annotated[bool, Field(strict=True)]
-Positive = Annotated[Whole, Field(gt=0)]
-Count = Annotated[Whole, Field(ge=0)]
-Seed = Annotated[Whole, Field(ge=0, lt=2**62)]  # torch takes 64 bits; some are added on the way
-Fraction = Annotated[Real, Field(ge=0.0, le=1.0)]
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-
-class Section(BaseModel):
-    """Fields of a YAML file: none unknown, none changed afterwards, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Preserve(Section):
@@ -298,11 +277,11 @@ class Recipe(Section):
             _read_lists(fields, folder)
             return _with_defaults(fields)
 
-        return parse_strictly(cls, text, where, prepared)
+        return parse_strictly(cls, text, where, prepared, overrides or {})
 
     def to_yaml(self) -> str:
         """The complete recipe, defaults filled in."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return write_yaml(self)
 
     def content(self) -> dict[str, Any]:
         """All fields as artefacts store them and `sha256` hashes them: fields that are gone stay
@@ -361,81 +340,6 @@ IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
     },
 }
 
-#: YAML 1.1 also counts in base 60 and in octal
-_NUMBERS = {
-    "tag:yaml.org,2002:int": r"^[-+]?(0|[1-9][0-9_]*)$",
-    "tag:yaml.org,2002:float": (
-        r"^([-+]?([0-9][0-9_]*)?\.[0-9_]+([eE][-+][0-9]+)?|[-+]?[0-9][0-9_]*\.([eE][-+][0-9]+)?"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
-    ),
-}
-
-S = TypeVar("S", bound=Section)
-
-
-def parse_strictly(
-    kind: type[S], text: str, where: str, prepared: Callable[[dict[str, Any]], dict[str, Any]]
-) -> S:
-    """YAML text as a `kind`; `prepared` may fill in fields before they are checked.
-
-    Raises BadInput with every problem and its line.
-    """
-    try:
-        root, fields = _read_yaml(text, where)
-        if root is None or not isinstance(fields, dict):
-            raise BadInput(f"{where}: expected fields such as `concepts:`, found {fields!r:.100}")
-        try:
-            return kind.model_validate(prepared(fields))
-        except ValidationError as error:
-            raise BadInput(_explain(where, root, error)) from None
-    except RecursionError:
-        raise BadInput(f"{where}: fields within fields too deep, or within themselves") from None
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """ "ema.decay=0.99" → ("ema.decay", 0.99); the value is read as YAML."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise BadInput(f"--set {text}: expected name=value, such as training.iterations=300")
-    try:
-        return name, _read_yaml(value, f"--set {name}")[1]
-    except RecursionError:
-        raise BadInput(f"--set {name}: lists within lists too deep, or in themselves") from None
-
-
-def as_options(changes: dict[str, Any]) -> str:
-    """{"ema.warmup": True} → "--set ema.warmup=true", as `parse_override` reads it."""
-    return " ".join(
-        f"--set {name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in changes.items()
-    )
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people read it: 1:30 and 010 are text, not 90 and 8."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in forms if tag not in _NUMBERS]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-for _tag, _form in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(_form), list("-+.0123456789"))
-
-
-def _read_yaml(text: str, where: str) -> tuple[yaml.Node | None, Any]:
-    """The document as a tree with lines, and as plain values. Raises BadInput, RecursionError."""
-    try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-        if root is None:
-            return None, None
-        _refuse_repeated_keys(root, where)  # before `<<` puts a merged field beside its own
-        return root, loader.construct_document(root)
-    except (yaml.YAMLError, ValueError) as error:  # a date or a number that can't be
-        raise BadInput(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
-
 
 def _set(fields: dict, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
@@ -445,21 +349,6 @@ def _set(fields: dict, keys: list[str], value: Any) -> None:
         if not isinstance(fields, dict):
             raise BadInput(f"--set {'.'.join(keys)}: {key} holds a value, not fields")
     fields[keys[-1]] = value
-
-
-def _refuse_repeated_keys(node: yaml.Node, where: str) -> None:
-    """YAML readers keep the last of two equal keys, in silence."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise BadInput(f"{where}:{line}: {key.value} stands here a second time")
-            seen.add(key.value)
-            _refuse_repeated_keys(value, where)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_repeated_keys(item, where)
 
 
 def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
@@ -518,36 +407,3 @@ def _lines(path: Path, key: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{key}: {path}: can't read the list, one a line: {error}") from error
     return [line.strip() for line in lines if line.strip()]
-
-
-def _explain(where: str, root: yaml.Node, error: ValidationError) -> str:
-    problems = []
-    for problem in error.errors():
-        location = tuple(part for part in problem["loc"] if not str(part).startswith("function-"))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = "unknown field"
-        elif problem["type"] not in ("missing", "value_error"):
-            message += f", found {problem['input']!r:.100}"
-        name = ".".join(map(str, location)) or "recipe"
-        problems.append(f"{where}:{_line(root, location)}: {name}: {message}")
-    return "\n".join(problems)
-
-
-def _line(node: yaml.Node, location: tuple) -> int:
-    """The line of the innermost part of `location` that the file holds, counted from 1."""
-    line = node.start_mark.line + 1
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            entry = next(((k, v) for k, v in node.value if k.value == str(part)), None)
-            if entry is None:
-                return line
-            line, node = entry[0].start_mark.line + 1, entry[1]
-        elif (
-            isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value)
-        ):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            return line
-    return line

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from sdd_lora.errors import BadInput
-from sdd_lora.recipe import Recipe, parse_override
+from sdd_lora.io.strict_yaml import parse_override
+from sdd_lora.recipe import Recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 MINIMAL = "name: mine\nmodel: demo\nconcepts: [bomb]\n"
@@ -39,11 +40,37 @@ def test_all_errors_come_at_once_with_their_lines():
         "r.yaml:1: name",
         "r.yaml:3: concepts",
         "r.yaml:5: lora.rank",
-        "r.yaml:6: lora.rnak: unknown field",
-        "r.yaml:7: surprise: unknown field",
+        "r.yaml:6: lora.rnak: unknown field; did you mean lora.rank?",
+        "r.yaml:7: surprise: unknown field; expected one of name, model",
         "r.yaml:9: ema.decay",
     ):
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("conepts: [bomb]", "concepts"),
+        ("lr: 1e-3", "optimizer.learning_rate"),
+        ("optimizer: {lr: 1e-3}", "optimizer.learning_rate"),
+        ("rank: 8", "lora.rank"),
+        ("training: {learning_rat: 1e-3}", "optimizer.learning_rate"),
+        ("trainign: {iterations: 3}", "training"),
+        ("lora: {network_dim: 8}", "lora.rank"),
+    ],
+)
+def test_an_unknown_field_is_told_which_one_was_meant(written, meant):
+    with pytest.raises(BadInput, match=f"did you mean {meant}"):
+        Recipe.parse(MINIMAL + written + "\n")
+
+
+def test_what_set_got_wrong_is_blamed_on_set_and_the_rest_on_the_file():
+    overrides = {"lora.rnak": 2, "trainign.iterations": 3, "ema.decay": "much", "rollout.steps": 1}
+    with pytest.raises(BadInput) as caught:
+        Recipe.parse(MINIMAL + "lora: {rank: 0}\n", "r.yaml", overrides=overrides)
+    lines = str(caught.value).splitlines()
+    blamed = {line.partition(": ")[0] for line in lines}
+    assert blamed == {"r.yaml:4", *(f"--set {name}" for name in overrides)}
 
 
 @pytest.mark.parametrize("name", ["judge", "nudenet", "open_nsfw", "none"])
@@ -197,7 +224,7 @@ def test_concepts_and_models_have_names(text):
 
 @pytest.mark.parametrize(
     "value",
-    ["&a [*a]", "&a {prompts: *a}", "[" * 2000 + "]" * 2000, "9" * 5000, "2020-13-45", "\x01"],
+    ["&a [*a]", "&a {prompts: *a}", "[" * 500 + "]" * 500, "9" * 5000, "2020-13-45", "\x01"],
     ids=["in itself", "field in itself", "deep", "digits", "date", "control"],
 )
 @pytest.mark.parametrize("key", ["concepts", "measure", "training"])

@@ -4,7 +4,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sdd_lora.recipe import Fraction, Positive, Real, Section, Text, Whole
+from sdd_lora.io.strict_yaml import Fraction, Positive, Real, Section, Text, Whole
 
 Rate = Annotated[Real, Field(gt=0)]
 T = TypeVar("T")

@@ -11,17 +11,17 @@ from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from sdd_lora.attacks.settings import Attacks, distinct
 from sdd_lora.errors import BadInput
-from sdd_lora.recipe import (
+from sdd_lora.io.strict_yaml import (
     Count,
     Positive,
     Real,
-    Recipe,
     Section,
     Seed,
     Text,
     Whole,
     parse_strictly,
 )
+from sdd_lora.recipe import Recipe
 from sdd_lora.sd.schedulers import SCHEDULERS, Scheduler
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

@@ -50,7 +50,7 @@ def evaluate(
         sdd-lora report bench
     """  # fmt: skip
     from sdd_lora.bench.bench_file import Bench, chosen, limited
-    from sdd_lora.recipe import parse_override
+    from sdd_lora.io.strict_yaml import parse_override
 
     overrides = dict(map(parse_override, changes or []))
     wanted = limited(Bench.load(bench, quick=quick, overrides=overrides), limit)

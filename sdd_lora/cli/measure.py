@@ -47,7 +47,8 @@ def measure(
     from sdd_lora.adapter.adapter import Adapter, adapter_file
     from sdd_lora.adapter.algebra import stack
     from sdd_lora.cli.tables import measures_table
-    from sdd_lora.recipe import Recipe, parse_override
+    from sdd_lora.io.strict_yaml import parse_override
+    from sdd_lora.recipe import Recipe
     from sdd_lora.runs import train as runs
     from sdd_lora.runs.folder import ADAPTER, PEFT_TWIN
 

@@ -65,7 +65,8 @@ def plan(
 
         sdd-lora plan recipes/sd15 --set training.precision=fp32 --json
     """
-    from sdd_lora.recipe import Recipe, parse_override
+    from sdd_lora.io.strict_yaml import parse_override
+    from sdd_lora.recipe import Recipe
     from sdd_lora.runs.train import recipe_files
 
     most = None if within is None else _bytes_of(within)
@@ -188,7 +189,7 @@ def _rows(plans: list[dict[str, Any]]) -> str:
 
 
 def _fit_text(as_it_is: int, savings: list["Saving"], most: int, fits: bool) -> str:
-    from sdd_lora.recipe import as_options
+    from sdd_lora.io.strict_yaml import as_options
 
     goal = f"{_gb(most)} GB ({_gb(_RESERVED)} of them for the context)"
     if not savings:

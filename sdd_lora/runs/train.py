@@ -24,8 +24,9 @@ from sdd_lora.errors import BadInput, Busy, SddLoraError
 from sdd_lora.io.atomic import atomic_output, sha256_of, write_text
 from sdd_lora.io.distributed import processes
 from sdd_lora.io.safetensors import serialize
+from sdd_lora.io.strict_yaml import parse_override
 from sdd_lora.progress import say, warn
-from sdd_lora.recipe import Recipe, parse_override
+from sdd_lora.recipe import Recipe
 from sdd_lora.runs import before_after
 from sdd_lora.runs.folder import (
     ADAPTER,

@@ -19,9 +19,10 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_output
+from sdd_lora.io.strict_yaml import as_options
 from sdd_lora.progress import progress, warn
 from sdd_lora.recipe import Optimizer as OptimizerSettings
-from sdd_lora.recipe import Recipe, as_options
+from sdd_lora.recipe import Recipe
 from sdd_lora.training import objectives
 from sdd_lora.training.closed_form import ClosedForm
 from sdd_lora.training.directions import concept_directions, damping

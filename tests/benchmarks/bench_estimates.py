@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from estimates import Probe, noun_of, of_one_thing
 
-from sdd_lora.recipe import Recipe, parse_override
+from sdd_lora.io.strict_yaml import parse_override
+from sdd_lora.recipe import Recipe
 from sdd_lora.runs.train import encode
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.sd.prompts import embed
