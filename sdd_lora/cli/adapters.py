@@ -1,44 +1,35 @@
-"""What the adapter verbs share: options, and what they say about a file they wrote."""
+"""Verbs that write adapters, or hand them around: convert, resize, stack, push, pull."""
 
 from contextlib import ExitStack
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from sdd_lora.cli.common import (
+    AdapterFile,
+    Energy,
+    Force,
+    Name,
+    NewDtype,
+    OutputFile,
+    Rank,
+    Result,
+    StoredDtype,
+    WeightedAdapters,
+    verb,
+    weighted,
+)
+from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import refuse_existing
 
 if TYPE_CHECKING:
     from sdd_lora.adapter.adapter import Adapter
+    from sdd_lora.adapter.interference import Interference
 
-
-class Form(str, Enum):
-    kohya = "kohya"
-    peft = "peft"
-    ldm = "ldm"
-    attn_procs = "attn-procs"
-
-
-class Dtype(str, Enum):
-    fp16 = "fp16"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-OutputFile = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there.")]
-AdapterFile = Annotated[
-    str, typer.Argument(help="An adapter file, a run's folder, or a hub id.", metavar="FILE")
-]
-StoredDtype = Annotated[
-    Dtype | None, typer.Option("--dtype", help="How to store it [default: as in FILE].")
-]
-Rank = Annotated[int | None, typer.Option("--rank", min=1, help="The highest rank of a module.")]
-Energy = Annotated[
-    float | None, typer.Option("--energy", help="The share of each module's squared norm to keep.")
-]
+SHOWN_PAIRS = 10
+Format = Literal["kohya", "peft", "ldm", "attn-procs"]
 
 
 def check_outputs(force: bool, adapter: Path, *others: Path) -> None:
@@ -59,7 +50,7 @@ def check_outputs(force: bool, adapter: Path, *others: Path) -> None:
         raise BadInput(f"{named}: two outputs are one file; give each a name of its own")
 
 
-def write(adapter: "Adapter", path: Path, form: str, dtype: str) -> dict[str, Any]:
+def write(adapter: "Adapter", path: Path, format: str, dtype: str) -> dict[str, Any]:
     """Save an adapter, and beside it the sidecar where it has something to say; what was written,
     for --json.
     """
@@ -73,11 +64,11 @@ def write(adapter: "Adapter", path: Path, form: str, dtype: str) -> dict[str, An
             file = pending.enter_context(atomic_output(sidecar))
             file.write(sidecar_text(adapter).encode())
             file.flush()
-        written = describe(adapter.save(path, format=form, dtype=dtype))
+        written = describe(adapter.save(path, format=format, dtype=dtype))
     return {
         "output": str(path),
         "sidecar": None if sidecar is None else str(sidecar),
-        "form": form,
+        "form": format,
         "dtype": dtype,
         "rank": adapter.rank,
         "module_count": len(adapter.factors),
@@ -95,3 +86,215 @@ def line(written: dict[str, Any]) -> str:
         f"{written['output']}: {written['form']}, {written['dtype']}, "
         f"{written['module_count']} modules, rank {written['rank']}, {written['bytes']:,} bytes"
     )
+
+
+@verb("convert")
+def convert(
+    file: AdapterFile,
+    output: OutputFile,
+    to: Annotated[
+        Format,
+        typer.Option(
+            "--to",
+            help="kohya: the file that everybody loads; peft: diffusers' own; ldm: kohya with LDM "
+            "names; attn-procs: old diffusers, attention alone.",
+        ),
+    ] = "kohya",
+    dtype: StoredDtype = None,
+    force: Force = False,
+) -> Result:
+    """Give an adapter another format; what it does stays the same.
+
+    There is no fp8 or int8: an adapter is small already, fp8's three bits of mantissa would cost
+    6 % of every factor, and no loader knows a scale for them.
+
+    Examples:
+
+        sdd-lora convert lora.safetensors -o lora-kohya.safetensors
+
+        sdd-lora convert runs/weapons -o weapons.peft.safetensors --to peft --dtype fp32
+    """
+    from sdd_lora.adapter.adapter import Adapter, stored_dtype
+
+    check_outputs(force, output)
+    adapter = Adapter.load(file)
+    written = write(adapter, output, to, dtype or stored_dtype(file))
+    return Result(written, line(written))
+
+
+@verb("resize")
+def resize(
+    file: AdapterFile,
+    output: OutputFile,
+    rank: Rank = None,
+    energy: Energy = None,
+    dtype: StoredDtype = None,
+    force: Force = False,
+) -> Result:
+    """Make an adapter smaller, at the least error that a lower rank can have, and say which.
+
+    Examples:
+
+        sdd-lora resize weapons.safetensors -o small.safetensors --rank 1
+
+        sdd-lora resize stack.safetensors -o small.safetensors --energy 0.99
+    """
+    from sdd_lora.adapter import algebra as compose
+    from sdd_lora.adapter.adapter import Adapter, stored_dtype
+
+    check_outputs(force, output)
+    compose.require_one_size(rank, energy)
+    adapter = Adapter.load(file)
+    result = compose.resize(adapter, rank, energy)
+    kohya = write(result.adapter, output, "kohya", dtype or stored_dtype(file))
+    rows = [
+        [
+            name,
+            f"{adapter.factors[name].rank} → {result.adapter.factors[name].rank}",
+            f"{100 * error:.2f} %",
+        ]
+        for name, error in result.error_of_module.items()
+    ]
+    text = "\n".join(
+        [
+            table(["module", "rank", "relative error"], rows),
+            line(kohya),
+            f"relative error in all: {100 * result.error:.2f} %",
+        ]
+    )
+    data = kohya | {
+        "relative_error": result.error,
+        "modules": {
+            name: {"rank": result.adapter.factors[name].rank, "relative_error": error}
+            for name, error in result.error_of_module.items()
+        },
+    }
+    return Result(data, text)
+
+
+@verb("stack")
+def stack(
+    adapters: WeightedAdapters,
+    output: OutputFile,
+    rank: Rank = None,
+    how: Annotated[Literal["sum"], typer.Option("--how", help="sum: Σ wᵢ·ΔWᵢ, exactly.")] = "sum",
+    dtype: NewDtype = "fp16",
+    name: Name = None,
+    heat_map: Annotated[
+        Path | None, typer.Option("--heat-map", help="Draw the cosines between adapters as a PNG.")
+    ] = None,
+    force: Force = False,
+) -> Result:
+    """Make several adapters one, exactly, and say how they stand to each other.
+
+    Ranks add up; --rank cuts the sum to size afterwards and states the error. The report compares
+    the adapters' changes: a cosine near 0 means that they don't meet, and overdriven modules are
+    changed more strongly than any of the adapters was tested at.
+
+    Examples:
+
+        sdd-lora stack weapons.safetensors gore.safetensors -o safe.safetensors
+
+        sdd-lora stack runs/weapons runs/gore:0.8 ink.safetensors:-0.5 -o mix.safetensors --rank 16
+    """
+    from sdd_lora.adapter import algebra as compose
+    from sdd_lora.adapter.adapter import Adapter
+    from sdd_lora.adapter.interference import draw_heat_map, interference
+    from sdd_lora.io.atomic import atomic_output
+    from sdd_lora.progress import warn
+
+    check_outputs(force, output, *([heat_map] if heat_map else []))
+    parts = [(Adapter.load(path), weight) for path, weight in map(weighted, adapters)]
+    total = compose.stack(parts, name or output.stem)
+    report = interference(parts)
+    data: dict = {"how": how, "interference": report.as_json(), "relative_error": 0.0}
+    if rank is not None:
+        smaller = compose.resize(total, rank=rank)
+        total, data["relative_error"] = smaller.adapter, smaller.error
+    with ExitStack() as pending:  # the picture appears after the adapter, or neither does
+        if heat_map is not None:
+            draw_heat_map(report, pending.enter_context(atomic_output(heat_map)))
+            data["heat_map"] = str(heat_map)
+        data |= write(total, output, "kohya", dtype)
+    if report.overdriven:
+        warn(_overdrive(report))
+    lines = [_interference_text(report), line(data)]
+    if rank is not None:
+        lines.append(f"cut to rank {rank}: relative error {100 * data['relative_error']:.2f} %")
+    return Result(data, "\n".join(lines))
+
+
+def _interference_text(report: "Interference") -> str:
+
+    parts = zip(report.labels, report.weights, report.norms, strict=True)
+    rows = [[name, f"{weight:g}", f"{norm:.4g}"] for name, weight, norm in parts]
+    rows.append(["the stack", "", f"{report.norm:.4g}"])
+    sections = [table(["adapter", "weight", "norm"], rows)]
+    labels, count = report.labels, len(report.names)
+    pairs = [(report.cosine[i, j], i, j) for i in range(count) for j in range(i)]
+    if pairs:
+        strongest = sorted(pairs, key=lambda pair: -abs(pair[0]))[:SHOWN_PAIRS]
+        named = [[f"{labels[j]} and {labels[i]}", f"{c:+.3f}"] for c, i, j in strongest]
+        sections.append(table(["the pairs that meet most", "cosine"], named))
+    return "\n\n".join(sections) + "\n"
+
+
+def _overdrive(report: "Interference") -> str:
+    worst = report.overdriven[0]
+    return (
+        f"overdrive: {len(report.overdriven)} of {len(report.modules)} modules are changed more "
+        f"strongly than by any adapter at weight 1, {worst.module} {worst.drive:.1f} times; "
+        "measure the stack, or lower the weights"
+    )
+
+
+@verb("push")
+def push(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="DIR")],
+    repository: Annotated[
+        str, typer.Argument(help="Where to, owner/name; made if it is not there.", metavar="REPO")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="For you alone, where the repository is new.")
+    ] = False,
+) -> Result:
+    """Publish an adapter with its card and numbers on the hub.
+
+    Log in once with `hf auth login`. The state of an unfinished run is never sent.
+
+    Examples:
+
+        sdd-lora push runs/weapons me/weapons-eraser
+    """
+    from sdd_lora.adapter import hub
+
+    url = hub.push(folder, repository, private)
+    return Result({"repository": repository, "commit": url}, f"{repository}: {url}")
+
+
+@verb("pull")
+def pull(
+    repository: Annotated[str, typer.Argument(help="owner/name on the hub.", metavar="REPO")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The folder to make [default: the repository's name]."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="A branch, tag or commit [default: main].")
+    ] = None,
+    force: Force = False,
+) -> Result:
+    """Fetch a published adapter with its card and numbers, and check its hashes.
+
+    Nothing but safetensors is taken.
+
+    Examples:
+
+        sdd-lora pull someone/weapons-eraser -o adapters/weapons
+    """
+    from sdd_lora.adapter import hub
+
+    folder = output or Path(repository.rpartition("/")[2])
+    files = sorted(path.name for path in hub.pull(repository, folder, revision, force).iterdir())
+    data = {"repository": repository, "folder": str(folder), "files": files}
+    return Result(data, f"{folder}: {', '.join(files)}")

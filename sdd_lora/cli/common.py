@@ -1,4 +1,4 @@
-"""What every verb shares: --json, --debug, -q, exit codes."""
+"""What verbs share: options by name, --json, --debug, -q, exit codes."""
 
 import errno
 import functools
@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -29,6 +30,47 @@ app = typer.Typer(
     help="Teach a Stable Diffusion 1.x model not to draw something: train, share, stack and bake "
     "safety adapters.",
 )
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="demo, demo-community, a diffusers folder, one .safetensors or .ckpt file, or a hub "
+        "id.",
+        metavar="MODEL",
+    ),
+]
+AdapterFile = Annotated[
+    str, typer.Argument(help="An adapter file, a run's folder, or a hub id.", metavar="FILE")
+]
+WeightedAdapters = Annotated[
+    list[str],
+    typer.Argument(
+        help="Adapter files, runs' folders or hub ids, with optional weights; negative ones take "
+        "an adapter away.",
+        metavar="A[:w]...",
+    ),
+]
+Recipes = Annotated[
+    list[Path], typer.Argument(help="Recipe files, or folders of them.", metavar="RECIPE...")
+]
+OutputFile = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there.")]
+ForceRun = Annotated[bool, typer.Option("--force", help="Replace a run that is there.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field: training.iterations=300. Repeatable."),
+]
+Name = Annotated[str | None, typer.Option("--name", help="Its name [default: that of the output].")]
+Dtype = Literal["fp16", "bf16", "fp32"]
+StoredDtype = Annotated[
+    Dtype | None, typer.Option("--dtype", help="How to store it [default: as in FILE].")
+]
+NewDtype = Annotated[Dtype, typer.Option("--dtype", help="How to store it.")]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="The highest rank of a module.")]
+Energy = Annotated[
+    float | None, typer.Option("--energy", help="The share of each module's squared norm to keep.")
+]
 
 EXIT_INTERRUPTED = 130
 LONGEST_MESSAGE = 8000
@@ -65,6 +107,16 @@ class Result:
     exit_code: int = 0
 
 
+#: headings of `sdd-lora --help`, by the file of a verb
+_PANELS = {
+    "train": "Erase",
+    "plan": "Erase",
+    "erase": "Erase",
+    "pictures": "Draw and compare",
+    "adapters": "Adapters",
+    "inspect": "Adapters and checkpoints",
+    "checkpoints": "Checkpoints",
+}
 _SHARED = {
     "json_output": Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")],
     "debug": Annotated[bool, typer.Option("--debug", help="Show a traceback when it fails.")],
@@ -89,7 +141,7 @@ def verb(name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
             except typer.Exit:
                 raise
             except Exception as error:
-                _fail(*_told(error), debug)
+                _fail(*_put_into_words(error), debug)
             else:
                 raise typer.Exit(result.exit_code)
 
@@ -102,15 +154,16 @@ def verb(name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
             parameters=[*signature.parameters.values(), *shared], return_annotation=None
         )
         run.__annotations__ = {**function.__annotations__, **_SHARED}
-        app.command(name, no_args_is_help=False)(run)
+        panel = _PANELS[function.__module__.rpartition(".")[2]]
+        app.command(name, no_args_is_help=False, rich_help_panel=panel)(run)
         return run
 
     return decorate
 
 
-def speaks() -> bool:
-    """Of the processes that torchrun started, is this the one that prints? The others fall silent,
-    but for warnings."""
+def is_main_process() -> bool:
+    """Whether this is the process, of those that torchrun started, that prints. The others fall
+    silent, but for warnings."""
     from sdd_lora.io.distributed import processes
 
     is_main = bool(processes().is_main_process)
@@ -136,7 +189,7 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _told(error: Exception) -> tuple[str, int]:
+def _put_into_words(error: Exception) -> tuple[str, int]:
     """What to say of an error that nobody has put into words, and the exit code."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         shown = str(error.filename)[:40]

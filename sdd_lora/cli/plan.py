@@ -1,12 +1,11 @@
 """`sdd-lora plan`."""
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdd_lora.cli.common import Result, verb
+from sdd_lora.cli.common import Changes, Recipes, Result, verb
 from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
 
@@ -39,13 +38,8 @@ _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 @verb("plan")
 def plan(
-    recipes: Annotated[
-        list[Path], typer.Argument(help="Recipe files, or folders of them.", metavar="RECIPE...")
-    ],
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a field: training.precision=bf16. Repeatable."),
-    ] = None,
+    recipes: Recipes,
+    changes: Changes = None,
     within: Annotated[
         str | None,
         typer.Option(
@@ -160,7 +154,7 @@ def _text(data: dict[str, Any]) -> str:
     disk, passes = data["disk"], data["unet_passes"]
     seconds = data["estimated_seconds"][_CARD]
     rows = [[label, f"{data['bytes'][part] / 1e9:.3f}"] for part, label in _PARTS.items()]
-    return "\n".join([
+    lines = [
         f"{data['name']} on {data['model']}: {data['parameters'] / 1e6:.1f} M parameters, "
         f"{data['trained']:,} trained",
         table(["memory", "GB"], rows),
@@ -173,18 +167,23 @@ def _text(data: dict[str, Any]) -> str:
         f"disk: {_gb(disk['download'])} GB to download unless it is here already, "
         f"{disk['result'] / 1e6:.1f} MB of results, {disk['state_while_training'] / 1e6:.1f} MB "
         "more while training",
-    ])  # fmt: skip
+    ]
+    return "\n".join(lines)
 
 
 def _rows(plans: list[dict[str, Any]]) -> str:
     head = ["recipe", "peak GB", "iterations", "UNet passes", f"{_CARD}, about", "results MB"]
     rows = [
         [
-            p["name"], _gb(p["bytes"]["total"]), str(p["iterations"]), f"{p['unet_passes']:,}",
-            _time(p["estimated_seconds"][_CARD]), f"{p['disk']['result'] / 1e6:.1f}",
+            p["name"],
+            _gb(p["bytes"]["total"]),
+            str(p["iterations"]),
+            f"{p['unet_passes']:,}",
+            _time(p["estimated_seconds"][_CARD]),
+            f"{p['disk']['result'] / 1e6:.1f}",
         ]
         for p in plans
-    ]  # fmt: skip
+    ]
     return table(head, rows)
 
 

@@ -10,8 +10,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = []
     for row in [head, *rows]:
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w)
-                 for i, (cell, w) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -30,14 +32,17 @@ def measures_table(metrics: dict[str, Any]) -> str:
         return "not measured: that takes measure.prompts and a measure.detector"
     rows = [
         [
-            f"{m['name']} ({m['group']})", str(m["n"]),
-            percent(m["before"]), interval(m["ci95_before"]),
-            percent(m["after"]), interval(m["ci95_after"]),
+            f"{m['name']} ({m['group']})",
+            str(m["n"]),
+            percent(m["before"]),
+            interval(m["ci95_before"]),
+            percent(m["after"]),
+            interval(m["ci95_after"]),
             f"{100 * (m['after'] - m['before']):+.1f}",
             "{:+.1f} … {:+.1f}".format(*(100 * bound for bound in m["ci95_change"])),
         ]
         for m in metrics["measures"]
-    ]  # fmt: skip
+    ]
     head = ["% of images", "n", "before", "95 %", "after", "95 %", "change", "95 %"]
     return table(head, rows)
 
@@ -50,13 +55,14 @@ def runs_table(
     names = list(dict.fromkeys(m["name"] for _, metrics in runs for m in metrics["measures"]))
     rows = [
         [
-            str(folder), *(_pooled(metrics["measures"], name) for name in names),
+            str(folder),
+            *(_pooled(metrics["measures"], name) for name in names),
             f"{metrics['training']['unet_passes']:,}",
             f"{metrics['training']['seconds'] / 60:.1f}",
             *([] if here is None else ["here" if folder in here else "elsewhere"]),
         ]
         for folder, metrics in runs
-    ]  # fmt: skip
+    ]
     made = [] if here is None else ["made"]
     head = ["run", *(f"{name}, %" for name in names), "UNet passes", "minutes", *made]
     return table(head, rows)

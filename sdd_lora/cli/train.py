@@ -1,19 +1,91 @@
-"""`sdd-lora train`."""
+"""Verbs that train and measure by recipe: demo, train, measure."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from sdd_lora.cli.common import Result, speaks, verb
+from sdd_lora.cli.common import (
+    Changes,
+    ForceRun,
+    Name,
+    Recipes,
+    Result,
+    Resume,
+    WeightedAdapters,
+    is_main_process,
+    verb,
+    weighted,
+)
+from sdd_lora.cli.tables import measures_table, runs_table
 from sdd_lora.errors import BadInput
+
+
+@verb("demo")
+def demo(
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The run's folder [default: runs/demo-RECIPE]."),
+    ] = None,
+    recipe: Annotated[
+        Literal["weapons", "substances", "gore", "unsafe", "style"],
+        typer.Option(
+            help="What to erase: a group of nouns, all three unsafe groups at once "
+            "(unsafe), or one drawing style."
+        ),
+    ] = "weapons",
+    seed: Annotated[int, typer.Option(help="Seed of the training.", min=0)] = 0,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            help="Images drawn of each kind of prompt to measure with [default: the recipe's].",
+            min=1,
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="A few iterations and images: does it run? They say little of how well."
+        ),
+    ] = False,
+    resume: Resume = False,
+    force: ForceRun = False,
+) -> Result:
+    """Train an eraser on the embedded model, measure it, and draw before and after.
+
+    Nothing is downloaded. Needs a few minutes on two CPU cores.
+
+    Examples:
+
+        sdd-lora demo
+
+        sdd-lora demo --recipe substances -o my-run --seed 1
+    """
+    from sdd_lora.runs.train import PICTURE, packaged_recipe, train_recipes
+
+    changes = [f"training.seed={seed}"]
+    if quick:
+        changes += ["training.iterations=4", "measure.images=2"]
+    if images is not None:
+        changes.append(f"measure.images={images}")
+    path = packaged_recipe(f"demo/{recipe}")
+    folder = output or Path("runs") / f"demo-{recipe}"
+    speaker = is_main_process()
+    ((folder, metrics),) = train_recipes([path], folder, changes, resume=resume, force=force)
+    if not speaker:
+        raise typer.Exit
+    text = (
+        f"{measures_table(metrics)}\n\nadapter  {folder / 'adapter.safetensors'} "
+        f"({metrics['adapter']['bytes'] / 1000:.0f} kB, "
+        f"{metrics['training']['seconds']:.0f} s of training, "
+        f"{metrics['training']['unet_passes']} UNet passes)\npicture  {folder / PICTURE}"
+    )
+    return Result({"folder": str(folder)} | metrics, text)
 
 
 @verb("train")
 def train(
-    recipes: Annotated[
-        list[Path], typer.Argument(help="Recipe files, or folders of them.", metavar="RECIPE...")
-    ],
+    recipes: Recipes,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -23,15 +95,12 @@ def train(
             "recipes, the folder that holds one folder each.",
         ),
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a field: training.iterations=300. Repeatable."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    changes: Changes = None,
+    resume: Resume = False,
     keep_state: Annotated[
         bool, typer.Option("--keep-state", help="Keep the training state of a finished run.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a run that is there.")] = False,
+    force: ForceRun = False,
     share: Annotated[
         bool,
         typer.Option(
@@ -65,10 +134,9 @@ def train(
     One recipe's trajectories spread over processes:
     `torchrun --nproc-per-node 2 -m sdd_lora train …`.
     """
-    from sdd_lora.cli.tables import measures_table, runs_table
     from sdd_lora.runs.train import train_recipes
 
-    speaker = speaks()
+    speaker = is_main_process()
     if share:
         if force:
             raise BadInput("--share leaves finished runs alone, --force does not: expected one")
@@ -87,7 +155,6 @@ def train(
 def _shared(
     recipes: list[Path], output: Path | None, changes: list[str], keep_state: bool
 ) -> Result:
-    from sdd_lora.cli.tables import runs_table
     from sdd_lora.runs.train import share_recipes
 
     shared = share_recipes(recipes, output, changes, keep_state)
@@ -99,3 +166,50 @@ def _shared(
     text = "\n".join([runs_table(shared.finished, shared.here), *failures])
     data = {"runs": runs, "failed": {str(folder): why for folder, why in shared.failed.items()}}
     return Result(data, text, exit_code=1 if shared.failed else 0)
+
+
+@verb("measure")
+def measure(
+    adapters: WeightedAdapters,
+    recipe: Annotated[
+        Path, typer.Option("--recipe", help="Whose `measure` section says how, and on what.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder for the adapter and its numbers.")
+    ],
+    changes: Changes = None,
+    name: Name = None,
+    force: ForceRun = False,
+) -> Result:
+    """Measure adapters that are there already: the same table, card and picture as after training.
+
+    Examples:
+
+        sdd-lora measure runs/weapons --recipe recipes/demo/weapons.yaml -o weapons-again
+
+        sdd-lora measure runs/weapons runs/gore --recipe recipes/demo/unsafe.yaml -o both
+
+        sdd-lora measure my.safetensors:0.7 --recipe gore.yaml --set model=demo-community -o there
+    """
+    from sdd_lora.adapter.adapter import Adapter, adapter_file
+    from sdd_lora.adapter.algebra import stack
+    from sdd_lora.io.strict_yaml import parse_override
+    from sdd_lora.recipe import Recipe
+    from sdd_lora.runs import train as runs
+    from sdd_lora.runs.folder import ADAPTER, PEFT_TWIN
+
+    settings = Recipe.load(recipe, dict(map(parse_override, changes or [])))
+    named = [weighted(adapter) for adapter in adapters]
+    for path, _ in named:
+        source = adapter_file(path).resolve()
+        if source in ((output / ADAPTER).resolve(), (output / PEFT_TWIN).resolve()):
+            raise BadInput(f"{source}: is measured and written at once; choose another output")
+    parts = [(Adapter.load(path), weight) for path, weight in named]
+    if len(parts) == 1 and parts[0][1] == 1:
+        measured = parts[0][0]
+        if name is not None:
+            measured = Adapter(measured.factors, measured.metadata | {"name": name})
+    else:
+        measured = stack(parts, name or output.name)
+    metrics = runs.measure(measured, settings, output, force=force)
+    return Result({"folder": str(output)} | metrics, f"{output}\n{measures_table(metrics)}")

@@ -1,17 +1,21 @@
-"""`sdd-lora generate`."""
+"""Verbs that draw pictures and compare methods by them: generate, evaluate, report."""
 
 import math
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdd_lora.cli.common import Result, speaks, verb, weighted
+from sdd_lora.cli.common import Changes, Model, Result, is_main_process, verb, weighted
+from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
 from sdd_lora.sd.schedulers import Scheduler
 
 if TYPE_CHECKING:
+    from sdd_lora.bench.results import Results
     from sdd_lora.generation.sampling import Job
 
 #: torch takes seeds of 64 bits
@@ -20,12 +24,7 @@ _SEEDS = 2**63
 
 @verb("generate")
 def generate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="demo, demo-community, a diffusers folder, one file, or a hub id.", metavar="MODEL"
-        ),
-    ],
+    model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for images and manifest.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
     prompts: Annotated[
@@ -87,7 +86,7 @@ def generate(
         sdd-lora generate demo --prompt "a bomb" --method sld-strong --concept bomb -o out
 
     Several processes share the images: `torchrun --nproc-per-node 2 -m sdd_lora generate …`.
-    """  # fmt: skip
+    """
     from sdd_lora.generation.prompt_files import Prompt, read_prompts
 
     texts = [*map(Prompt, prompt or []), *(read_prompts(prompts) if prompts else [])]
@@ -107,7 +106,7 @@ def generate(
     jobs = jobs_of(texts, images, seed)
     _check_numbers(guidance, jobs)
     check_sampling(sampling, jobs)
-    speaker = speaks()
+    speaker = is_main_process()
     loaded = load_adapters(adapters)
     pipeline = load_pipeline(model, loaded, weights=weights)
     settings = {
@@ -134,3 +133,98 @@ def _check_numbers(guidance: float, jobs: "Sequence[Job]") -> None:
     highest = max(job.seed for job in jobs)
     if highest >= _SEEDS:
         raise BadInput(f"seeds: expected less than 2^63, found {highest}")
+
+
+@verb("evaluate")
+def evaluate(
+    bench: Annotated[Path, typer.Argument(help="A bench file.", metavar="BENCH")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The folder to fill [default: bench/NAME]."),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these of the bench's methods; commas between them, or repeated."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="At most so many erased, and so many kept, images a row.", min=1),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The small table that the bench's `quick` describes.")
+    ] = False,
+    changes: Changes = None,
+) -> Result:
+    """Measure every method of a bench on the same prompts and latents.
+
+    What a method needs trained is trained once and kept in ~/.cache/sdd_lora (or $SDD_LORA_CACHE).
+    Run again, also after a crash, it draws and measures what is missing and nothing else.
+
+    Examples:
+
+        sdd-lora evaluate recipes/bench/demo-single.yaml --quick
+
+        sdd-lora evaluate recipes/bench/demo-single.yaml -o bench --methods sd,sdd,sdd-preserve
+
+        sdd-lora report bench
+    """
+    from sdd_lora.bench.bench_file import Bench, chosen, limited
+    from sdd_lora.io.strict_yaml import parse_override
+
+    overrides = dict(map(parse_override, changes or []))
+    wanted = limited(Bench.load(bench, quick=quick, overrides=overrides), limit)
+    wanted = chosen(wanted, [m for given in methods or [] for m in given.split(",")])
+    folder = output or Path("bench") / (wanted.name + (f"-limit{limit}" if limit else ""))
+
+    from sdd_lora.bench.run import MARKDOWN, run
+    from sdd_lora.runs.train import train, versions
+
+    command = shlex.join(["sdd-lora", *sys.argv[1:]])
+    try:
+        results = run(wanted, folder, train, command, versions())
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped; run the same command again to go on in {folder}"
+        ) from None
+    text = f"{_results_text(results)}\n\n{folder / MARKDOWN}; sdd-lora report {folder} shows it all"
+    return Result({"folder": str(folder)} | results.model_dump(mode="json"), text)
+
+
+def _results_text(results: "Results") -> str:
+
+    measures = results.headline()
+    rows = [[m, *(results.cell(m, name) for name in measures)] for m in results.method_names()]
+    main = table(["method", *(results.heading(name) for name in measures)], rows)
+    others = [*results.elsewhere_tables(), *results.attack_tables()]
+    return "\n\n".join([main, *(table(*other) for other in others)])
+
+
+@verb("report")
+def report(
+    folder: Annotated[
+        Path, typer.Argument(help="The folder that `sdd-lora evaluate` filled.", metavar="DIR")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write [default: DIR/report.html]."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a report that is there.")] = False,
+) -> Result:
+    """Show a bench's results as one HTML file: table, pictures, curves, how to repeat it.
+
+    The file needs nothing else: no network, no script; phones, dark mode and keyboards are served.
+
+    Examples:
+
+        sdd-lora report bench/demo-single
+
+        sdd-lora report bench/demo-single -o table.html --force
+    """
+    from sdd_lora.bench.report import REPORT, render_report
+    from sdd_lora.io.atomic import refuse_existing, write_text
+
+    target = output or folder / REPORT
+    refuse_existing(target, force)
+    write_text(target, render_report(folder))
+    size = target.stat().st_size
+    return Result({"report": str(target), "bytes": size}, f"{target} ({size / 1e6:.1f} MB)")
