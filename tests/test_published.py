@@ -12,8 +12,9 @@ import pytest
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.inspect import describe
 from sdd_lora.adapter.loaders import verdicts
-from sdd_lora.checkpoint.fitting import misfits
+from sdd_lora.checkpoint.describe import open_sd1
 from sdd_lora.checkpoint.locate import locate
+from sdd_lora.checkpoint.plan import misfits
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import before_after
@@ -88,7 +89,7 @@ def test_each_is_sound_complete_and_as_its_metrics_say(folder):
     assert sha256_of(path) == metrics["adapter"]["sha256"]
     adapter = Adapter.load(path)
     assert adapter.metadata["measures"] == metrics["measures"]
-    assert misfits(locate("demo"), adapter) == []
+    assert misfits(open_sd1(locate("demo")), [(adapter, 1.0)]) == []
     loads = {v.loader: v.loads for v in verdicts(describe(path))}
     assert all(loads[name] for name in ("A1111", "ComfyUI", "InvokeAI", "diffusers"))
     twin = Adapter.load(folder / "adapter.peft.safetensors")

@@ -1,12 +1,19 @@
-"""Moving tensors' bytes from file to file by range, never through mapped pages."""
+"""Moving tensors' bytes from file to file by range, never through mapped pages.
 
+A longer header needs space at the beginning of its file: ext4 and XFS on Linux insert and remove
+whole blocks there without moving the data behind them.
+"""
+
+import ctypes
 import errno
 import json
 import os
 import struct
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import BinaryIO
 
 import numpy as np
@@ -22,12 +29,18 @@ BUFFER_BYTES = 1 << 20
 #: kernel copies pages, and file systems that share blocks can share them.
 PAGE_BYTES = 4096
 
-_SEEKING = (
-    threading.Lock()
-)  # where a platform can't read or write without moving the file's position
+#: Held where a platform can't read or write without moving the file's position.
+_SEEKING = threading.Lock()
+#: Errors of `copy_file_range` after which plain reads and writes do the work.
 _NO_COPY_FILE_RANGE = {
-    errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY,
-}  # fmt: skip
+    errno.ENOSYS,
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.ETXTBSY,
+}
+_COLLAPSE_RANGE, _INSERT_RANGE = 0x08, 0x20  # modes of fallocate
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,8 @@ def encode_header(
     """
     entries: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
     for key, info in tensors.items():
-        entries[key] = {
-            "dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.start, info.end],
-        }  # fmt: skip
+        offsets = [info.start, info.end]
+        entries[key] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     return pad_header(text, 8 + len(text) + (like - 8 - len(text)) % PAGE_BYTES)
 
@@ -114,7 +126,7 @@ def _copy_some(source: BinaryIO, target: BinaryIO, start: int, to: int, size: in
 
 
 def start_writing(target: BinaryIO, start: int, size: int) -> None:
-    """Have the disk begin, where it would wait until a tenth of the memory is full of new data."""
+    """Start write-back now; the kernel would wait until a tenth of the memory is full of it."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(target.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
@@ -149,17 +161,42 @@ def write_at(target: BinaryIO, position: int, data: bytes | memoryview) -> None:
 
 
 def merged(segments: Iterator[Segment]) -> Iterator[Segment]:
-    """Neighbours that are neighbours on both sides, made one."""
-    held: Segment | None = None
+    """Segments that follow each other both in the input and in the output, made one."""
+    last: Segment | None = None
     for segment in segments:
-        if held is None:
-            held = segment
-        elif (
-            segment.source == held.source + held.size and segment.target == held.target + held.size
-        ):
-            held = Segment(held.source, held.target, held.size + segment.size)
+        if last is None:
+            last = segment
+        elif segment.source - last.source == segment.target - last.target == last.size:
+            last = Segment(last.source, last.target, last.size + segment.size)
         else:
-            yield held
-            held = segment
-    if held is not None:
-        yield held
+            yield last
+            last = segment
+    if last is not None:
+        yield last
+
+
+def insert_space(file: BinaryIO, size: int) -> bool:
+    """Insert `size` bytes (whole blocks) at the beginning; whether the file system could."""
+    return _fallocate(file, _INSERT_RANGE, size)
+
+
+def remove_space(file: BinaryIO, size: int) -> bool:
+    """Take `size` bytes (whole blocks) away from the beginning; whether the file system could."""
+    return size > 0 and _fallocate(file, _COLLAPSE_RANGE, size)
+
+
+@lru_cache
+def _libc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None, use_errno=True)
+    return library if hasattr(library, "fallocate64") else None
+
+
+def _fallocate(file: BinaryIO, mode: int, size: int) -> bool:
+    library = _libc()
+    if library is None:
+        return False
+    file.flush()
+    offset, length = ctypes.c_int64(0), ctypes.c_int64(size)
+    return bool(library.fallocate64(file.fileno(), ctypes.c_int(mode), offset, length) == 0)

@@ -1,4 +1,4 @@
-"""Is an adapter in a model, how strongly: by what the model says of itself, and by its weights."""
+"""Whether an adapter is in a model, and how strongly: by the model's history and by its weights."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sdd_lora import sd1 as names
+from sdd_lora import sd1
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.checkpoint import history as provenance
-from sdd_lora.checkpoint.copying import as_array, read_bytes
-from sdd_lora.checkpoint.history import BakedAdapter, Baking
-from sdd_lora.checkpoint.layout import Checkpoint, Place, open_checkpoint, require_sd1_unet
+from sdd_lora.checkpoint.history import BakedAdapter, BakeRecord, history_of, parts_of
+from sdd_lora.checkpoint.layout import Checkpoint, open_checkpoint
 from sdd_lora.checkpoint.rounding import Delta, fits
 from sdd_lora.errors import BadInput
-from sdd_lora.io.safetensors import open_input
 
 #: An adapter counts as baked already where at least this share of it lies in the model.
 IN_IT = 0.5
@@ -23,7 +20,7 @@ IN_IT = 0.5
 
 @dataclass(frozen=True)
 class Presence:
-    """`recorded`: what the model's provenance says of the adapter, None where it says nothing.
+    """`recorded`: the adapter in the model's history, None where it isn't.
 
     `expected`: the weight at which the adapter should then lie in the model, itself or as a part of
     the recorded one; 1 where nothing is recorded, None where the record doesn't say.
@@ -44,32 +41,30 @@ class Presence:
         return self.expected != 0 and self.strength / self.expected >= IN_IT
 
 
-def chain_of_model(path: str | Path) -> tuple[Baking, ...]:
+def history_of_model(path: str | Path) -> tuple[BakeRecord, ...]:
     """Everything that was baked into a model, oldest first. Raises BadInput.
 
-    A call's entries in several files, which differ in their fingerprints alone, count once.
+    A call's records in several files, which differ in their fingerprints alone, count once.
     """
     checkpoint = open_checkpoint(Path(path))
-    chains = [provenance.chain_of(file, header) for file, header in checkpoint.headers.items()]
-    merged: list[Baking] = []
-    for chain in sorted(chains, key=len, reverse=True):
+    histories = [history_of(file, header) for file, header in checkpoint.headers.items()]
+    merged: list[BakeRecord] = []
+    for history in sorted(histories, key=len, reverse=True):
         at = len(merged)
-        for baking in reversed(chain):  # what is new goes before what it was followed by
+        for record in reversed(history):  # a new record goes before the one that followed it
             calls = [known.call for known in merged]
-            if baking.call in calls:
-                at = calls.index(baking.call)
+            if record.call in calls:
+                at = calls.index(record.call)
             else:
-                merged.insert(at, baking)
+                merged.insert(at, record)
     return tuple(merged)
 
 
 def find(model: str | Path, adapter: Adapter, base: str | Path | None = None) -> Presence:
     """Whether `adapter` is in `model`. Raises BadInput where the files can't be compared."""
-    chain = chain_of_model(model)
     wanted = {adapter.identity, *adapter.lineage}
-    recorded = next(
-        (known for baking in chain for known in baking.adapters if known.identities & wanted), None
-    )
+    known = [baked for record in history_of_model(model) for baked in record.adapters]
+    recorded = next((baked for baked in known if baked.identities & wanted), None)
     expected = 1.0 if recorded is None else _expected(recorded, adapter)
     if base is None:
         return Presence(recorded, expected)
@@ -79,7 +74,7 @@ def find(model: str | Path, adapter: Adapter, base: str | Path | None = None) ->
 
 def _expected(known: BakedAdapter, adapter: Adapter) -> float | None:
     """The weight of `adapter` in a model that holds `known`, by what both hold in common."""
-    ours = {adapter.identity: 1.0} | provenance.parts_of(adapter)
+    ours = {adapter.identity: 1.0} | parts_of(adapter)
     theirs = {known.identity: 1.0} | known.parts
     common = (identity for identity in theirs if ours.get(identity))
     return next((known.weight * theirs[each] / ours[each] for each in common), None)
@@ -89,7 +84,6 @@ def refuse_present(
     model: Checkpoint, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
 ) -> None:
     """Raises BadInput where half of an adapter or more, at its weight, is in the model already."""
-    require_sd1_unet(base)
     for adapter, weight in adapters:
         strength, _ = project(model, base, adapter)
         if strength / weight >= IN_IT:
@@ -116,7 +110,7 @@ def project(model: Checkpoint, base: Checkpoint, adapter: Adapter) -> tuple[floa
         for block in delta.blocks():
             change = delta.rows(block)
             with np.errstate(invalid="ignore"):  # seen below
-                difference = ours.rows(block) - theirs.rows(block)
+                difference = _rows(ours, block) - _rows(theirs, block)
             product += float((difference * change).sum())
             square += float((change * change).sum())
             difference_square += float((difference * difference).sum())
@@ -129,23 +123,30 @@ def project(model: Checkpoint, base: Checkpoint, adapter: Adapter) -> tuple[floa
     return (product / square if square else 0.0), (product / norms if norms else 0.0)
 
 
-class _Weight:
-    """A stored weight, read whole and widened block by block."""
+def cross_attention_norms(model: Path) -> dict[str, float]:
+    """Frobenius norms of the 64 matrices, in every weight set of the model.
 
-    def __init__(self, checkpoint: Checkpoint, place: Place) -> None:
-        info = checkpoint.info(place)
-        with open_input(place.file) as file:
-            data = read_bytes(file, checkpoint.headers[place.file], place.key)
-        self.shape = info.shape
-        self._matrix = as_array(data, info).reshape(info.shape[0], -1)
+    Raises BadInput where one holds NaN or infinite weights.
+    """
+    checkpoint = open_checkpoint(model)
+    norms = {}
+    for weights in checkpoint.weight_sets:
+        for module in filter(weights.locations.__contains__, sd1.CROSS_ATTENTION):
+            location = weights.locations[module]
+            norm = float(np.linalg.norm(checkpoint.read(location).astype(np.float64)))
+            if not math.isfinite(norm):
+                raise BadInput(f"{location.file}: {location.key}: holds NaN or infinite weights")
+            norms[f"{weights.label}: {module}"] = norm
+    return norms
 
-    def rows(self, block: slice) -> np.ndarray:
-        return self._matrix[block].astype(np.float64)
+
+def _rows(weight: np.ndarray, block: slice) -> np.ndarray:
+    """Some rows of a weight as a matrix, widened."""
+    return weight.reshape(len(weight), -1)[block].astype(np.float64)
 
 
-def _weight(checkpoint: Checkpoint, module: str) -> _Weight:
-    component = "text_encoder" if names.is_text(module) else "unet"
-    for copy in checkpoint.copies:
-        if copy.component == component and module in copy.places:
-            return _Weight(checkpoint, copy.places[module])
-    raise BadInput(f"{checkpoint.path}: no weight for {module}")
+def _weight(checkpoint: Checkpoint, module: str) -> np.ndarray:
+    location = checkpoint.find(module)
+    if location is None:
+        raise BadInput(f"{checkpoint.path}: no weight for {module}")
+    return checkpoint.read(location)

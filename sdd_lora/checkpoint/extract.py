@@ -1,4 +1,4 @@
-"""What fine-tuning changed: a tuned model against its base, as an adapter and what it can't hold.
+"""A tuned model against its base: the change as an adapter, and what an adapter can't hold.
 
 The two may differ in layout and dtype, and the tuned one may be partial (some weights alone, as
 ESD publishes them). Tensors are read one at a time. The autoencoder is not compared: no adapter
@@ -13,14 +13,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from sdd_lora import sd1 as names
+from sdd_lora import sd1
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.algebra import require_one_size
-from sdd_lora.adapter.extract import low_rank
-from sdd_lora.checkpoint.copying import as_array, read_bytes
-from sdd_lora.checkpoint.layout import Checkpoint, Place, open_checkpoint
+from sdd_lora.adapter.factors import low_rank
+from sdd_lora.checkpoint.layout import Checkpoint, TensorLocation, open_checkpoint
 from sdd_lora.errors import BadInput
-from sdd_lora.io.safetensors import open_input
 from sdd_lora.progress import progress
 
 #: Weights are compared in blocks of this many, so that it takes little memory.
@@ -28,9 +26,14 @@ _BLOCK_WEIGHTS = 1 << 20
 _SMALLEST_FP16 = np.finfo(np.float16).smallest_subnormal.astype(np.float32)
 _LDM_HEADS = {"input_blocks", "middle_block", "output_blocks", "out", "time_embed"}
 _DIFFUSERS_HEADS = {
-    "conv_in", "conv_out", "conv_norm_out", "time_embedding", "down_blocks", "mid_block",
+    "conv_in",
+    "conv_out",
+    "conv_norm_out",
+    "time_embedding",
+    "down_blocks",
+    "mid_block",
     "up_blocks",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def extract(
     for parameter, change in changes(tuned, base):
         module = parameter.removesuffix(".weight")
         norm = math.sqrt(float(np.square(change, dtype=np.float64).sum()))
-        if module == parameter or module not in names.known_modules():
+        if module == parameter or module not in sd1.known_modules():
             outside[parameter] = norm
             continue
         factors[module], kept[module] = low_rank(change, rank, energy)
@@ -106,19 +109,19 @@ def changes(tuned: Path, base: Path) -> Iterator[tuple[str, np.ndarray]]:
             "give the model that it was tuned from"
         )
     with progress("comparing", len(after)) as advance:
-        for name, place in after.items():
-            change = _change(name, _read(ours, place), _read(theirs, before[name]))
+        for name, location in after.items():
+            change = _change(name, ours.read(location), theirs.read(before[name]))
             if change is not None:
                 yield name, change
             advance()
 
 
-def parameters(checkpoint: Checkpoint) -> dict[str, Place]:
-    """Canonical names of the UNet's and text encoder's parameters → place, of the first copy."""
+def parameters(checkpoint: Checkpoint) -> dict[str, TensorLocation]:
+    """Canonical names of the UNet's and text encoder's parameters → location, of the first set."""
     first: dict[str, set[Path]] = {}
-    for copy in checkpoint.copies:
-        files = {place.file for place in copy.places.values()}
-        first.setdefault(copy.component, files)
+    for weights in checkpoint.weight_sets:
+        files = {location.file for location in weights.locations.values()}
+        first.setdefault(weights.component, files)
     in_text_folder = first.get("text_encoder", set()) - first.get("unet", set())
     wanted = set().union(*first.values()) if first else set(checkpoint.headers)
     found = {}
@@ -126,7 +129,7 @@ def parameters(checkpoint: Checkpoint) -> dict[str, Place]:
         for key, info in checkpoint.headers[file].tensors.items():
             name = canonical_parameter(key, file in in_text_folder)
             if name is not None and info.dtype[0] in "FB" and info.dtype != "BOOL":
-                found[name] = Place(file, key)
+                found[name] = TensorLocation(file, key)
     return found
 
 
@@ -135,26 +138,20 @@ def canonical_parameter(key: str, of_text_encoder: bool = False) -> str | None:
 
     None for what belongs to neither the UNet nor the text encoder.
     """
-    for prefix in (names.LDM_TEXT_PREFIX, names.TEXT_PREFIX):
+    for prefix in (sd1.LDM_TEXT_PREFIX, sd1.TEXT_PREFIX):
         if key.startswith(prefix):
             key, of_text_encoder = key.removeprefix(prefix), True
     if of_text_encoder:
-        return names.TEXT_LAYERS_PREFIX + key.removeprefix("text_model.")
-    for prefix in (names.LDM_UNET_PREFIX, "diffusion_model.", names.UNET_PREFIX):
+        return sd1.TEXT_LAYERS_PREFIX + key.removeprefix("text_model.")
+    for prefix in (sd1.LDM_UNET_PREFIX, "diffusion_model.", sd1.UNET_PREFIX):
         key = key.removeprefix(prefix)
     head = key.partition(".")[0]
     if head in _DIFFUSERS_HEADS:
         return key
     try:
-        return names.from_ldm(key) if head in _LDM_HEADS else None
+        return sd1.from_ldm(key) if head in _LDM_HEADS else None
     except KeyError:
         return None
-
-
-def _read(checkpoint: Checkpoint, place: Place) -> np.ndarray:
-    with open_input(place.file) as file:
-        data = read_bytes(file, checkpoint.headers[place.file], place.key)
-    return as_array(data, checkpoint.info(place))
 
 
 def _change(name: str, after: np.ndarray, before: np.ndarray) -> np.ndarray | None:
@@ -192,6 +189,7 @@ def _is_a_cast(after: np.ndarray, before: np.ndarray) -> bool:
 
 def _steps(values: np.ndarray) -> np.ndarray:
     """The distance of each value to the next larger one of its dtype, fp32."""
-    kind = ml_dtypes.finfo(values.dtype)
+    kind = ml_dtypes.finfo(values.dtype)  # type: ignore[no-untyped-call]
     size = np.maximum(np.abs(values.astype(np.float32)), np.float32(kind.smallest_normal))
-    return np.ldexp(np.float32(1), np.frexp(size)[1] - 1 - kind.nmant)
+    steps: np.ndarray = np.ldexp(np.float32(1), np.frexp(size)[1] - 1 - kind.nmant)
+    return steps

@@ -1,7 +1,7 @@
-"""What has been baked into a file: written in its header, or beside it where that has no room.
+"""The history of a file: everything that was baked into it, one record for each call of `bake`.
 
-A file's chain has one entry for each call of `bake`. The sidecar, `<file>.baked.json`, holds the
-whole chain where it exists; it is tied to the file's bytes, so that it speaks for no other file.
+It stands in the file's header, or in a sidecar, `<file>.baked.json`, where the header had no space.
+A sidecar holds the whole history and is tied to its file by a fingerprint.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ SAMPLE_BYTES = 256  # a full file has 1,800 tensors, and a bake in place samples
 
 @dataclass(frozen=True)
 class BakedAdapter:
-    """An adapter as a chain names it.
+    """An adapter as a history names it.
 
     `lineage` holds the identities of what it was made from, `parts` those that were stacked in it,
     each with its weight there.
@@ -44,13 +44,16 @@ class BakedAdapter:
     @classmethod
     def of(cls, adapter: Adapter, weight: float) -> "BakedAdapter":
         recipe = adapter.metadata.recipe
+        recipe_json = json.dumps(recipe, sort_keys=True).encode()
         return cls(
-            adapter.name, adapter.identity, weight, adapter.lineage,
-            tuple(adapter.metadata.concepts),
-            hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-            if recipe else None,
-            parts_of(adapter),
-        )  # fmt: skip
+            name=adapter.name,
+            identity=adapter.identity,
+            weight=weight,
+            lineage=adapter.lineage,
+            concepts=tuple(adapter.metadata.concepts),
+            recipe_sha256=hashlib.sha256(recipe_json).hexdigest() if recipe else None,
+            parts=parts_of(adapter),
+        )
 
     @property
     def identities(self) -> set[str]:
@@ -58,7 +61,7 @@ class BakedAdapter:
 
 
 @dataclass(frozen=True)
-class Baking:
+class BakeRecord:
     """One call of `bake` on one file.
 
     `before` is the fingerprint of the base: header and touched tensors; `after` that of the touched
@@ -75,8 +78,8 @@ class Baking:
     whole: bool = False
 
     @property
-    def call(self) -> "Baking":
-        """What all files have in common that one call of `bake` wrote."""
+    def call(self) -> "BakeRecord":
+        """The record without fingerprints: all files that one call of `bake` wrote share it."""
         unknown = UNKNOWN_DIGEST
         return replace(self, before=unknown, after=unknown, rest=unknown)
 
@@ -95,23 +98,23 @@ def parts_of(adapter: Adapter) -> dict[str, float]:
     return found
 
 
-def encode(chain: Iterable[Baking]) -> str:
-    return json.dumps([asdict(baking) for baking in chain], sort_keys=True, ensure_ascii=False)
+def encode(history: Iterable[BakeRecord]) -> str:
+    return json.dumps([asdict(record) for record in history], sort_keys=True, ensure_ascii=False)
 
 
-def decode(text: str, where: str) -> tuple[Baking, ...]:
-    """The chain from its JSON. Raises BadInput where it is none."""
+def decode(text: str, where: str) -> tuple[BakeRecord, ...]:
+    """A history from its JSON. Raises BadInput where it is none."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(tuple[Baking, ...]).validate_json(text)
+        return TypeAdapter(tuple[BakeRecord, ...]).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]["msg"]
         raise BadInput(f"{where}: its {METADATA_KEY} can't be read: {first}") from error
 
 
-def chain_of(path: Path, header: Header) -> tuple[Baking, ...]:
-    """What was baked into a file: from its sidecar where there is a valid one, else its header."""
+def history_of(path: Path, header: Header) -> tuple[BakeRecord, ...]:
+    """A file's records, oldest first: of its valid sidecar, else of its header."""
     sidecar = sidecar_of(path)
     if sidecar.is_file():
         content = _read_sidecar(sidecar)
@@ -122,16 +125,16 @@ def chain_of(path: Path, header: Header) -> tuple[Baking, ...]:
     return decode(text, str(path)) if text else ()
 
 
-def metadata_with(header: Header, chain: Iterable[Baking]) -> dict[str, str]:
-    """The file's metadata, verbatim, with the chain in it.
+def metadata_with(header: Header, history: Iterable[BakeRecord]) -> dict[str, str]:
+    """The file's metadata, verbatim, with its history in it.
 
     transformers refuses a header that has metadata but no format in it.
     """
-    return (header.metadata or {"format": "pt"}) | {METADATA_KEY: encode(chain)}
+    return (header.metadata or {"format": "pt"}) | {METADATA_KEY: encode(history)}
 
 
 def is_metadata_of(found: dict[str, str], original: dict[str, str]) -> bool:
-    """Whether `found` is `original` but for the chain."""
+    """Whether `found` is `original` but for the history."""
     rest = {key: value for key, value in found.items() if key != METADATA_KEY}
     before = {key: value for key, value in original.items() if key != METADATA_KEY}
     return rest == before or (not original and rest == {"format": "pt"})
@@ -141,17 +144,16 @@ def sidecar_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.baked.json")
 
 
-def write_sidecar(path: Path, chain: Iterable[Baking], key: str) -> None:
-    """Write the chain beside a file, tied to it by one of the tensors that were edited."""
+def write_sidecar(path: Path, history: Iterable[BakeRecord], key: str) -> None:
+    """Write the history beside a file, tied to it by one of the tensors that were edited."""
     with open_input(path) as file:
         tie = digest_of_samples(file, header_of(file, str(path)), [key])
-    content = {"chain": json.loads(encode(chain)), "tied_to": {"tensor": key, "sha256": tie}}
+    content = {"chain": json.loads(encode(history)), "tied_to": {"tensor": key, "sha256": tie}}
     write_text(sidecar_of(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def digest_of(digests: Iterable[str]) -> str:
-    """The fingerprint of several things: a digest of their digests, so that they can be taken apart
-    from each other."""
+    """The fingerprint of several things: a digest of their digests, taken in any order of work."""
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
@@ -195,7 +197,7 @@ def _sample(file: BinaryIO, header: Header, key: str) -> bytes:
 
 def _read_sidecar(sidecar: Path) -> dict[str, Any]:
     try:
-        content = json.loads(sidecar.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
         content["chain"], content["tied_to"]["tensor"], content["tied_to"]["sha256"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadInput(f"{sidecar}: can't be read: {error}; remove it if it isn't yours") from error
@@ -207,4 +209,4 @@ def _is_tied(path: Path, header: Header, content: dict[str, Any]) -> bool:
     if key not in header.tensors:
         return False
     with open_input(path) as file:
-        return digest_of_samples(file, header, [key]) == content["tied_to"]["sha256"]
+        return bool(digest_of_samples(file, header, [key]) == content["tied_to"]["sha256"])

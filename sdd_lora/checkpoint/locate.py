@@ -4,6 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sdd_lora.errors import BadInput
+from sdd_lora.io.atomic import refuse_existing
 
 #: The models that travel with the package.
 DEMO_FOLDER = Path(str(files("sdd_lora.demo").joinpath("model")))
@@ -38,6 +39,16 @@ def local(model: str | Path) -> Path | None:
 def locate_file(file: Path) -> Path:
     """FILE of a verb that takes adapters as well: what is there of that name, or else a MODEL."""
     return file if file.exists() else locate(file.as_posix())
+
+
+def require_new_output(output: Path, model: Path, force: bool) -> None:
+    """Raises BadInput where an output exists (unless with `force`), or overlaps with its input."""
+    if output.exists() and output.samefile(model):
+        raise BadInput(f"{output}: is the input itself; choose another output or --in-place")
+    refuse_existing(output, force)
+    if model.is_dir() and output.resolve().is_relative_to(model.resolve()):
+        raise BadInput(f"{output}: lies inside the input; choose another output")
+    require_apart(output, model)
 
 
 def require_apart(output: Path, *inputs: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint an adapter touches, in every copy, and where the others go."""
+"""What a bake is going to do: the tensors it edits in each file, and where all others go."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,154 +6,204 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.checkpoint.copying import Segment, merged
-from sdd_lora.checkpoint.layout import Checkpoint, Copy
-from sdd_lora.checkpoint.rounding import fits
+from sdd_lora.checkpoint.history import BakedAdapter, BakeRecord, history_of
+from sdd_lora.checkpoint.layout import Checkpoint, TensorLocation, WeightSet, component_of
+from sdd_lora.checkpoint.rounding import Rounding, fits
 from sdd_lora.errors import BadInput
-from sdd_lora.io import torch_zip as pickles
+from sdd_lora.io import torch_zip
 from sdd_lora.io.safetensors import DTYPES, Header, TensorInfo
 
 Weighted = Sequence[tuple[Adapter, float]]
 EmaChoice = Literal["patch", "drop"]
+#: The deltas of one module, each with its weight.
+Parts = list[tuple[Factors, float]]
 
 _STORED_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-#: Of the factors that stand beside fp8 weights which were divided by them.
+#: Endings of the scales that stand beside fp8 weights which were divided by them.
 _SCALES = (".scale_weight", ".weight_scale")
 
 
 @dataclass(frozen=True)
-class Edits:
-    """What is to be done to one file: the tensors to edit, in the file's order, and to drop."""
+class FilePlan:
+    """The edits of one file, in the order of its data, and the tensors that it loses.
+
+    `edits` maps a tensor's key to its module and the deltas that are added to it; `history` holds
+    the file's records of earlier bakes.
+    """
 
     path: Path
     header: Header
-    parts: dict[str, tuple[str, list[tuple[Factors, float]]]]  # key → module, ΔWᵢ and wᵢ
+    edits: dict[str, tuple[str, Parts]]
     dropped: frozenset[str]
+    history: tuple[BakeRecord, ...]
+
+    @property
+    def untouched(self) -> list[str]:
+        """The tensors that aren't edited, in the header's order."""
+        return [key for key in self.header.tensors if key not in self.edits]
+
+    def output_tensors(self) -> dict[str, TensorInfo]:
+        """The output's tensors. Where none is dropped they stay where they are.
+
+        A legacy file's are laid out anew, the widest dtypes first, so that every tensor is aligned.
+        """
+        legacy = isinstance(self.header, torch_zip.PickleHeader)
+        if not self.dropped and not legacy:
+            return self.header.tensors
+        kept = {k: info for k, info in self.header.tensors.items() if k not in self.dropped}
+        placed, offset = {}, 0
+        for key in sorted(
+            kept, key=lambda k: -DTYPES[kept[k].dtype].itemsize if legacy else kept[k].start
+        ):
+            info = kept[key]
+            end = offset + math.prod(info.shape) * DTYPES[info.dtype].itemsize
+            placed[key] = TensorInfo(info.dtype, info.shape, offset, end)
+            offset = end
+        return {key: placed[key] for key in kept}
+
+    def strided(self) -> set[str]:
+        """Tensors of a legacy file that aren't stored row by row."""
+        tensors = self.header.tensors.items()
+        return {key for key, info in tensors if isinstance(info, torch_zip.StridedInfo)}
+
+    def segments(self, output: Header) -> Iterator[Segment]:
+        """The ranges to copy, in the output's order, neighbours together."""
+        start, tensors = self.header.data_start, self.header.tensors
+        rewritten = self.strided() | set(self.edits)
+        return merged(
+            Segment(start + tensors[key].start, output.data_start + info.start, info.nbytes)
+            for key, info in sorted(output.tensors.items(), key=lambda item: item[1].start)
+            if key not in rewritten
+        )
 
 
-def plan_edits(checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice) -> list[Edits]:
-    """Where every module lands, in every copy. Raises BadInput where one doesn't."""
+@dataclass(frozen=True)
+class BakePlan:
+    """The edits of a whole model, and the record that each edited file gets of them."""
+
+    checkpoint: Checkpoint
+    files: tuple[FilePlan, ...]
+    record: BakeRecord
+    rounding: Rounding
+
+    @property
+    def edited_sets(self) -> tuple[str, ...]:
+        """The weight sets that the edits land in."""
+        edited = {TensorLocation(file.path, key) for file in self.files for key in file.edits}
+        return tuple(
+            f"{weights.component}: {weights.label}"
+            for weights in self.checkpoint.weight_sets
+            if edited & set(weights.locations.values())
+        )
+
+    @property
+    def stale(self) -> list[Path]:
+        """Further copies, which aren't edited, of weights that are."""
+        folders = {self.checkpoint.path, *(file.path.parent for file in self.files)}
+        return [path for path in self.checkpoint.unread if path.parent in folders]
+
+    def earlier(self) -> Iterator[tuple[Path, BakedAdapter]]:
+        """Every adapter that the edited files' histories name."""
+        for file in self.files:
+            for record in file.history:
+                for adapter in record.adapters:
+                    yield file.path, adapter
+
+
+def plan_bake(
+    checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice, rounding: Rounding, whole: bool
+) -> BakePlan:
+    """Where every module lands, in every weight set; `whole` as in `BakeRecord`.
+
+    Raises BadInput where a module doesn't land, or an adapter is in the model already.
+    """
     collected = _by_module(adapters)
     if problems := misfits(checkpoint, adapters, ema):
         raise BadInput(
             f"{checkpoint.path}: {len(problems)} of the adapters' {len(collected)} modules don't "
             f"land in it, the first: {problems[0]}"
         )
-    parts: dict[Path, dict[str, tuple[str, list[tuple[Factors, float]]]]] = {}
-    for module, found in collected.items():
-        for copy in _copies_with(checkpoint, module, ema):
-            place = copy.places[module]
-            parts.setdefault(place.file, {})[place.key] = (module, found)
-    return [
-        _edits_of(path, header, parts[path], ema)
-        for path, header in checkpoint.headers.items() if path in parts
-    ]  # fmt: skip
+    edits: dict[Path, dict[str, tuple[str, Parts]]] = {}
+    for module, parts in collected.items():
+        for weights in _sets_to_edit(checkpoint, module, ema):
+            location = weights.locations[module]
+            edits.setdefault(location.file, {})[location.key] = (module, parts)
+    baked = tuple(BakedAdapter.of(adapter, weight) for adapter, weight in adapters)
+    plan = BakePlan(
+        checkpoint,
+        tuple(
+            _file_plan(checkpoint, path, edits[path], ema)
+            for path in checkpoint.headers
+            if path in edits
+        ),
+        BakeRecord(baked, str(rounding), ema, whole=whole),
+        rounding,
+    )
+    for path, known in plan.earlier():
+        for new in baked:
+            if new.identities & known.identities:
+                raise BadInput(
+                    f"{path}: {new.name} is in it already, as {known.name} at weight "
+                    f"{known.weight:g}; unbake it first, or bake into the original"
+                )
+    return plan
 
 
 def misfits(checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice = "patch") -> list[str]:
-    """A line for each module that finds no place in a copy of the model's weights."""
+    """A line for each module that can't be added to a weight set; none where all can be baked."""
     problems = []
-    for module, found in _by_module(adapters).items():
-        copies = _copies_with(checkpoint, module, ema)
-        lines = [_misfit(checkpoint, copy, module, found) for copy in copies]
-        if not copies:
-            component = _component_of(module).replace("_", " ")
+    for module, parts in _by_module(adapters).items():
+        sets = _sets_to_edit(checkpoint, module, ema)
+        lines = [_misfit(checkpoint, weights, module, parts) for weights in sets]
+        if not sets:
+            component = component_of(module).replace("_", " ")
             lines = [f"{module}: the model holds no {component}"]
         problems += [line for line in lines if line is not None][:1]
     return problems
 
 
-def _by_module(adapters: Weighted) -> dict[str, list[tuple[Factors, float]]]:
-    collected: dict[str, list[tuple[Factors, float]]] = {}
+def _by_module(adapters: Weighted) -> dict[str, Parts]:
+    collected: dict[str, Parts] = {}
     for adapter, weight in adapters:
         for module, factors in adapter.factors.items():
             collected.setdefault(module, []).append((factors, weight))
     return collected
 
 
-def _component_of(module: str) -> str:
-    return "text_encoder" if names.is_text(module) else "unet"
+def _sets_to_edit(checkpoint: Checkpoint, module: str, ema: EmaChoice) -> list[WeightSet]:
+    sets = checkpoint.sets_of(component_of(module))
+    return [weights for weights in sets if not (weights.is_ema and ema == "drop")]
 
 
-def _copies_with(checkpoint: Checkpoint, module: str, ema: EmaChoice) -> list[Copy]:
-    """The copies that a module's delta goes into."""
-    return [
-        copy for copy in checkpoint.copies
-        if copy.component == _component_of(module) and not (copy.is_ema and ema == "drop")
-    ]  # fmt: skip
-
-
-def _misfit(
-    checkpoint: Checkpoint, copy: Copy, module: str, found: list[tuple[Factors, float]]
-) -> str | None:
-    """Why a module's deltas can't be added to a copy's weight; None where they can."""
-    if module not in copy.places:
-        return f"{module}: {copy.label} of the {copy.component} have no such weight"
-    place = copy.places[module]
-    info, beside = checkpoint.info(place), checkpoint.headers[place.file].tensors
-    if any(place.key.removesuffix(".weight") + scale in beside for scale in _SCALES):
+def _misfit(checkpoint: Checkpoint, weights: WeightSet, module: str, parts: Parts) -> str | None:
+    """Why a module's deltas can't be added to a set's weight; None where they can."""
+    if module not in weights.locations:
+        return f"{module}: {weights.label} of the {weights.component} have no such weight"
+    location = weights.locations[module]
+    info, beside = checkpoint.info(location), checkpoint.headers[location.file].tensors
+    if any(location.key.removesuffix(".weight") + scale in beside for scale in _SCALES):
         return f"{module}: stored divided by a scale; use a copy of the model without scales"
     if info.dtype not in _STORED_FLOATS:
         return f"{module}: stored as {info.dtype}, which no delta can be added to"
-    for factors, _ in found:
+    for factors, _ in parts:
         if not fits(factors.weight_shape, info.shape):
             return f"{module}: the weight is {info.shape}, the delta {factors.weight_shape}"
     return None
 
 
-def _edits_of(
-    path: Path, header: Header, parts: dict[str, tuple[str, list[tuple[Factors, float]]]],
-    ema: EmaChoice,
-) -> Edits:  # fmt: skip
-    in_order = sorted(parts, key=lambda key: header.tensors[key].start)
+def _file_plan(
+    checkpoint: Checkpoint, path: Path, edits: dict[str, tuple[str, Parts]], ema: EmaChoice
+) -> FilePlan:
+    header = checkpoint.headers[path]
+    in_order = sorted(edits, key=lambda key: header.tensors[key].start)
     dropped = [key for key in header.tensors if ema == "drop" and key.startswith("model_ema.")]
-    return Edits(path, header, {key: parts[key] for key in in_order}, frozenset(dropped))
-
-
-def laid_out(header: Header, dropped: frozenset[str]) -> dict[str, TensorInfo]:
-    """The output's tensors. Where none is dropped they stay where they are.
-
-    A legacy file's are laid out anew, the widest dtypes first, so that every tensor is aligned.
-    """
-    legacy = isinstance(header, pickles.PickleHeader)
-    if not dropped and not legacy:
-        return header.tensors
-    kept = [key for key in header.tensors if key not in dropped]
-    kept.sort(key=lambda key: _order(header.tensors[key], legacy))
-    placed, offset = {}, 0
-    for key in kept:
-        info = header.tensors[key]
-        end = offset + stored_bytes(info)
-        placed[key] = TensorInfo(info.dtype, info.shape, offset, end)
-        offset = end
-    return {key: placed[key] for key in header.tensors if key in placed}
-
-
-def _order(info: TensorInfo, legacy: bool) -> int:
-    return -DTYPES[info.dtype].itemsize if legacy else info.start
-
-
-def segments(edits: Edits, output: Header) -> Iterator[Segment]:
-    """What is copied from where to where, in the output's order, neighbours together."""
-    header = edits.header
-    in_order = sorted(output.tensors.items(), key=lambda item: item[1].start)
-    others = strided(header) | set(edits.parts)
-    return merged(
-        Segment(
-            header.data_start + header.tensors[key].start, output.data_start + info.start,
-            info.nbytes,
-        )
-        for key, info in in_order if key not in others
-    )  # fmt: skip
-
-
-def strided(header: Header) -> set[str]:
-    """Tensors of a legacy file that aren't stored row by row."""
-    return {key for key, info in header.tensors.items() if isinstance(info, pickles.StridedInfo)}
-
-
-def stored_bytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * DTYPES[info.dtype].itemsize
+    return FilePlan(
+        path,
+        header,
+        {key: edits[key] for key in in_order},
+        frozenset(dropped),
+        history_of(path, header),
+    )

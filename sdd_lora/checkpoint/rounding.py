@@ -37,15 +37,20 @@ class Rounding:
             near = exact.astype(dtype)
         if rng is None:
             return near
-        end = ml_dtypes.finfo(dtype).max  # not infinity: F8_E4M3 has none
+        end = ml_dtypes.finfo(dtype).max  # type: ignore[no-untyped-call]
+        # not infinity: F8_E4M3 has none
         other = np.nextafter(near, np.where(near.astype(np.float64) < exact, end, -end))
         step = np.abs(other.astype(np.float64) - near.astype(np.float64))
         share = np.abs(exact - near.astype(np.float64))
         with np.errstate(invalid="ignore"):  # where `near` has overflowed
-            return np.where(rng.random(exact.shape) * step < share, other, near)
+            rounded: np.ndarray = np.where(rng.random(exact.shape) * step < share, other, near)
+        return rounded
+
+    def __str__(self) -> str:
+        return self.how if self.how == "nearest" else f"{self.how}, seed {self.seed}"
 
     def generator(self, name: str) -> "np.random.Generator | None":
-        """What a tensor's rounding draws from; None where nothing is drawn."""
+        """The random numbers of a tensor's rounding; None where none are drawn."""
         if self.how == "nearest":
             return None  # nor is numpy.random imported
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
@@ -77,7 +82,7 @@ class Delta:
 
 @dataclass
 class Tally:
-    """What rounding left of an edit, over one tensor or many.
+    """How much of an edit survived the rounding, over one tensor or many.
 
     `intended` is ‖Δ‖; `realised` the share of Δ that W' − W has along Δ (1 is all of it); `error`
     is ‖W' − (W + Δ)‖ / ‖Δ‖.
@@ -134,9 +139,13 @@ def edit(
 
 
 def _require_finite(
-    name: str, info: TensorInfo, before: np.ndarray, change: np.ndarray, exact: np.ndarray,
+    name: str,
+    info: TensorInfo,
+    before: np.ndarray,
+    change: np.ndarray,
+    exact: np.ndarray,
     after: np.ndarray,
-) -> None:  # fmt: skip
+) -> None:
     if not np.isfinite(before).all():
         raise BadInput(f"{name}: holds NaN or infinite weights; the model is damaged")
     if not np.isfinite(change).all():

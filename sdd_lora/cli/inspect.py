@@ -40,11 +40,12 @@ def inspect(
 def _inspected(path: Path, norms: bool) -> dict[str, Any]:
     from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
     from sdd_lora.adapter.formats import looks_like_adapter
-    from sdd_lora.checkpoint.layout import read_any_header, require_settled
+    from sdd_lora.checkpoint.journal import require_no_journal
+    from sdd_lora.checkpoint.layout import read_any_header
     from sdd_lora.checkpoint.locate import locate_file
 
     path = locate_file(path)
-    require_settled(path)
+    require_no_journal(path)
     if path.is_dir():
         is_adapter = is_adapter_folder(path)
     else:
@@ -80,11 +81,10 @@ def _adapter_data(path: Path, norms: bool) -> dict[str, Any]:
 
 
 def _checkpoint_data(path: Path, norms: bool) -> dict[str, Any]:
-    from sdd_lora.checkpoint.detect import chain_of_model
-    from sdd_lora.checkpoint.fitting import cross_attention_norms
-    from sdd_lora.checkpoint.layout import FAMILIES, describe
+    from sdd_lora.checkpoint.describe import FAMILIES, describe_model
+    from sdd_lora.checkpoint.detect import cross_attention_norms, history_of_model
 
-    found = describe(path)
+    found = describe_model(path)
     data = {
         "file": str(path),
         "kind": "checkpoint",
@@ -99,7 +99,7 @@ def _checkpoint_data(path: Path, norms: bool) -> dict[str, Any]:
         "missing": list(found.missing),
         "widths": list(found.unet_widths),
         "context_width": found.context_width,
-        "baked": [asdict(baking) for baking in chain_of_model(path)],
+        "baked": [asdict(record) for record in history_of_model(path)],
     }
     if norms:
         data["norms"] = cross_attention_norms(path)
@@ -171,11 +171,12 @@ def verify(
     """
     from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
     from sdd_lora.adapter.formats import looks_like_adapter
-    from sdd_lora.checkpoint.layout import read_any_header, require_settled
+    from sdd_lora.checkpoint.journal import require_no_journal
+    from sdd_lora.checkpoint.layout import read_any_header
     from sdd_lora.checkpoint.locate import locate_file
 
     file = locate_file(file)
-    require_settled(file)
+    require_no_journal(file)
     if file.is_dir():
         is_adapter = is_adapter_folder(file)
     else:
@@ -195,8 +196,9 @@ def _verify_adapter(path: Path, model: str | None, base: str | None) -> Result:
     from sdd_lora.adapter.adapter import Adapter
     from sdd_lora.adapter.inspect import describe
     from sdd_lora.adapter.loaders import verdicts
-    from sdd_lora.checkpoint.fitting import misfits
+    from sdd_lora.checkpoint.describe import open_sd1
     from sdd_lora.checkpoint.locate import locate
+    from sdd_lora.checkpoint.plan import misfits
 
     adapter = Adapter.load(path)
     found = describe(path)
@@ -218,7 +220,7 @@ def _verify_adapter(path: Path, model: str | None, base: str | None) -> Result:
     if model is None:
         return Result(data, "\n".join(lines))
     where = locate(model)
-    problems = misfits(where, adapter)
+    problems = misfits(open_sd1(where), [(adapter, 1.0)])
     data |= {"model": model, "fits": not problems, "misfits": problems}
     lines.append(f"  {model}: {'it fits' if not problems else 'it does NOT fit'}")
     lines += [f"    {problem}" for problem in problems]
@@ -230,9 +232,9 @@ def _verify_adapter(path: Path, model: str | None, base: str | None) -> Result:
 
 def _verify_checkpoint(path: Path, adapter: Path | None, base: str | None) -> Result:
     from sdd_lora.adapter.adapter import Adapter
-    from sdd_lora.checkpoint.detect import chain_of_model
+    from sdd_lora.checkpoint.detect import history_of_model
 
-    chain = chain_of_model(path)
+    chain = history_of_model(path)
     data: dict[str, Any] = {
         "file": str(path),
         "kind": "checkpoint",

@@ -18,7 +18,7 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdd_lora.checkpoint.copying import as_array, read_bytes
-from sdd_lora.checkpoint.layout import Description, describe, require_sd1
+from sdd_lora.checkpoint.describe import ModelDescription, describe_model, require_sd1
 from sdd_lora.checkpoint.locate import DEMO_FOLDER, local
 from sdd_lora.errors import BadInput
 from sdd_lora.io import torch_zip as pickles
@@ -78,7 +78,7 @@ def ddim(pipeline: StableDiffusionPipeline) -> DDIMScheduler:
     return DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 
 
-def require_model(model: str, **parts: Any) -> tuple[Path, Description]:
+def require_model(model: str, **parts: Any) -> tuple[Path, ModelDescription]:
     """The file or folder of a MODEL, and what is in it; a hub id's files are downloaded, but those
     of `parts` that are None.
 
@@ -138,7 +138,7 @@ def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPi
         raise BadInput(f"{path}: can't load it: {first}") from error
 
 
-def _require_text_to_image(path: Path) -> Description:
+def _require_text_to_image(path: Path) -> ModelDescription:
     found = require_sd1(path)
     if found.in_channels != SD1_CHANNELS:
         kind = "an inpainting model" if found.inpainting else "a model for more than prompts"
@@ -155,7 +155,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return whole or all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
 
 
-def _variant(found: Description) -> str | None:
+def _variant(found: ModelDescription) -> str | None:
     """Which weights of a folder to load, where it has none without a variant's name."""
     labels = [label.removeprefix("sharded ") for label in found.copies]
     return None if "weights" in labels else labels[0].removeprefix("variant ")
@@ -200,6 +200,6 @@ def _configuration_for(path: Path) -> dict[str, Any]:
     """A single file's configuration and tokenizer: the embedded model's where the UNet is of its
     size; SD 1.5's, which diffusers takes from the hub, otherwise."""
     small = json.loads((DEMO_FOLDER / "unet" / "config.json").read_text("utf-8"))
-    if describe(path).unet_widths != tuple(small["block_out_channels"]):
+    if describe_model(path).unet_widths != tuple(small["block_out_channels"]):
         return {}
     return {"config": str(DEMO_FOLDER), "local_files_only": True}

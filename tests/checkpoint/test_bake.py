@@ -12,9 +12,9 @@ from support import checkpoint_models as models
 
 from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.checkpoint import history as provenance
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.detect import chain_of_model, find
+from sdd_lora.checkpoint.detect import find, history_of_model
+from sdd_lora.checkpoint.history import METADATA_KEY, UNKNOWN_DIGEST, sidecar_of
 from sdd_lora.checkpoint.layout import open_checkpoint
 from sdd_lora.checkpoint.rounding import Rounding
 from sdd_lora.checkpoint.undo import unbake
@@ -80,7 +80,7 @@ def test_a_single_file_in_every_dtype_with_and_without_ema(tmp_path, dtype, ema)
     assert source.read_bytes() == original
     assert any("EMA" in copy for copy in report.copies) == (ema is not None)
     metadata = read_header(tmp_path / "out.safetensors").metadata
-    assert metadata.pop(provenance.METADATA_KEY)
+    assert metadata.pop(METADATA_KEY)
     assert metadata == {"format": "pt", "title": "a → b"}
     with torch.no_grad():  # the library itself reads it
         from safetensors.torch import load_file
@@ -191,14 +191,14 @@ def test_what_rounding_left_is_reported_and_warned_of(tmp_path):
 # Provenance
 
 
-def test_provenance_names_adapters_and_survives_a_second_bake(tmp_path):
+def test_the_history_names_adapters_and_survives_a_second_bake(tmp_path):
     source = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
     a = Adapter(models.adapter().factors, {"name": "a", "concepts": ["bomb"], "recipe": {"x": 1}})
     b = models.adapter(seed=1, name="b")
     bake(source, [(a, 0.75)], out=tmp_path / "a.safetensors")
     report = bake(tmp_path / "a.safetensors", [(b, 1.0)], out=tmp_path / "ab.safetensors")
     assert "second time" in report.warnings[0]
-    first, second = chain_of_model(tmp_path / "ab.safetensors")
+    first, second = history_of_model(tmp_path / "ab.safetensors")
     assert (first.adapters[0].name, first.adapters[0].weight) == ("a", 0.75)
     assert first.adapters[0].concepts == ("bomb",) and first.adapters[0].recipe_sha256
     assert second.adapters[0].identity == b.identity
@@ -228,7 +228,7 @@ def test_baking_twice_is_refused_by_identity_stack_and_weights(tmp_path):
             bake(tmp_path / "a.safetensors", [(more, 1.0)], out=tmp_path / "aa.safetensors")
 
     tensors, metadata = read_tensors(tmp_path / "a.safetensors")
-    metadata.pop(provenance.METADATA_KEY)
+    metadata.pop(METADATA_KEY)
     bare = models.write(tmp_path / "bare.safetensors", tensors, metadata)
     with pytest.raises(BadInput, match=r"hold it at 0\.50"):
         bake(bare, [(a, 1.0)], out=tmp_path / "aa.safetensors", base=source)
@@ -247,10 +247,8 @@ def test_presence_by_weights(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[", "{}", '[{"adapters": 3}]', "[" * 100_000, "[1]"])
-def test_damaged_provenance_is_one_clear_line(tmp_path, text):
-    source = models.write(
-        tmp_path / "m.safetensors", models.ldm_tensors(), {provenance.METADATA_KEY: text}
-    )
+def test_a_damaged_history_is_one_clear_line(tmp_path, text):
+    source = models.write(tmp_path / "m.safetensors", models.ldm_tensors(), {METADATA_KEY: text})
     with pytest.raises(BadInput, match="can't be read") as error:
         bake(source, [(models.adapter(), 1.0)], out=tmp_path / "o.safetensors")
     assert "\n" not in str(error.value)
@@ -333,12 +331,12 @@ def test_a_replaced_file_takes_its_sidecar_with_it(tmp_path, monkeypatch):
     a, b = models.adapter(name="a"), models.adapter(seed=1, leaves=("to_q",), name="b")
     source = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
     out = models.write(tmp_path / "o.safetensors", models.ldm_tensors())
-    monkeypatch.setattr("sdd_lora.checkpoint.bake.insert_room", lambda *_: False)
+    monkeypatch.setattr("sdd_lora.checkpoint.in_place.insert_space", lambda *_: False)
     bake(out, [(a, 1.0)], in_place=True)
-    assert provenance.sidecar_of(out).exists()
+    assert sidecar_of(out).exists()
     bake(source, [(a, 1.0), (b, 1.0)], out=out, force=True)  # its to_k is what the sidecar knows
-    (baking,) = chain_of_model(out)
-    assert [known.name for known in baking.adapters] == ["a", "b"]
+    (record,) = history_of_model(out)
+    assert [known.name for known in record.adapters] == ["a", "b"]
 
 
 def test_too_little_disk_is_seen_before_writing(tmp_path, monkeypatch):
@@ -421,7 +419,7 @@ def test_text_encoder_parts_land_in_a_folders_text_encoder(tmp_path):
     bake(source, [(models.adapter(text=True), 1.0)], out=tmp_path / "o")
     file = "text_encoder/model.safetensors"
     assert (source / file).read_bytes() != (tmp_path / "o" / file).read_bytes()
-    assert len(chain_of_model(tmp_path / "o")) == 1
+    assert len(history_of_model(tmp_path / "o")) == 1
 
 
 def test_every_variant_and_only_touched_shards_are_written(tmp_path):
@@ -516,6 +514,6 @@ def test_the_same_call_gives_the_same_bytes(tmp_path):
         bake(source, [(models.adapter(), 1.0)], out=tmp_path / f"{name}.safetensors")
     a, b = (tmp_path / f"{name}.safetensors" for name in "ab")
     assert a.read_bytes() == b.read_bytes()
-    entry = json.loads(read_header(a).metadata[provenance.METADATA_KEY])[0]
-    assert provenance.UNKNOWN_DIGEST not in (entry["before"], entry["after"])
-    assert open_checkpoint(a).copies[0].label == "weights"
+    entry = json.loads(read_header(a).metadata[METADATA_KEY])[0]
+    assert UNKNOWN_DIGEST not in (entry["before"], entry["after"])
+    assert open_checkpoint(a).weight_sets[0].label == "weights"

@@ -7,10 +7,9 @@ from support import checkpoint_models as models
 from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.algebra import resize, stack
-from sdd_lora.checkpoint import history as provenance
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.detect import chain_of_model, find
-from sdd_lora.checkpoint.history import BakedAdapter, Baking
+from sdd_lora.checkpoint.detect import find, history_of_model
+from sdd_lora.checkpoint.history import METADATA_KEY, BakedAdapter, BakeRecord, decode, encode
 from sdd_lora.io.safetensors import read_tensors
 
 A, B, C = (models.adapter(seed=seed, size=0.05, name="abc"[seed]) for seed in range(3))
@@ -23,21 +22,21 @@ def source(tmp_path_factory):
 
 
 def test_bakes_of_other_files_of_a_folder_are_not_forgotten(tmp_path):
-    """Of a UNet alone, of a text encoder alone, of both: each file has a chain of its own."""
+    """Of a UNet alone, of a text encoder alone, of both: each file has a history of its own."""
     source = models.write_folder(tmp_path / "m")
     made = models.adapter(text=True, seed=2).factors
     text = Adapter({m: f for m, f in made.items() if names.is_text(m)}, {"name": "text"})
     both = models.adapter(text=True, seed=3, name="both")
     for n, adapter in enumerate((A, text, both, B)):
         bake(source if n == 0 else tmp_path / str(n - 1), [(adapter, 1.0)], out=tmp_path / str(n))
-    chain = chain_of_model(tmp_path / "3")
-    order = [adapter.name for baking in chain for adapter in baking.adapters]
+    history = history_of_model(tmp_path / "3")
+    order = [adapter.name for record in history for adapter in record.adapters]
     assert sorted(order) == ["a", "b", "both", "text"]
     assert order.index("a") < order.index("both") < order.index("b")
     assert order.index("text") < order.index("both")
     for adapter in (A, text, both, B):
         assert find(tmp_path / "3", adapter).present
-    assert chain_of_model(source) == ()
+    assert history_of_model(source) == ()
 
 
 def test_a_part_of_a_stack_is_expected_at_its_own_weight(tmp_path, source):
@@ -66,8 +65,8 @@ def test_what_was_made_from_a_baked_adapter_is_known_by_its_lineage(tmp_path, so
 
 def test_a_weight_of_0_is_nothing(tmp_path, source):
     tensors, _ = read_tensors(source)
-    chain = [Baking((BakedAdapter("a", A.identity, 0.0),), "nearest", "patch")]
-    metadata = {provenance.METADATA_KEY: provenance.encode(chain)}
+    history = [BakeRecord((BakedAdapter("a", A.identity, 0.0),), "nearest", "patch")]
+    metadata = {METADATA_KEY: encode(history)}
     path = models.write(tmp_path / "o.safetensors", tensors, metadata)
     for base in (None, source):
         found = find(path, A, base)
@@ -75,8 +74,8 @@ def test_a_weight_of_0_is_nothing(tmp_path, source):
 
 
 def test_records_without_parts_are_still_read(tmp_path, source):
-    text = provenance.encode([Baking((BakedAdapter("a", A.identity, 0.5),), "nearest", "patch")])
+    text = encode([BakeRecord((BakedAdapter("a", A.identity, 0.5),), "nearest", "patch")])
     older = text.replace(', "parts": {}', "")
     assert older != text
-    assert provenance.decode(older, "x")[0].adapters[0].parts == {}
-    assert np.isclose(provenance.decode(older, "x")[0].adapters[0].weight, 0.5)
+    assert decode(older, "x")[0].adapters[0].parts == {}
+    assert np.isclose(decode(older, "x")[0].adapters[0].weight, 0.5)

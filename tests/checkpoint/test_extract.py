@@ -6,7 +6,7 @@ import torch
 from support.adapter_making import KINDS, TO_K, TO_OUT, random_adapter
 from support.checkpoint_models import cast, ldm_tensors, states, write, write_folder
 
-from sdd_lora.adapter.extract import low_rank
+from sdd_lora.adapter.factors import low_rank
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.detect import find
 from sdd_lora.checkpoint.extract import canonical_parameter, extract

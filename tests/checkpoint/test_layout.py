@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support import checkpoint_models as models
 
 from sdd_lora import sd1 as names
-from sdd_lora.checkpoint.layout import describe, open_checkpoint, require_sd1
+from sdd_lora.checkpoint.describe import describe_model, require_sd1
+from sdd_lora.checkpoint.layout import open_checkpoint
 from sdd_lora.demo.build.ldm import to_ldm
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import TensorInfo
@@ -41,8 +42,8 @@ def test_ema_copies_are_found_in_both_spellings(tmp_path, spelling):
     path = models.write(tmp_path / "m.safetensors", models.ldm_tensors(True, spelling))
     found = require_sd1(path)
     assert found.has_ema
-    weights, ema, _ = open_checkpoint(path).copies
-    assert ema.places.keys() == weights.places.keys()
+    weights, ema, _ = open_checkpoint(path).weight_sets
+    assert ema.locations.keys() == weights.locations.keys()
 
 
 def test_missing_parts_inpainting_and_unprefixed_text(tmp_path):
@@ -54,17 +55,19 @@ def test_missing_parts_inpainting_and_unprefixed_text(tmp_path):
     path = models.write(tmp_path / "m.safetensors", tensors)
     found = require_sd1(path)
     assert found.inpainting and found.missing == ("vae",)
-    text = open_checkpoint(path).copies[-1]
-    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj" in text.places
+    text = open_checkpoint(path).weight_sets[-1]
+    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj" in text.locations
 
 
 def test_a_text_encoder_under_both_names_is_two_copies(tmp_path):
     tensors = models.ldm_tensors()
     tensors |= {k.replace("text_model.", ""): v for k, v in tensors.items() if "text_model." in k}
-    first, second = open_checkpoint(models.write(tmp_path / "m.safetensors", tensors)).copies[1:]
+    first, second = open_checkpoint(models.write(tmp_path / "m.safetensors", tensors)).weight_sets[
+        1:
+    ]
     assert first.component == second.component == "text_encoder"
-    assert first.places.keys() == second.places.keys()
-    assert not set(first.places.values()) & set(second.places.values())
+    assert first.locations.keys() == second.locations.keys()
+    assert not set(first.locations.values()) & set(second.locations.values())
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
@@ -107,7 +110,7 @@ def test_what_is_loaded_without_a_variant_comes_first(tmp_path, shard):
                 stem = "diffusion_pytorch_model"
                 other = file.name.replace(stem, f"{stem}.{variant}")
                 (file.parent / other).write_bytes(file.read_bytes())
-    first, *others = (copy.label for copy in open_checkpoint(tmp_path / "m").copies[:3])
+    first, *others = (weights.label for weights in open_checkpoint(tmp_path / "m").weight_sets[:3])
     assert first == ("sharded weights" if shard else "weights")
     assert all("variant" in label for label in others) and len(others) == 2
 
@@ -117,7 +120,7 @@ def test_a_lost_shard_is_named(tmp_path):
     lost = sorted((tmp_path / "m" / "unet").glob("*-00001-of-*"))[0]
     lost.unlink()
     with pytest.raises(BadInput, match=lost.name):
-        describe(tmp_path / "m")
+        describe_model(tmp_path / "m")
 
 
 def test_sd15_itself_is_complete_by_its_list_of_keys(tmp_path):
@@ -190,7 +193,7 @@ def test_sdxl_by_its_blocks(tmp_path):
     }  # fmt: skip
     tensors = {k: np.zeros(s, np.float16) for k, s in blocks.items()}
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = np.zeros((320, 4, 3, 3), np.float16)
-    assert describe(models.write(tmp_path / "xl.safetensors", tensors)).family == "sdxl"
+    assert describe_model(models.write(tmp_path / "xl.safetensors", tensors)).family == "sdxl"
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -205,7 +208,7 @@ def test_fuzz_mutated_headers_raise_one_clear_error_or_read(tmp_path, data):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content[: len(content) - data.draw(st.integers(0, 3))])
     try:
-        describe(path)
+        describe_model(path)
     except BadInput as error:
         assert "\n" not in str(error)
 
@@ -222,14 +225,14 @@ def test_what_is_missing_or_damaged(tmp_path, name):
         models.write_folder(tmp_path / "m", shard="5MB")
         (tmp_path / "m/unet/diffusion_pytorch_model.safetensors.index.json").write_text("[")
     with pytest.raises(BadInput, match=str(tmp_path / "m")):
-        describe(tmp_path / "m")
+        describe_model(tmp_path / "m")
 
 
 def test_no_torch_is_imported(tmp_path):
     path = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
     code = (
-        "import sys; from sdd_lora.checkpoint.layout import describe; "
-        f"print(describe({str(path)!r}).family, 'torch' in sys.modules)"
+        "import sys; from sdd_lora.checkpoint.describe import describe_model; "
+        f"print(describe_model({str(path)!r}).family, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["sd1", "False"]

@@ -16,14 +16,17 @@ import pytest
 from support import checkpoint_models as models
 
 from sdd_lora import sd1 as names
-from sdd_lora.checkpoint import bake as baking
-from sdd_lora.checkpoint import detect as presence
-from sdd_lora.checkpoint import history as provenance
-from sdd_lora.checkpoint import room
-from sdd_lora.checkpoint import undo as undoing
+from sdd_lora.checkpoint import bake as bake_module
+from sdd_lora.checkpoint import in_place
+from sdd_lora.checkpoint import undo as undo_module
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.layout import journal_of, open_checkpoint
-from sdd_lora.checkpoint.undo import Undo, held, unbake
+from sdd_lora.checkpoint.copying import insert_space, write_at
+from sdd_lora.checkpoint.detect import history_of_model
+from sdd_lora.checkpoint.history import sidecar_of
+from sdd_lora.checkpoint.journal import journal_of
+from sdd_lora.checkpoint.layout import open_checkpoint
+from sdd_lora.checkpoint.undo import lock_model, unbake
+from sdd_lora.checkpoint.undo_file import UndoFile
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.safetensors import read_header, read_tensors
 
@@ -77,14 +80,14 @@ def test_the_undo_file_holds_no_more_than_the_edited_tensors(source, tmp_path):
     assert 0 < overhead < 3 * read_header(source).data_start
 
 
-@pytest.mark.parametrize("where", ["room in the header", "room inserted", "a sidecar"])
+@pytest.mark.parametrize("where", ["space in the header", "space inserted", "a sidecar"])
 def test_in_place(source, tmp_path, monkeypatch, where):
-    if where == "room in the header":
+    if where == "space in the header":
         padded(source, 4000)
     if where == "a sidecar":
-        monkeypatch.setattr(baking, "insert_room", lambda file, size: False)
-    elif where == "room inserted" and not inserts(tmp_path):
-        pytest.skip("this file system can't insert room")
+        monkeypatch.setattr(in_place, "insert_space", lambda file, size: False)
+    elif where == "space inserted" and not inserts(tmp_path):
+        pytest.skip("this file system can't insert space")
     original, size = source.read_bytes(), source.stat().st_size
     expected = tmp_path / "o.safetensors"
     bake(source, [(A, 1.0)], out=expected)
@@ -93,15 +96,15 @@ def test_in_place(source, tmp_path, monkeypatch, where):
         k: v.tobytes() for k, v in read_tensors(expected)[0].items()
     }
     grown = source.stat().st_size - size
-    assert grown == (4096 if where == "room inserted" else 0)
-    assert provenance.sidecar_of(source).exists() == (where == "a sidecar")
-    (entry,) = presence.chain_of_model(source)
+    assert grown == (4096 if where == "space inserted" else 0)
+    assert sidecar_of(source).exists() == (where == "a sidecar")
+    (entry,) = history_of_model(source)
     assert entry.adapters[0].name == "a" and not journal_of(source).exists()
     with pytest.raises(BadInput, match="already"):
         bake(source, [(A, 1.0)], in_place=True)
     unbake(source, report.undo, in_place=True)
     assert source.read_bytes() == original
-    assert not provenance.sidecar_of(source).exists()
+    assert not sidecar_of(source).exists()
     bake(source, [(A, 1.0)], in_place=True)
 
 
@@ -109,35 +112,35 @@ def inserts(folder: Path) -> bool:
     probe = folder / "probe"
     probe.write_bytes(bytes(8192))
     with open(probe, "r+b") as file:
-        return room.insert_room(file, 4096)
+        return insert_space(file, 4096)
 
 
 @pytest.mark.parametrize("inserting", [True, False])
 def test_two_bakes_in_place_come_off_in_reverse_order(source, monkeypatch, inserting):
     if not inserting:
-        monkeypatch.setattr(baking, "insert_room", lambda file, size: False)
+        monkeypatch.setattr(in_place, "insert_space", lambda file, size: False)
     original = source.read_bytes()
     first = bake(source, [(A, 1.0)], in_place=True)
     between = source.read_bytes()
     second = bake(source, [(B, 1.0)], in_place=True)
     assert first.undo != second.undo
-    assert [b.adapters[0].name for b in presence.chain_of_model(source)] == ["a", "b"]
+    assert [b.adapters[0].name for b in history_of_model(source)] == ["a", "b"]
     with pytest.raises(BadInput, match="isn't"):
         unbake(source, first.undo, in_place=True)
     unbake(source, second.undo, in_place=True)
     assert source.read_bytes() == between
-    assert [b.adapters[0].name for b in presence.chain_of_model(source)] == ["a"]
+    assert [b.adapters[0].name for b in history_of_model(source)] == ["a"]
     unbake(source, first.undo, in_place=True)
     assert source.read_bytes() == original
 
 
-def test_unbaking_where_inserted_room_can_not_be_taken_away(source, monkeypatch, tmp_path):
+def test_unbaking_where_inserted_space_can_not_be_taken_away(source, monkeypatch, tmp_path):
     """As on another file system that the model was moved to."""
     if not inserts(tmp_path):
-        pytest.skip("this file system can't insert room")
+        pytest.skip("this file system can't insert space")
     original = source.read_bytes()
     report = bake(source, [(A, 1.0)], in_place=True)
-    monkeypatch.setattr("sdd_lora.checkpoint.undo.remove_room", lambda file, size: False)
+    monkeypatch.setattr("sdd_lora.checkpoint.undo_file.remove_space", lambda file, size: False)
     unbake(source, report.undo, in_place=True)
     assert source.read_bytes() == original
 
@@ -150,7 +153,7 @@ def test_a_sharded_folder(folder, tmp_path, in_place):
     bake(folder, [(A, 1.0)], out=out, in_place=in_place, undo=undo)
     baked = folder if in_place else out
     assert contents(baked) != original
-    assert len(Undo(undo).files) > 1
+    assert len(UndoFile(undo).files) > 1
     unbake(baked, undo, tmp_path / "back")
     assert contents(tmp_path / "back") == original
     unbake(baked, undo, in_place=True)
@@ -159,10 +162,10 @@ def test_a_sharded_folder(folder, tmp_path, in_place):
 
 def test_a_sidecar_of_another_file_is_not_believed(source, monkeypatch, tmp_path):
     shutil.copy(source, tmp_path / "fresh")
-    monkeypatch.setattr(baking, "insert_room", lambda file, size: False)
+    monkeypatch.setattr(in_place, "insert_space", lambda file, size: False)
     bake(source, [(A, 1.0)], in_place=True)
     shutil.copy(tmp_path / "fresh", source)  # downloaded again
-    assert presence.chain_of_model(source) == ()
+    assert history_of_model(source) == ()
 
 
 # Refusals
@@ -339,28 +342,27 @@ class Interrupted(BaseException):
 def writes_until(monkeypatch, count: int, error: BaseException) -> None:
     """Fail at the nth write of the bake or unbake."""
     left = [count]
-    real = baking.write_at
 
-    def write_at(target, position, data):
+    def write(target, position, data):
         left[0] -= 1
         if left[0] < 0:
             raise error
-        real(target, position, data)
+        write_at(target, position, data)
 
-    monkeypatch.setattr(baking, "write_at", write_at)
-    monkeypatch.setattr("sdd_lora.checkpoint.undo.write_at", write_at)
+    for module in ("bake", "editing", "in_place", "undo_file"):
+        monkeypatch.setattr(f"sdd_lora.checkpoint.{module}.write_at", write)
 
 
 @pytest.mark.parametrize("ahead", [0, 50_000, 1 << 30])
 def test_no_byte_changes_before_the_journal_is_on_the_disk(source, tmp_path, monkeypatch, ahead):
     """Whatever has been edited in memory by then: nothing, some tensors or all."""
     bake(source, [(A, 1.0)], out=tmp_path / "o.safetensors")
-    original, edit_ahead, sync = source.read_bytes(), baking._Job._edit_ahead, os.fsync
+    original, begin, sync = source.read_bytes(), in_place._begin, os.fsync
     begun, at_syncs = {}, []
 
-    def keep(self, *arguments):
-        found = edit_ahead(self, *arguments)
-        begun.update(found)
+    def keep(*arguments):
+        found = begin(*arguments)
+        begun.update(found[source])
         return found
 
     def fsync(descriptor):
@@ -368,8 +370,8 @@ def test_no_byte_changes_before_the_journal_is_on_the_disk(source, tmp_path, mon
         at_syncs.append(source.read_bytes() == original)
         sync(descriptor)
 
-    monkeypatch.setattr(baking, "_AHEAD_BYTES", ahead)
-    monkeypatch.setattr(baking._Job, "_edit_ahead", keep)
+    monkeypatch.setattr(in_place, "_AHEAD_BYTES", ahead)
+    monkeypatch.setattr(in_place, "_begin", keep)
     monkeypatch.setattr(os, "fsync", fsync)
     changes = bake(source, [(A, 1.0)], in_place=True).changes
     assert (len(begun) > 0, len(begun) == len(changes)) == (ahead > 0, ahead == 1 << 30)
@@ -432,7 +434,7 @@ def test_an_interrupted_change_is_seen_under_every_name(tmp_path, monkeypatch, p
     for name in everywhere:
         with pytest.raises(BadInput, match=f"roll it back: sdd-lora unbake {model / part} "):
             open_checkpoint(name)
-    with held(model / part):
+    with lock_model(model / part):
         pass
     assert all(map(open_checkpoint, everywhere))
 
@@ -451,15 +453,15 @@ def test_a_full_or_failing_disk_leaves_no_trace_of_a_copy(
 
 def test_a_failing_disk_in_place_is_rolled_back_at_once(source, tmp_path, monkeypatch):
     before = contents(tmp_path)
-    real, left = baking.write_at, [20]
+    left = [20]
 
-    def write_at(target, position, data):
+    def write_once_too_often(target, position, data):
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(target, position, data)
+        write_at(target, position, data)
 
-    monkeypatch.setattr(baking, "write_at", write_at)
+    monkeypatch.setattr("sdd_lora.checkpoint.editing.write_at", write_once_too_often)
     with pytest.raises(SddLoraError, match="not changed"):
         bake(source, [(A, 1.0)], in_place=True)
     assert left[0] < 0 and contents(tmp_path) == before
@@ -517,13 +519,13 @@ def test_two_changes_in_place_at_once_are_one_change(source, tmp_path, monkeypat
 
     original = source.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(presence, "refuse_present", meanwhile)
+        patch.setattr(bake_module, "refuse_present", meanwhile)
         report = bake(source, [(B, 1.0)], in_place=True, base=tmp_path / "base.safetensors")
-    (entry,) = presence.chain_of_model(source)
+    (entry,) = history_of_model(source)
     assert [adapter.name for adapter in entry.adapters] == ["b"]
     with monkeypatch.context() as patch:
-        real = undoing._check
-        patch.setattr(undoing, "_check", lambda *them: (meanwhile(), real(*them))[1])
+        real = undo_module._check
+        patch.setattr(undo_module, "_check", lambda *them: (meanwhile(), real(*them))[1])
         unbake(source, report.undo, in_place=True)
     assert source.read_bytes() == original
 
@@ -558,7 +560,6 @@ def test_a_change_in_place_by_another_process_is_respected(source):
 KILLED = """
 import sys, time, random
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.checkpoint import bake as baking
 from sdd_lora.checkpoint.bake import bake
 adapter = Adapter.load(sys.argv[2])
 print("ready", flush=True)
@@ -596,7 +597,7 @@ def test_kill_at_random_moments_in_place(tmp_path, source, folder, kind):
         if journal.exists():
             unbake(model, journal, in_place=True)
             assert contents(model) == original
-        elif presence.chain_of_model(model):
+        elif history_of_model(model):
             assert tensors_in(model) == baked
             undo = next(tmp_path.glob(f"{model.name}.undo*"))
             unbake(model, undo, in_place=True)

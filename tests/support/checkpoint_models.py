@@ -21,7 +21,7 @@ from sdd_lora.adapter.factors import Factors
 from sdd_lora.demo.build.ldm import to_ldm
 from sdd_lora.io.safetensors import serialize
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 K0 = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 DTYPES = {
     "fp32": np.dtype(np.float32),
