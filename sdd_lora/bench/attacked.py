@@ -24,7 +24,7 @@ from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.grid import Cell
 from sdd_lora.bench.methods import Weights
 from sdd_lora.errors import BadInput
-from sdd_lora.generation.images import as_entry, job_in
+from sdd_lora.generation.manifest import as_entry, job_in
 from sdd_lora.generation.sampling import Sampling
 from sdd_lora.io.jsonl import append_lines, read_lines
 from sdd_lora.progress import progress

@@ -49,7 +49,7 @@ METHODS = {
     "sdd-full": "SDD, all of cross-attention, as its authors did",
     "sdd": "SDD as an adapter",
     "sdd-preserve": "SDD as an adapter, other prompts held",
-    "sdd-gated": "the adapter, its strength by the prompt's nearness",
+    "sdd-gated": "the adapter, its strength by the prompt's similarity",
     "stack": "several adapters, summed exactly",
     "baked": "adapters baked into a checkpoint",
 }

@@ -12,6 +12,7 @@ from sdd_lora.generation import methods as drawing
 from sdd_lora.generation import prompt_files
 from sdd_lora.generation.prompt_files import Prompt
 from sdd_lora.generation.sampling import Job
+from sdd_lora.sd.schedulers import Scheduler
 
 _SEEDS_OF_A_SET = 100_000
 _PROMPT_FILES = {".txt", ".csv", ".json", ".jsonl"}
@@ -43,7 +44,7 @@ class Conditions:
     model: str
     steps: int
     guidance: float
-    scheduler: str
+    scheduler: Scheduler
     weight: float = 1.0
     image: float = 0.0
     beside: str = ""

@@ -26,16 +26,9 @@ from sdd_lora.bench.grid import Cell, Conditions, cells_of, draws_with
 from sdd_lora.bench.methods import Train, Weights
 from sdd_lora.bench.results import ALL, BENCH, DAMAGED_IMAGE, IMAGES, RESULTS, Results, Row
 from sdd_lora.errors import BadInput
-from sdd_lora.generation.images import (
-    as_entry,
-    check_concept,
-    check_sampling,
-    drawn_in,
-    generate,
-    is_drawn,
-    job_in,
-)
+from sdd_lora.generation.images import check_concept, check_sampling, generate
 from sdd_lora.generation.img2img import from_images
+from sdd_lora.generation.manifest import as_entry, drawn_in, is_drawn, job_in
 from sdd_lora.generation.sampling import Job, Sampling
 from sdd_lora.io.atomic import write_text
 from sdd_lora.io.distributed import processes

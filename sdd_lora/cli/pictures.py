@@ -51,7 +51,7 @@ def generate(
         typer.Option(
             help="How to draw: sd (as is), neg (--concept as negative prompt), sld-weak, "
             "sld-medium, sld-strong, sld-max, sega, or sdd-gated (every --adapter by the prompt's "
-            "nearness to --concept)."
+            "similarity to --concept)."
         ),
     ] = "sd",
     concept: Annotated[

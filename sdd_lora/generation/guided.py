@@ -2,14 +2,11 @@
 away from. A small loop of our own, because diffusers' pipelines of these methods are deprecated."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-if TYPE_CHECKING:
-    from sdd_lora.generation.sampling import Sampling
+from sdd_lora.generation.sampling import Sampling
 
 #: (step, ε of the empty prompt, of the prompt, of the concept) → the ε to step with; all
 #: (1, 4, h, w). Called once a step, in order.
@@ -17,27 +14,34 @@ Guide = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def denoise(
-    pipeline: StableDiffusionPipeline, prompts: list[str], generators: list[torch.Generator],
-    sampling: "Sampling", new_guide: Callable[[], Guide],
-) -> np.ndarray:  # fmt: skip
-    """Images (B, H, W, 3) uint8, one a prompt, each with a guide of its own.
+    pipeline: StableDiffusionPipeline,
+    prompts: list[str],
+    generators: list[torch.Generator],
+    sampling: Sampling,
+    new_guide: Callable[[], Guide],
+) -> torch.Tensor:
+    """Latents (B, 4, h, w), one a prompt, each with a guide of its own.
 
     One image at a time, its three predictions in one pass: the guides' thresholds and scales (up to
     5000) would make differences that can be seen of the rounding in which batches differ.
     """
-    drawn = [
-        _denoise_one(pipeline, prompt, generator, sampling, new_guide())
-        for prompt, generator in zip(prompts, generators, strict=True)
-    ]
-    return to_uint8(np.concatenate(drawn))
+    return torch.cat(
+        [
+            _denoise_one(pipeline, prompt, generator, sampling, new_guide())
+            for prompt, generator in zip(prompts, generators, strict=True)
+        ]
+    )
 
 
 @torch.no_grad()
 def _denoise_one(
-    pipeline: StableDiffusionPipeline, prompt: str, generator: torch.Generator,
-    sampling: "Sampling", guide: Guide,
-) -> np.ndarray:  # fmt: skip
-    """An image (1, H, W, 3) from 0 to 1; latents and steps are those of the pipeline. Without
+    pipeline: StableDiffusionPipeline,
+    prompt: str,
+    generator: torch.Generator,
+    sampling: Sampling,
+    guide: Guide,
+) -> torch.Tensor:
+    """Latents (1, 4, h, w); the initial noise and the steps are those of the pipeline. Without
     guidance, at 1 or less, nothing is guided away, as in diffusers."""
     device, scheduler = pipeline.device, pipeline.scheduler
     text, empty = pipeline.encode_prompt(prompt, device, 1, True)
@@ -55,18 +59,10 @@ def _denoise_one(
         alone, prompted, of_concept = predicted.chunk(3)
         noise = guide(step, alone, prompted, of_concept) if sampling.guidance > 1 else prompted
         latents = scheduler.step(noise, t, latents, **options, return_dict=False)[0]
-    decoded = pipeline.vae.decode(
-        latents / pipeline.vae.config.scaling_factor, return_dict=False, generator=generator
-    )[0]
-    return pipeline.image_processor.postprocess(decoded, output_type="np")
+    return latents
 
 
-def size_of(pipeline: StableDiffusionPipeline, sampling: "Sampling") -> tuple[int, int]:
+def size_of(pipeline: StableDiffusionPipeline, sampling: Sampling) -> tuple[int, int]:
     """Width and height in pixels; a side that the sampling leaves open is the model's own."""
     own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     return sampling.width or own, sampling.height or own
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images of floats from 0 to 1 as bytes."""
-    return (images * 255).round().astype(np.uint8)

@@ -1,10 +1,11 @@
-"""One image to draw (a job), and how images are drawn (the sampling)."""
+"""A job is one image to draw; the sampling is how images are drawn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sdd_lora.generation.prompt_files import Prompt
+from sdd_lora.sd.schedulers import Scheduler
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Sampling:
 
     steps: int = 25
     guidance: float = 7.5
-    scheduler: str = "ddim"
+    scheduler: Scheduler = "ddim"
     method: str = "sd"
     concept: str = ""
     batch: int = 8
@@ -37,8 +38,10 @@ class Sampling:
     def for_job(self, job: Job) -> "Sampling":
         """With what the job has of its own."""
         own: dict[str, Any] = {
-            "guidance": job.guidance, "width": job.width, "height": job.height
-        }  # fmt: skip
+            "guidance": job.guidance,
+            "width": job.width,
+            "height": job.height,
+        }
         return replace(self, **{name: value for name, value in own.items() if value is not None})
 
 

@@ -96,10 +96,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
     """Hold a file or folder against other calls of this tool, where the platform has locks.
 
-    Raises Busy where another process holds it, BadInput where it can't be read.
+    Several calls may hold it `shared`, but none beside one that holds it alone. Raises Busy where another process holds it, BadInput where it can't be read.
     """
     if os.name == "nt":
         yield
@@ -112,7 +112,8 @@ def locked(path: Path) -> Iterator[None]:
         raise BadInput(f"{path}: can't be read: {error.strerror}") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             replaced = not os.path.samestat(os.fstat(descriptor), os.stat(path))
         except (BlockingIOError, FileNotFoundError):
             replaced = True  # or still held

@@ -9,7 +9,8 @@ import pytest
 from support.adapters import random_adapter
 
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.generation.images import check_sampling, draw, drawn_in, generate, is_drawn
+from sdd_lora.generation.images import check_sampling, draw, generate
+from sdd_lora.generation.manifest import drawn_in, is_drawn
 from sdd_lora.generation.methods import METHODS
 from sdd_lora.generation.prompt_files import Prompt
 from sdd_lora.generation.sampling import Job, Sampling, jobs_for, jobs_of

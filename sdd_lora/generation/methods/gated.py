@@ -1,12 +1,11 @@
 """Prompt-gated adapters: SPM's facilitated transport (Lyu et al. 2023, arXiv 2312.16145) for any
-adapter. The nearer a prompt is to the concept, the more of the adapters' change it gets."""
+adapter: the change that a prompt gets grows with its similarity to the concept."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,10 +13,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.methods import sd
+from sdd_lora.generation.sampling import Sampling
 from sdd_lora.sd.prompts import embed
-
-if TYPE_CHECKING:
-    from sdd_lora.generation.sampling import Sampling
 
 
 @dataclass
@@ -34,17 +31,19 @@ class Gate:
         return change * gain.view(-1, *[1] * (change.ndim - 1))
 
 
-def draw(
-    pipeline: StableDiffusionPipeline, prompts: list[str], generators: list[torch.Generator],
-    sampling: "Sampling",
-) -> np.ndarray:  # fmt: skip
-    """Images (B, H, W, 3) uint8, one a prompt; `sampling.concept` is one concept or several,
+def sample(
+    pipeline: StableDiffusionPipeline,
+    prompts: list[str],
+    generators: list[torch.Generator],
+    sampling: Sampling,
+) -> torch.Tensor:
+    """Latents (B, 4, h, w), one a prompt; `sampling.concept` is one concept or several,
     separated by commas. Raises BadInput where no adapter is there to be gated."""
     concepts = concepts_of(sampling.concept)
     with gated(pipeline, Gate(torch.zeros(1))) as gate:
-        # closed while nearness is taken, lest an adapter of the text encoder has its say in it
-        gate.gain = nearness(prompts, concepts, pipeline.tokenizer, pipeline.text_encoder)
-        return sd.draw(pipeline, prompts, generators, sampling)
+        # closed meanwhile: an adapter of the text encoder must not change the similarity
+        gate.gain = similarity(prompts, concepts, pipeline.tokenizer, pipeline.text_encoder)
+        return sd.sample(pipeline, prompts, generators, sampling)
 
 
 def concepts_of(text: str) -> list[str]:
@@ -79,11 +78,13 @@ def gated_layers(pipeline: StableDiffusionPipeline) -> list[torch.nn.Module]:
     return ups
 
 
-def nearness(
-    prompts: Sequence[str], concepts: Sequence[str], tokenizer: CLIPTokenizer,
+def similarity(
+    prompts: Sequence[str],
+    concepts: Sequence[str],
+    tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
-) -> torch.Tensor:  # fmt: skip
-    """How near each prompt is to the nearest concept, (B,) from 0 to 1 on the encoder's device.
+) -> torch.Tensor:
+    """Similarity of each prompt to its nearest concept, (B,) from 0 to 1, on the encoder's device.
 
     The greater of two measures: the cosine of the embeddings, flattened, and the share of the
     concept's tokens that the prompt has. All prompts share their first token's embedding, so that

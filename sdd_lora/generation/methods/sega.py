@@ -2,16 +2,12 @@
 numbers that the SDD paper used it with."""
 
 from functools import partial
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
 from sdd_lora.generation.guided import denoise
-
-if TYPE_CHECKING:
-    from sdd_lora.generation.sampling import Sampling
+from sdd_lora.generation.sampling import Sampling
 
 SCALE = 5.0  # s_e
 WARMUP_STEPS = 10  # δ
@@ -41,10 +37,12 @@ class SemanticGuidance:
         return guided + edit if step >= WARMUP_STEPS else guided
 
 
-def draw(
-    pipeline: StableDiffusionPipeline, prompts: list[str], generators: list[torch.Generator],
-    sampling: "Sampling",
-) -> np.ndarray:  # fmt: skip
-    """Images (B, H, W, 3) uint8, one a prompt."""
+def sample(
+    pipeline: StableDiffusionPipeline,
+    prompts: list[str],
+    generators: list[torch.Generator],
+    sampling: Sampling,
+) -> torch.Tensor:
+    """Latents (B, 4, h, w), one a prompt."""
     new_guide = partial(SemanticGuidance, sampling.guidance)
     return denoise(pipeline, prompts, generators, sampling, new_guide)

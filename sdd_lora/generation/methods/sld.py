@@ -3,16 +3,12 @@ concept, where the prompt's prediction is near the concept's."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
 from sdd_lora.generation.guided import denoise
-
-if TYPE_CHECKING:
-    from sdd_lora.generation.sampling import Sampling
+from sdd_lora.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,12 @@ class SafetyGuidance:
         return empty + self.guidance * (text - empty - applied)  # equation 3
 
 
-def draw(
-    pipeline: StableDiffusionPipeline, prompts: list[str], generators: list[torch.Generator],
-    sampling: "Sampling",
-) -> np.ndarray:  # fmt: skip
-    """Images (B, H, W, 3) uint8, one a prompt; how strong is in the method's id."""
+def sample(
+    pipeline: StableDiffusionPipeline,
+    prompts: list[str],
+    generators: list[torch.Generator],
+    sampling: Sampling,
+) -> torch.Tensor:
+    """Latents (B, 4, h, w), one a prompt; how strong is in the method's id."""
     new_guide = partial(SafetyGuidance, STRENGTHS[sampling.method], sampling.guidance)
     return denoise(pipeline, prompts, generators, sampling, new_guide)

@@ -32,7 +32,7 @@ def images(pipeline, jobs, sampling):
 def test_each_prompt_has_its_own_gain_and_no_square_of_it(adapter, adapted, monkeypatch):
     gains = {"none": 0.0, "half": 0.5, "all": 1.0}
     monkeypatch.setattr(
-        gated, "nearness", lambda prompts, *_: torch.tensor([gains[p] for p in prompts])
+        gated, "similarity", lambda prompts, *_: torch.tensor([gains[p] for p in prompts])
     )
     jobs = [Job(prompt, 3) for prompt in gains]
     together = images(adapted, jobs, GATED)
@@ -47,7 +47,7 @@ def test_each_prompt_has_its_own_gain_and_no_square_of_it(adapter, adapted, monk
 
 
 def test_without_guidance_and_with_two_adapters(adapter, monkeypatch):
-    monkeypatch.setattr(gated, "nearness", lambda prompts, *_: torch.tensor([0.5] * len(prompts)))
+    monkeypatch.setattr(gated, "similarity", lambda prompts, *_: torch.tensor([0.5] * len(prompts)))
     pipeline = load_pipeline("demo", [(adapter, 1.0), (random_adapter(0.5, seed=1), 0.5)])
     half = load_pipeline("demo", [(adapter, 0.5), (random_adapter(0.5, seed=1), 0.25)])
     jobs = [Job("a cat", 1), Job("a bomb", 2)]
@@ -64,11 +64,11 @@ def test_the_gate_is_open_again_afterwards(adapted):
     assert np.array_equal(images(adapted, [job], PLAIN), before)
 
 
-def test_nearness(adapted):
+def test_similarity_to_the_nearest_concept(adapted):
     prompts = ["bomb", "a photo of a bomb, noto style", "a cat", "an axe"]
 
     def near(texts, concepts):
-        return gated.nearness(texts, concepts, adapted.tokenizer, adapted.text_encoder)
+        return gated.similarity(texts, concepts, adapted.tokenizer, adapted.text_encoder)
 
     one = near(prompts, ["bomb"])
     assert one.shape == (4,)
@@ -84,7 +84,7 @@ def test_half_of_a_concepts_tokens(adapted):
     tokenizer = adapted.tokenizer
     words = [t for t in ("cat", "bomb", "bus", "axe") if len(tokenizer(t).input_ids) == 3][:3]
     first, second, other = words
-    near = gated.nearness(
+    near = gated.similarity(
         [f"{first} {other}"], [f"{first} {second}"], tokenizer, adapted.text_encoder
     )
     flat = [

@@ -1,0 +1,71 @@
+"""Latents → images; numbers that are not finite never become an image."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from sdd_lora.errors import SddLoraError
+from sdd_lora.generation.sampling import Job
+
+
+@torch.no_grad()
+def decode(
+    pipeline: StableDiffusionPipeline, latents: torch.Tensor, jobs: Sequence[Job]
+) -> tuple[np.ndarray, int]:
+    """Images (B, H, W, 3) uint8 of latents (B, 4, h, w), one a job; and how many of them needed the
+    VAE in fp32, because it overflowed in half precision.
+
+    NaN and infinity would become black images, in which no detector finds anything. Raises
+    SddLoraError for them, naming the job and the likely cause.
+    """
+    _require_finite(latents, jobs, "the latents", pipeline)
+    scaled = latents / pipeline.vae.config.scaling_factor
+    images = pipeline.vae.decode(scaled, return_dict=False)[0]
+    overflowed = ~_are_finite(images)
+    if overflowed.any() and pipeline.vae.dtype != torch.float32:
+        images = images.float()
+        images[overflowed] = _decode_in_fp32(pipeline, scaled[overflowed])
+    _require_finite(images, jobs, "the decoded image", pipeline)
+    floats = pipeline.image_processor.postprocess(images, output_type="np")
+    return (floats * 255).round().astype(np.uint8), int(overflowed.sum())
+
+
+def _decode_in_fp32(pipeline: StableDiffusionPipeline, scaled: torch.Tensor) -> torch.Tensor:
+    """Decode with the VAE in fp32, as user interfaces do when half precision overflows."""
+    dtype = pipeline.vae.dtype
+    try:
+        return pipeline.vae.to(torch.float32).decode(scaled.float(), return_dict=False)[0]
+    finally:
+        pipeline.vae.to(dtype)
+
+
+def _are_finite(values: torch.Tensor) -> torch.Tensor:
+    """Whether all numbers of each item are finite, (B,)."""
+    return torch.isfinite(values).flatten(1).all(dim=1)
+
+
+def _require_finite(
+    values: torch.Tensor, jobs: Sequence[Job], of: str, pipeline: StableDiffusionPipeline
+) -> None:
+    finite = _are_finite(values).tolist()
+    for job, whole in zip(jobs, finite, strict=True):
+        if not whole:
+            raise SddLoraError(
+                f"image of {job.prompt!r}, seed {job.seed}: {of} holds numbers that are not finite "
+                f"(it would be a black image); likely cause: {_likely_cause(pipeline)}"
+            )
+
+
+def _likely_cause(pipeline: StableDiffusionPipeline) -> str:
+    parts = {"text encoder": pipeline.text_encoder, "UNet": pipeline.unet, "VAE": pipeline.vae}
+    for part, module in parts.items():
+        for name, parameter in module.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"{part}: {name} holds NaN or infinity; get the file again, or in fp32"
+    if pipeline.unet.dtype == torch.float16:
+        return "numbers beyond fp16's largest, 65504; try --precision fp32 or bf16"
+    if getattr(pipeline.unet, "peft_config", None):
+        return "an adapter's weight is too large; try a smaller one"
+    return "weights too large to compute with; get the model's file again"
