@@ -15,6 +15,7 @@ The canonical name of a module is diffusers': UNet modules bare
 | EMA copy | model_ema.diffusion_modelinput_blocks11transformer_blocks0attn2to_kweight |
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -188,9 +189,29 @@ def text_encoder_shapes(width: int = 768, layers: int = TEXT_LAYERS) -> dict[str
 
 
 @lru_cache
+def module_shapes(widths: Widths = SD15, in_channels: int = 4) -> dict[str, Shape]:
+    """Every module that an adapter may touch → shape of its weight."""
+    return unet_shapes(widths, in_channels) | text_encoder_shapes(widths.context)
+
+
+def same_shape(a: Shape, b: Shape) -> bool:
+    """Whether two weights are of one shape; a 1×1 convolution and a matrix are."""
+    return _without_ones(a) == _without_ones(b)
+
+
+def misfits(deltas: Mapping[str, Shape], weights: Mapping[str, Shape]) -> list[str]:
+    """A line for each module whose delta belongs to none of a model's `weights`."""
+    return [
+        f"{name}: changes a weight of {shape}, the model's is {weights.get(name, 'not there')}"
+        for name, shape in deltas.items()
+        if name not in weights or not same_shape(shape, weights[name])
+    ]
+
+
+@lru_cache
 def known_modules() -> frozenset[str]:
     """Canonical names of every module that an SD 1.x adapter may touch."""
-    return frozenset(unet_shapes()) | frozenset(text_encoder_shapes())
+    return frozenset(module_shapes())
 
 
 def is_text(name: str) -> bool:
@@ -249,6 +270,10 @@ def parse_stem(stem: str) -> str | None:
     if plain.endswith(".to_out"):
         plain += ".0"
     return module_of_stem().get(plain)
+
+
+def _without_ones(shape: Shape) -> Shape:
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _replace_head(path: str, table: dict[str, str]) -> str:

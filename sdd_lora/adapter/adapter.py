@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from sdd_lora import sd1 as names
-from sdd_lora.adapter import formats, hub, widths
+from sdd_lora.adapter import formats, hub
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.adapter.metadata import METADATA_KEY, MergedPart, Metadata
+from sdd_lora.adapter.metadata import ENTRY_KEY, MergedPart, Metadata
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import atomic_output
 from sdd_lora.io.safetensors import data_sha256, read_tensors, serialize
@@ -21,13 +21,13 @@ from sdd_lora.io.safetensors import data_sha256, read_tensors, serialize
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "METADATA_KEY", "Adapter", "Factors"]
+__all__ = ["ENTRY_KEY", "STORED_DTYPES", "Adapter", "Factors"]
 
 #: What a run's folder, and a folder that diffusers saved, call the adapter.
 _FILES_OF_FOLDER = (hub.ADAPTER_FILE, "pytorch_lora_weights.safetensors")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
-DTYPES: dict[str, np.dtype] = {
+STORED_DTYPES: dict[str, np.dtype] = {
     "fp16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp32": np.dtype(np.float32),
@@ -53,36 +53,37 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str | Path) -> "Adapter":
-        """Read a file of any form, the adapter of a run's folder, or one from the hub.
+        """Read a file of any format, the adapter of a run's folder, or one from the hub.
 
         Raises BadInput, in one line, where there is none, or it is broken, or of another family.
         """
         path = adapter_file(path)
         tensors, header = _read(path)
         try:
-            factors, metadata = formats.decode(tensors, header), Metadata.from_header(header)
+            factors = formats.decode_factors(tensors, header)
+            metadata = Metadata.from_header(header)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
-        return cls(
-            factors, metadata if metadata.name is not None else metadata | {"name": path.stem}
-        )
+        if metadata.name is None:
+            metadata |= {"name": path.stem}
+        return cls(factors, metadata)
 
     @classmethod
     def from_state_dict(
         cls, tensors: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
     ) -> "Adapter":
-        """From tensors (numpy or torch) named in any form; `<module>.alpha` where alpha ≠ rank."""
-        return cls(formats.decode(tensors, {}), metadata)
+        """From tensors (numpy or torch) of any format; `<module>.alpha` where alpha ≠ rank."""
+        return cls(formats.decode_factors(tensors, {}), metadata)
 
-    def to_state_dict(self, form: str = "kohya") -> dict[str, np.ndarray]:
+    def to_state_dict(self, format: str = "kohya") -> dict[str, np.ndarray]:
         """fp32 arrays, named in one of kohya, peft, ldm, attn-procs; the scale is folded in."""
-        return formats.encode(self.factors, form)
+        return formats.encode_factors(self.factors, format)
 
     def save(self, path: str | Path, format: str = "kohya", dtype: str = "fp16") -> Path:
         """Write a safetensors file, whole or not at all; the same adapter gives the same bytes.
 
         `format`: kohya (the file that everybody loads), peft, ldm or attn-procs; `dtype`: fp16,
-        bf16 or fp32. Raises BadInput where the form or dtype can't hold the adapter.
+        bf16 or fp32. Raises BadInput where the format or dtype can't hold the adapter.
         """
         path = Path(path)
         require_file_name(path)
@@ -96,7 +97,7 @@ class Adapter:
         tensors = self._cast(format, dtype)
         header = self.metadata.header_entries(self.rank, data_sha256(tensors))
         own = self.metadata.own_entry() | {"identity": self.identity}
-        header[METADATA_KEY] = json.dumps(own, sort_keys=True, ensure_ascii=False)
+        header[ENTRY_KEY] = json.dumps(own, sort_keys=True, ensure_ascii=False)
         if format == "peft":
             header[formats.PEFT_METADATA_KEY] = formats.peft_metadata(self.factors)
         return tensors, header
@@ -133,7 +134,7 @@ class Adapter:
 
     @property
     def identity(self) -> str:
-        """A hash that stays through conversion between forms and dtypes.
+        """A hash that stays through conversion between formats and dtypes.
 
         SHA-256 of the factors when the adapter was first saved; kept in the metadata from then on.
         """
@@ -141,7 +142,8 @@ class Adapter:
 
     def fits(self, sizes: names.Widths) -> bool:
         """Whether its matrices have the sizes of a model of these widths."""
-        return widths.fits({n: part.weight_shape for n, part in self.factors.items()}, sizes)
+        shapes = {name: part.weight_shape for name, part in self.factors.items()}
+        return not names.misfits(shapes, names.module_shapes(sizes))
 
     @property
     def lineage(self) -> tuple[str, ...]:
@@ -162,14 +164,14 @@ class Adapter:
         """The Frobenius norm of the whole delta."""
         return float(np.sqrt(sum(part.norm() ** 2 for part in self.factors.values())))
 
-    def _cast(self, form: str, dtype: str) -> dict[str, np.ndarray]:
+    def _cast(self, format: str, dtype: str) -> dict[str, np.ndarray]:
         """Tensors in the dtype they are stored in. alpha stays fp32: bf16 holds no 257."""
-        if dtype not in DTYPES:
-            raise BadInput(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        if dtype not in STORED_DTYPES:
+            raise BadInput(f"dtype {dtype!r}: expected one of {', '.join(STORED_DTYPES)}")
         factors = self.factors
         if dtype == "fp16":
             factors = {name: part.folded().balanced() for name, part in factors.items()}
-        tensors = formats.encode(factors, form)
+        tensors = formats.encode_factors(factors, format)
         return {
             key: tensor if key.endswith(".alpha") else _fitting(key, tensor, dtype)
             for key, tensor in tensors.items()
@@ -204,8 +206,8 @@ def require_file_name(path: Path) -> None:
 
 
 def stored_dtype(source: str | Path) -> str:
-    """The dtype that an adapter's factors are stored in; fp32 where it is none of `DTYPES`, or
-    several.
+    """The dtype that an adapter's factors are stored in, of `STORED_DTYPES`; fp32 for others, and
+    where there are several.
     """
     tensors, _ = _read(adapter_file(source))
     found = {
@@ -213,7 +215,7 @@ def stored_dtype(source: str | Path) -> str:
         for key, tensor in tensors.items()
         if not key.endswith(".alpha")
     }
-    return next((name for name, dtype in DTYPES.items() if found == {str(dtype)}), "fp32")
+    return next((name for name, dtype in STORED_DTYPES.items() if found == {str(dtype)}), "fp32")
 
 
 def is_adapter_folder(path: Path) -> bool:
@@ -261,7 +263,7 @@ def _is_plain(value: Any) -> bool:
 
 def _fitting(key: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
-        stored = tensor.astype(DTYPES[dtype])
+        stored = tensor.astype(STORED_DTYPES[dtype])
     if not np.isfinite(stored).all():
         raise BadInput(f"{key}: values up to {np.abs(tensor).max():.3g} don't fit {dtype}")
     return stored

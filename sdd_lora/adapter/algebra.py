@@ -1,7 +1,7 @@
 """Adapters made of adapters: exact sums, and smaller ones at a stated cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from threadpoolctl import threadpool_limits
@@ -29,12 +29,7 @@ def stack(parts: Weighted, name: str | None = None) -> Adapter:
         for module, part in adapter.factors.items():
             collected.setdefault(module, []).append(part.scaled(weight))
     for module, found in collected.items():
-        shapes = {part.weight_shape for part in found}
-        if len(shapes) > 1:
-            raise BadInput(
-                f"these adapters are for different models: {module} is "
-                f"{' and '.join(map(str, sorted(shapes)))}; stack adapters of one model"
-            )
+        require_one_model(module, found)
     factors = {module: concatenated(found) for module, found in collected.items()}
     return Adapter(factors, _merged_metadata(parts, name))
 
@@ -70,6 +65,16 @@ def resize(adapter: Adapter, rank: int | None = None, energy: float | None = Non
         relative_error=error,
     )
     return Resized(adapter.derived(factors, resized_from=source), error, errors)
+
+
+def require_one_model(module: str, parts: Iterable[Factors]) -> None:
+    """Raises BadInput where a module's factors in several adapters are for different shapes."""
+    shapes = {part.weight_shape for part in parts}
+    if len(shapes) > 1:
+        raise BadInput(
+            f"these adapters are for different models: {module} is "
+            f"{' and '.join(map(str, sorted(shapes)))}; stack adapters of one model"
+        )
 
 
 def require_one_size(rank: int | None, energy: float | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.metadata import METADATA_KEY, SHOWN_CONCEPTS, Metadata, shortened
+from sdd_lora.adapter.metadata import ENTRY_KEY, SHOWN_CONCEPTS, Metadata, shortened
 from sdd_lora.io.atomic import write_text
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -26,7 +26,7 @@ def sidecar(adapter: Adapter) -> dict[str, Any]:
         "activation text": "",
         "preferred weight": 1.0,
         "notes": "\n".join(_notes(adapter)),
-        METADATA_KEY: adapter.metadata.own_entry(),
+        ENTRY_KEY: adapter.metadata.own_entry(),
     }
 
 

@@ -132,10 +132,8 @@ def truncated(factors: Factors, rank: int | None, energy: float | None) -> tuple
     down = root[:, None] * (right[:kept] @ q_down.T)
     whole = math.sqrt(float((values**2).sum()))
     tail = math.sqrt(float((values[kept:] ** 2).sum()))
-    small = Factors(
-        down.astype(np.float32), up.astype(np.float32), float(kept), factors.kernel
-    )  # fmt: skip
-    return small, tail / whole if whole else 0.0
+    down, up = down.astype(np.float32), up.astype(np.float32)
+    return Factors(down, up, float(kept), factors.kernel), tail / whole if whole else 0.0
 
 
 def rank_to_keep(values: np.ndarray, rank: int | None, energy: float | None) -> int:

@@ -1,6 +1,6 @@
-"""Every dress an adapter wears in files: read all of them, write four.
+"""Every format of adapter files: read all of them, write four.
 
-| form | key | scale kept in |
+| format | key | scale kept in |
 |---|---|---|
 | kohya | lora_unet_down_blocks_0_….lora_down.weight | .alpha |
 | ldm | lora_unet_input_blocks_1_1_….lora_down.weight | .alpha |
@@ -22,10 +22,9 @@ import numpy as np
 
 from sdd_lora import sd1 as names
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.adapter.widths import require_one_model
 from sdd_lora.errors import BadInput
 
-FORMS = ("kohya", "peft", "ldm", "attn-procs")
+FORMATS = ("kohya", "peft", "ldm", "attn-procs")
 PEFT_METADATA_KEY = "lora_adapter_metadata"
 
 _ENDINGS = {
@@ -79,9 +78,9 @@ def split_key(key: str) -> tuple[str, str] | None:
     return None
 
 
-def form_of(keys: Iterable[str]) -> str:
-    """The form of a file by its keys; the most frequent one where they are mixed."""
-    counted = Counter(form_of_key(key) for key in keys if not key.endswith(".alpha"))
+def format_of(keys: Iterable[str]) -> str:
+    """The format of a file by its keys; the most frequent one where they are mixed."""
+    counted = Counter(format_of_key(key) for key in keys if not key.endswith(".alpha"))
     return counted.most_common(1)[0][0] if counted else "empty"
 
 
@@ -119,48 +118,46 @@ def group(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
     return modules
 
 
-def decode(tensors: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Factors]:
-    """Factors per canonical module name, from a file of any form.
+def decode_factors(tensors: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Factors]:
+    """Factors per canonical module name, from a file of any format.
 
-    `tensors` are numpy or torch arrays of any float dtype. Raises BadInput as `group` does, where a
-    value is bad, and where no model has modules of all these shapes.
+    `tensors` are numpy or torch arrays of any float dtype. Raises BadInput as `group` does, and
+    where a value is bad.
     """
     modules = group({key: tuple(tensor.shape) for key, tensor in tensors.items()})
     alphas = PeftAlphas(header)
-    factors = {
+    return {
         name: _factors(name, {part: tensors[key] for part, key in parts.items()}, alphas)
         for name, parts in modules.items()
     }
-    require_one_model({name: found.weight_shape for name, found in factors.items()})
-    return factors
 
 
-def encode(factors: Mapping[str, Factors], form: str) -> dict[str, np.ndarray]:
-    """Tensors (fp32) of one of `FORMS`.
+def encode_factors(factors: Mapping[str, Factors], format: str) -> dict[str, np.ndarray]:
+    """Tensors (fp32) of one of `FORMATS`.
 
     kohya and ldm get one rank for all modules and alpha = rank: diffusers mis-scales files whose
-    alphas differ. Raises BadInput where the form can't hold a module.
+    alphas differ. Raises BadInput where the format can't hold a module.
     """
-    if form not in FORMS:
-        raise BadInput(f"form {form!r}: expected one of {', '.join(FORMS)}")
-    if form == "attn-procs":
+    if format not in FORMATS:
+        raise BadInput(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+    if format == "attn-procs":
         _refuse_outside_attention(factors)
     folded = {name: part.folded() for name, part in factors.items()}
-    if form in ("kohya", "ldm"):
+    if format in ("kohya", "ldm"):
         rank = max(part.rank for part in folded.values())
         folded = {name: part.padded(rank) for name, part in folded.items()}
-    stem_of, down_ending, up_ending = _WRITTEN[form]
+    stem_of, down_ending, up_ending = _WRITTEN[format]
     tensors = {}
     for name, part in folded.items():
         stem = stem_of(name)
         tensors[stem + down_ending], tensors[stem + up_ending] = _shaped(part)
-        if form in ("kohya", "ldm"):
+        if format in ("kohya", "ldm"):
             tensors[stem + ".alpha"] = np.array(part.alpha, np.float32)
     return tensors
 
 
 def peft_metadata(factors: Mapping[str, Factors]) -> str:
-    """The header's `lora_adapter_metadata` of the peft form: a LoraConfig per component, JSON.
+    """The header's `lora_adapter_metadata` of the peft format: a LoraConfig per component, JSON.
 
     The text encoder's modules are named without `text_model.`, a level that transformers 5 dropped
     and that peft, matching endings, doesn't miss in older ones.
@@ -187,7 +184,7 @@ class Geometry(NamedTuple):
 
 
 def geometry_of(name: str, down: tuple[int, ...], up: tuple[int, ...]) -> Geometry:
-    """Rank, kernel and the changed weight's shape, whatever dress the factors wear: a convolution's
+    """Rank, kernel and the changed weight's shape, however the factors are stored: a convolution's
     may be 2-D where it is 1×1, and a linear module's 4-D, as of a 1×1 convolution.
 
     Raises BadInput where the shapes are no pair of factors.
@@ -321,8 +318,8 @@ def _components(factors: Mapping[str, Factors]) -> dict[str, dict[str, Factors]]
     return found
 
 
-def form_of_key(key: str) -> str:
-    """The form that a key is of."""
+def format_of_key(key: str) -> str:
+    """The format that a key is of."""
     if key.startswith("lora_"):
         ldm = any(mark in key for mark in ("_input_blocks_", "_middle_block_", "_output_blocks_"))
         return "ldm" if ldm else "kohya"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdd_lora import sd1 as names
-from sdd_lora.adapter import formats, widths
+from sdd_lora.adapter import formats
 from sdd_lora.adapter.adapter import PICKLES
 from sdd_lora.adapter.factors import require_alpha
 from sdd_lora.adapter.metadata import Metadata
@@ -17,7 +17,7 @@ from sdd_lora.io.safetensors import DTYPES, Header, header_of, open_input, read_
 
 
 @dataclass(frozen=True)
-class Description:
+class AdapterDescription:
     """An adapter's file, described.
 
     `keys` (by part: "down", "up", "alpha"), `ranks`, `scales` (alpha / rank) and `shapes` (of the
@@ -26,7 +26,7 @@ class Description:
     """
 
     path: Path
-    form: str
+    format: str
     keys: dict[str, dict[str, str]]
     ranks: dict[str, int]
     scales: dict[str, float]
@@ -57,15 +57,16 @@ class Description:
     @property
     def family(self) -> str:
         """SD 1.x, or SD 1.x's structure at other widths."""
-        fits = widths.fits(self.shapes, names.SD15)
-        return "SD 1.x" if fits else "SD 1.x in structure, of other widths"
+        if names.misfits(self.shapes, names.module_shapes(names.SD15)):
+            return "SD 1.x in structure, of other widths"
+        return "SD 1.x"
 
     def kinds(self) -> dict[str, int]:
         """How many modules of each kind, such as "attn2.to_k"."""
         return dict(Counter(_kind(name) for name in self.ranks))
 
 
-def describe(path: Path) -> Description:
+def describe_adapter(path: Path) -> AdapterDescription:
     """Read the header of a safetensors adapter. Raises BadInput as loading would, for what it says.
 
     A legacy pickle has no header and is refused.
@@ -82,7 +83,7 @@ def describe(path: Path) -> Description:
         raise BadInput(f"{path}: {error}") from error
 
 
-def _describe(path: Path, header: Header, content: bytes) -> Description:
+def _describe(path: Path, header: Header, content: bytes) -> AdapterDescription:
     modules = formats.group({key: info.shape for key, info in header.tensors.items()})
     alphas = formats.PeftAlphas(header.metadata)
     ranks, scales, shapes = {}, {}, {}
@@ -100,10 +101,9 @@ def _describe(path: Path, header: Header, content: bytes) -> Description:
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
         scales[name] = alpha / ranks[name]
-    widths.require_one_model(shapes)
-    return Description(
+    return AdapterDescription(
         path=path,
-        form=formats.form_of(header.tensors),
+        format=formats.format_of(header.tensors),
         keys=modules,
         ranks=ranks,
         scales=scales,

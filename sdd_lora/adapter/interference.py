@@ -7,9 +7,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from sdd_lora.adapter.algebra import Weighted
+from sdd_lora.adapter.algebra import Weighted, require_one_model
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.errors import BadInput
 
 #: A sum this much stronger than the strongest part, in some direction, is called overdriven.
 OVERDRIVE = 1.1
@@ -131,8 +130,7 @@ def _module_report(
     """The parts' inner products ⟨ΔWᵢ, ΔWⱼ⟩ (n, n), and the report."""
     owners = [i for i, factors in enumerate(found) if factors is not None]
     present = [factors for factors in found if factors is not None]
-    if len({factors.weight_shape for factors in present}) > 1:
-        raise BadInput(f"{name}: the adapters are for models of different widths")
+    require_one_model(name, present)
     ups = np.concatenate([f.up.astype(np.float64) * f.scale for f in present], axis=1)
     downs = np.concatenate([f.down.astype(np.float64) for f in present])
     gram_up, gram_down = ups.T @ ups, downs @ downs.T  # (R, R), R the sum of the ranks

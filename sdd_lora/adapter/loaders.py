@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from sdd_lora import sd1 as names
 from sdd_lora.adapter import formats
-from sdd_lora.adapter.inspect import Description
+from sdd_lora.adapter.inspect import AdapterDescription
 
-_DRESS = "convert it with --to kohya"
+_TO_KOHYA = "convert it with --to kohya"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LoaderVerdict:
     """Whether a program loads a file with its full effect, and why not, or what it reads."""
 
     loader: str
@@ -21,7 +21,7 @@ class Verdict:
     why: str
 
 
-def verdicts(description: Description) -> list[Verdict]:
+def verdicts(description: AdapterDescription) -> list[LoaderVerdict]:
     """One verdict a loader."""
     judges = {
         "A1111": _a1111, "ComfyUI": _comfyui, "InvokeAI": _invokeai, "diffusers": _diffusers,
@@ -30,58 +30,59 @@ def verdicts(description: Description) -> list[Verdict]:
     found = []
     for loader, objections in judges.items():
         reason = next(objections(description), None)
-        found.append(Verdict(loader, reason is None, reason or f"reads {description.form}"))
+        found.append(LoaderVerdict(loader, reason is None, reason or f"reads {description.format}"))
     return found
 
 
-def _forms(description: Description) -> set[str]:
+def _formats(description: AdapterDescription) -> set[str]:
     keys = (key for key in description.header.tensors if not key.endswith(".alpha"))
-    return {formats.form_of_key(key) for key in keys}
+    return {formats.format_of_key(key) for key in keys}
 
 
-def _a1111(description: Description) -> Iterator[str]:
-    if not _forms(description) <= {"kohya", "ldm"}:
-        yield f"ignores the keys of the form {description.form} in silence; {_DRESS}"
+def _a1111(description: AdapterDescription) -> Iterator[str]:
+    if not _formats(description) <= {"kohya", "ldm"}:
+        yield f"ignores the keys of the format {description.format} in silence; {_TO_KOHYA}"
 
 
-def _comfyui(description: Description) -> Iterator[str]:
-    if not _forms(description) <= {"kohya", "ldm", "attn-procs"}:
-        yield f"doesn't know the UNet's keys in the form {description.form}; {_DRESS}"
+def _comfyui(description: AdapterDescription) -> Iterator[str]:
+    if not _formats(description) <= {"kohya", "ldm", "attn-procs"}:
+        yield f"doesn't know the UNet's keys in the format {description.format}; {_TO_KOHYA}"
 
 
-def _invokeai(description: Description) -> Iterator[str]:
-    if _forms(description) != {"kohya"}:
-        yield f"doesn't load the form {description.form}; {_DRESS}"
+def _invokeai(description: AdapterDescription) -> Iterator[str]:
+    if _formats(description) != {"kohya"}:
+        yield f"doesn't load the format {description.format}; {_TO_KOHYA}"
     elif not any(name.endswith(("attn2.to_k", "attn2.to_v")) for name in description.ranks):
         yield "tells the model family by attn2.to_k or to_v, and there is neither"
 
 
-def _diffusers(description: Description) -> Iterator[str]:
-    forms, has_alphas = _forms(description), _has_alphas(description)
-    if len(forms) > 1:
-        yield f"loads one form at a time, found {' and '.join(sorted(forms))}; {_DRESS}"
-    elif "ldm" in forms:
-        yield f"refuses LDM block names; {_DRESS}"
-    elif "kohya" not in forms and not _all_prefixed(description):
+def _diffusers(description: AdapterDescription) -> Iterator[str]:
+    formats_found, has_alphas = _formats(description), _has_alphas(description)
+    if len(formats_found) > 1:
+        mixed = " and ".join(sorted(formats_found))
+        yield f"loads one format at a time, found {mixed}; {_TO_KOHYA}"
+    elif "ldm" in formats_found:
+        yield f"refuses LDM block names; {_TO_KOHYA}"
+    elif "kohya" not in formats_found and not _all_prefixed(description):
         yield "its pipeline loads nothing without the prefix unet., and only warns; convert it"
     elif has_alphas and formats.PEFT_METADATA_KEY in description.header.metadata:
-        yield f"refuses .alpha together with {formats.PEFT_METADATA_KEY}; {_DRESS}"
-    elif "kohya" not in forms and has_alphas:
-        yield f"refuses .alpha in the form {description.form}; {_DRESS}"
-    elif "kohya" in forms and not _alphas_agree(description):
-        yield f"loads it, but at wrong scales: alphas differ between modules; {_DRESS}"
+        yield f"refuses .alpha together with {formats.PEFT_METADATA_KEY}; {_TO_KOHYA}"
+    elif "kohya" not in formats_found and has_alphas:
+        yield f"refuses .alpha in the format {description.format}; {_TO_KOHYA}"
+    elif "kohya" in formats_found and not _alphas_agree(description):
+        yield f"loads it, but at wrong scales: alphas differ between modules; {_TO_KOHYA}"
     yield from _misshapen(description)
 
 
-def _peft(description: Description) -> Iterator[str]:
-    if not _forms(description) <= {"peft", "bare"}:
-        yield f"doesn't know the form {description.form}; convert it with --to peft"
+def _peft(description: AdapterDescription) -> Iterator[str]:
+    if not _formats(description) <= {"peft", "bare"}:
+        yield f"doesn't know the format {description.format}; convert it with --to peft"
     elif _has_alphas(description):
         yield "doesn't read .alpha; convert it with --to peft"
     yield from _misshapen(description)
 
 
-def _misshapen(description: Description) -> Iterator[str]:
+def _misshapen(description: AdapterDescription) -> Iterator[str]:
     """Factors must have as many dimensions as the weight; A1111 and ComfyUI reshape them."""
     for module, part, key in _tensors(description):
         dimensions = len(description.header.tensors[key].shape)
@@ -89,22 +90,22 @@ def _misshapen(description: Description) -> Iterator[str]:
             yield f"refuses {dimensions}-D factors of {module}; convert it"
 
 
-def _tensors(description: Description) -> Iterator[tuple[str, str, str]]:
+def _tensors(description: AdapterDescription) -> Iterator[tuple[str, str, str]]:
     """Module, part ("down", "up", "alpha") and key of each tensor."""
     for module, parts in description.keys.items():
         yield from ((module, part, key) for part, key in parts.items())
 
 
-def _all_prefixed(description: Description) -> bool:
+def _all_prefixed(description: AdapterDescription) -> bool:
     prefixes = (names.UNET_PREFIX, names.TEXT_PREFIX)
     return all(key.startswith(prefixes) for key in description.header.tensors)
 
 
-def _has_alphas(description: Description) -> bool:
+def _has_alphas(description: AdapterDescription) -> bool:
     return any(key.endswith(".alpha") for key in description.header.tensors)
 
 
-def _alphas_agree(description: Description) -> bool:
+def _alphas_agree(description: AdapterDescription) -> bool:
     """diffusers applies the UNet's most frequent alpha to all of it, and the text encoder's to all
     of that; and 1 · rank where none is.
     """

@@ -19,12 +19,12 @@ from pydantic import (
 
 from sdd_lora.errors import BadInput
 
-METADATA_KEY = "sdd_lora"
+ENTRY_KEY = "sdd_lora"
 SHOWN_CONCEPTS = 12
 _MODELSPEC_FIELDS = ("description", "author", "license", "date", "usage_hint")
 #: Header keys written anew at every save: what a read file said there is stale or in `Metadata`.
 _GENERATED = {
-    METADATA_KEY,
+    ENTRY_KEY,
     "format",
     "lora_adapter_metadata",
     "sshs_model_hash",
@@ -162,7 +162,7 @@ class Metadata(Entry):
         Raises BadInput where our entry is no JSON object of these fields.
         """
         others = {key: value for key, value in header.items() if key not in _GENERATED}
-        own = header.get(METADATA_KEY)
+        own = header.get(ENTRY_KEY)
         found = _of_foreign(header) if own is None else _parsed(own)
         return found.without("header") | ({"header": others} if others else {})
 
@@ -263,7 +263,7 @@ def _parsed(text: str) -> Metadata:
         return Metadata.model_validate_json(text, strict=True)
     except ValidationError as error:
         problem = _first_problem(error)
-        raise BadInput(f"the header's {METADATA_KEY} is damaged: {problem}") from None
+        raise BadInput(f"the header's {ENTRY_KEY} is damaged: {problem}") from None
 
 
 def _of_foreign(header: Mapping[str, str]) -> Metadata:

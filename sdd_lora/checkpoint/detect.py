@@ -11,7 +11,7 @@ from sdd_lora import sd1
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.history import BakedAdapter, BakeRecord, history_of, parts_of
 from sdd_lora.checkpoint.layout import Checkpoint, open_checkpoint
-from sdd_lora.checkpoint.rounding import Delta, fits
+from sdd_lora.checkpoint.rounding import Delta
 from sdd_lora.errors import BadInput
 
 #: An adapter counts as baked already where at least this share of it lies in the model.
@@ -101,7 +101,7 @@ def project(model: Checkpoint, base: Checkpoint, adapter: Adapter) -> tuple[floa
     product = square = difference_square = 0.0
     for module, factors in adapter.factors.items():
         theirs, ours = _weight(base, module), _weight(model, module)
-        if theirs.shape != ours.shape or not fits(factors.weight_shape, ours.shape):
+        if theirs.shape != ours.shape or not sd1.same_shape(factors.weight_shape, ours.shape):
             raise BadInput(
                 f"{module}: {model.path}, {base.path} and {adapter.name} differ in shape: "
                 f"{ours.shape}, {theirs.shape}, {factors.weight_shape}"

@@ -1,22 +1,22 @@
 """What a bake is going to do: the tensors it edits in each file, and where all others go."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sdd_lora.adapter.adapter import Adapter
+from sdd_lora import sd1
+from sdd_lora.adapter.algebra import Weighted
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.checkpoint.copying import Segment, merged
 from sdd_lora.checkpoint.history import BakedAdapter, BakeRecord, history_of
 from sdd_lora.checkpoint.layout import Checkpoint, TensorLocation, WeightSet, component_of
-from sdd_lora.checkpoint.rounding import Rounding, fits
+from sdd_lora.checkpoint.rounding import Rounding
 from sdd_lora.errors import BadInput
 from sdd_lora.io import torch_zip
 from sdd_lora.io.safetensors import DTYPES, Header, TensorInfo
 
-Weighted = Sequence[tuple[Adapter, float]]
 EmaChoice = Literal["patch", "drop"]
 #: The deltas of one module, each with its weight.
 Parts = list[tuple[Factors, float]]
@@ -189,7 +189,7 @@ def _misfit(checkpoint: Checkpoint, weights: WeightSet, module: str, parts: Part
     if info.dtype not in _STORED_FLOATS:
         return f"{module}: stored as {info.dtype}, which no delta can be added to"
     for factors, _ in parts:
-        if not fits(factors.weight_shape, info.shape):
+        if not sd1.same_shape(factors.weight_shape, info.shape):
             return f"{module}: the weight is {info.shape}, the delta {factors.weight_shape}"
     return None
 

@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.adapter.widths import without_ones
 from sdd_lora.checkpoint.copying import as_array
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import TensorInfo
@@ -155,8 +154,3 @@ def _require_finite(
             f"{name}: the edited weights, up to {np.abs(exact).max():.3g}, don't fit "
             f"{info.dtype}; use a smaller weight or a wider copy of the model"
         )
-
-
-def fits(delta_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:
-    """Whether a delta is for a weight of this shape; 1×1 convolutions are matrices and back."""
-    return without_ones(delta_shape) == without_ones(weight_shape)

@@ -55,7 +55,7 @@ def write(adapter: "Adapter", path: Path, format: str, dtype: str) -> dict[str, 
     for --json.
     """
     from sdd_lora.adapter.card import has_labels, sidecar_path, sidecar_text
-    from sdd_lora.adapter.inspect import describe
+    from sdd_lora.adapter.inspect import describe_adapter
     from sdd_lora.io.atomic import atomic_output
 
     sidecar = sidecar_path(path) if has_labels(adapter) else None
@@ -64,7 +64,7 @@ def write(adapter: "Adapter", path: Path, format: str, dtype: str) -> dict[str, 
             file = pending.enter_context(atomic_output(sidecar))
             file.write(sidecar_text(adapter).encode())
             file.flush()
-        written = describe(adapter.save(path, format=format, dtype=dtype))
+        written = describe_adapter(adapter.save(path, format=format, dtype=dtype))
     return {
         "output": str(path),
         "sidecar": None if sidecar is None else str(sidecar),

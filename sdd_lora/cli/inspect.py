@@ -55,14 +55,14 @@ def _inspected(path: Path, norms: bool) -> dict[str, Any]:
 
 def _adapter_data(path: Path, norms: bool) -> dict[str, Any]:
     from sdd_lora.adapter.adapter import Adapter
-    from sdd_lora.adapter.inspect import describe
+    from sdd_lora.adapter.inspect import describe_adapter
 
-    found = describe(path)
+    found = describe_adapter(path)
     data = {
         "file": str(path),
         "kind": "adapter",
         "family": found.family,
-        "form": found.form,
+        "form": found.format,
         "modules": found.kinds(),
         "ranks": sorted(set(found.ranks.values())),
         "scales": sorted({round(scale, 6) for scale in found.scales.values()}),
@@ -194,14 +194,14 @@ def verify(
 
 def _verify_adapter(path: Path, model: str | None, base: str | None) -> Result:
     from sdd_lora.adapter.adapter import Adapter
-    from sdd_lora.adapter.inspect import describe
+    from sdd_lora.adapter.inspect import describe_adapter
     from sdd_lora.adapter.loaders import verdicts
     from sdd_lora.checkpoint.describe import open_sd1
     from sdd_lora.checkpoint.locate import locate
     from sdd_lora.checkpoint.plan import misfits
 
     adapter = Adapter.load(path)
-    found = describe(path)
+    found = describe_adapter(path)
     loaders = verdicts(found)
     data: dict[str, Any] = {
         "file": str(path),

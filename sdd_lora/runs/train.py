@@ -19,7 +19,7 @@ from PIL import Image
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.card import render_card, render_weights_card, write_sidecar
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.adapter.metadata import METADATA_KEY, Metadata, TrainedOn
+from sdd_lora.adapter.metadata import ENTRY_KEY, Metadata, TrainedOn
 from sdd_lora.errors import BadInput, Busy, SddLoraError
 from sdd_lora.io.atomic import atomic_output, sha256_of, write_text
 from sdd_lora.io.distributed import processes
@@ -227,7 +227,7 @@ def _finish_weights(
     made_by: dict[str, Any], training: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write fully trained weights, measure them as written, write their card; the metrics last."""
-    header = {"format": "pt", METADATA_KEY: json.dumps(metadata.as_json(), ensure_ascii=False)}
+    header = {"format": "pt", ENTRY_KEY: json.dumps(metadata.as_json(), ensure_ascii=False)}
     with atomic_output(folder / WEIGHTS) as file:
         for chunk in serialize({name: t.numpy() for name, t in tensors.items()}, header):
             file.write(chunk)

@@ -1,7 +1,6 @@
 """A diffusers pipeline of a MODEL with adapters on its UNet and text encoder, or other weights."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.sd.devices import best_device, default_dtype
 from sdd_lora.sd.model import load_base_pipeline
 from sdd_lora.sd.weights import apply_weights
+from sdd_lora.sd1 import misfits
 
 
 def load_adapters(named: Sequence[tuple[str, float]]) -> list[tuple[Adapter, float]]:
@@ -60,13 +60,9 @@ def _check_fit(pipeline: StableDiffusionPipeline, adapter: Adapter, model: str) 
     """A loader would only warn of a module that the model lacks."""
     shapes = _weight_shapes(pipeline.unet, "")
     shapes |= _weight_shapes(pipeline.text_encoder, "text_encoder.")
-    for name, factors in adapter.factors.items():
-        found = shapes.get(name)
-        if found is None or math.prod(found) != math.prod(factors.weight_shape):
-            raise BadInput(
-                f"{adapter.name} does not fit {model}: {name} changes a weight of shape "
-                f"{factors.weight_shape}, the model's is {found or 'not there'}"
-            )
+    deltas = {name: factors.weight_shape for name, factors in adapter.factors.items()}
+    if problems := misfits(deltas, shapes):
+        raise BadInput(f"{adapter.name} does not fit {model}: {problems[0]}")
 
 
 def _weight_shapes(part: torch.nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:

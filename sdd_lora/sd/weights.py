@@ -12,6 +12,7 @@ from sdd_lora.checkpoint.layout import read_any_header
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import Header, open_input
 from sdd_lora.progress import progress
+from sdd_lora.sd1 import same_shape
 
 
 @torch.no_grad()
@@ -52,17 +53,12 @@ def _targets(
         if name in targets:
             raise BadInput(f"{path}: {key} and {targets[name]} are both {name}; expected one")
         shape = tuple(parameters[name].shape)
-        # a 1×1 convolution is the same as a linear layer
-        if _without_ones(info.shape) != _without_ones(shape):
+        if not same_shape(info.shape, shape):
             raise BadInput(f"{path}: {key}: expected the shape {shape}, found {info.shape}")
         if info.dtype[0] not in "FB" or info.dtype == "BOOL":
             raise BadInput(f"{path}: {key}: expected floating-point numbers, found {info.dtype}")
         targets[name] = key
     return targets
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _tensor(value: np.ndarray) -> torch.Tensor:

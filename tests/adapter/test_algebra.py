@@ -156,7 +156,7 @@ def test_what_cannot_be_stacked():
         stack([])
     with pytest.raises(BadInput, match=r"different models: .* is .32, 128. and .320, 768."):
         stack([(small, 1.0), (large, 1.0)])
-    with pytest.raises(BadInput, match="different widths"):
+    with pytest.raises(BadInput, match="different models"):
         interference([(small, 1.0), (large, 1.0)])
     with pytest.raises(BadInput, match="random-0: expected a finite weight, found nan"):
         stack([(small, math.nan)])

@@ -1,4 +1,4 @@
-"""Every form is read and written with the same delta; golden files say what each form is."""
+"""Every format is read and written with the same delta; golden files say what each format is."""
 
 import importlib.util
 from pathlib import Path
@@ -36,11 +36,11 @@ def golden_makers():
     return module
 
 
-@pytest.mark.parametrize("form", ["kohya", "ldm", "peft", "peft-plain", "bare", "attn-procs"])
-def test_golden_file_is_read(form):
+@pytest.mark.parametrize("format", ["kohya", "ldm", "peft", "peft-plain", "bare", "attn-procs"])
+def test_golden_file_is_read(format):
     make = golden_makers()
-    path = GOLDEN / f"{form}.safetensors"
-    tensors, header = make.MAKERS[form]()
+    path = GOLDEN / f"{format}.safetensors"
+    tensors, header = make.MAKERS[format]()
     stored = load_file(path)
     assert stored.keys() == tensors.keys(), "run golden/make.py"
     assert all(np.array_equal(stored[key], tensors[key]) for key in tensors)
@@ -50,13 +50,14 @@ def test_golden_file_is_read(form):
     assert adapter.factors.keys() == {make.TO_K, make.TO_OUT}
     for name, factors in adapter.factors.items():
         np.testing.assert_array_equal(factors.delta(), make.delta(name))
-    assert formats.form_of(stored) == form.removesuffix("-plain")
+    assert formats.format_of(stored) == format.removesuffix("-plain")
 
 
-@pytest.mark.parametrize("form", ["kohya", "ldm", "peft", "attn-procs"])
-def test_written_keys_are_the_golden_ones(form):
+@pytest.mark.parametrize("format", ["kohya", "ldm", "peft", "attn-procs"])
+def test_written_keys_are_the_golden_ones(format):
     adapter = Adapter.load(GOLDEN / "bare.safetensors")
-    assert adapter.to_state_dict(form).keys() == load_file(GOLDEN / f"{form}.safetensors").keys()
+    golden = load_file(GOLDEN / f"{format}.safetensors")
+    assert adapter.to_state_dict(format).keys() == golden.keys()
 
 
 @st.composite
@@ -80,11 +81,11 @@ no_fixture_resets = settings(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("form", ["kohya", "peft", "ldm"])
+@pytest.mark.parametrize("format", ["kohya", "peft", "ldm"])
 @no_fixture_resets
 @given(adapter=adapters())
-def test_a_file_holds_the_same_delta(form, dtype, adapter, tmp_path):
-    loaded = Adapter.load(adapter.save(tmp_path / "a.safetensors", form, dtype))
+def test_a_file_holds_the_same_delta(format, dtype, adapter, tmp_path):
+    loaded = Adapter.load(adapter.save(tmp_path / "a.safetensors", format, dtype))
     assert distance(adapter, loaded) < ROUNDING[dtype]
     assert loaded.identity == adapter.identity
     for name, factors in adapter.factors.items():
@@ -99,13 +100,13 @@ def test_attn_procs_holds_the_same_delta(adapter, tmp_path):
 
 
 @no_fixture_resets
-@given(adapter=adapters(), forms=st.permutations(["kohya", "peft", "ldm"]))
-def test_converting_again_changes_no_byte(adapter, forms, tmp_path):
+@given(adapter=adapters(), formats_in_turn=st.permutations(["kohya", "peft", "ldm"]))
+def test_converting_again_changes_no_byte(adapter, formats_in_turn, tmp_path):
     """After the first file the scale is folded, so that any chain of conversions is exact."""
     first = adapter.save(tmp_path / "first.safetensors", "kohya", "fp32")
     path = first
-    for n, form in enumerate(forms):
-        path = Adapter.load(path).save(tmp_path / f"{n}.safetensors", form, "fp32")
+    for n, format in enumerate(formats_in_turn):
+        path = Adapter.load(path).save(tmp_path / f"{n}.safetensors", format, "fp32")
     last = Adapter.load(path).save(tmp_path / "last.safetensors", "kohya", "fp32")
     assert distance(Adapter.load(first), Adapter.load(last)) == 0
     assert first.read_bytes() == last.read_bytes()
@@ -190,7 +191,7 @@ def test_four_dimensional_factors_of_a_linear_module_are_written_back_as_matrice
 def test_rslora_scales_by_the_root_of_the_rank():
     config = '{"lora_alpha": 3, "use_rslora": true}'
     tensors = random_adapter(modules=(TO_K,), rank=4).to_state_dict("peft")
-    factors = formats.decode(tensors, {"lora_adapter_metadata": config})
+    factors = formats.decode_factors(tensors, {"lora_adapter_metadata": config})
     assert factors[TO_K].scale == pytest.approx(3 / 2)
 
 

@@ -11,7 +11,7 @@ from support.adapter_making import KINDS, PLACE, TO_K, TO_OUT, random_adapter
 from support.checkpoint_models import parts, pipeline
 
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.inspect import describe
+from sdd_lora.adapter.inspect import describe_adapter
 from sdd_lora.adapter.loaders import verdicts
 from sdd_lora.sd1 import kohya_stem, peft_stem
 
@@ -22,13 +22,13 @@ UNEQUAL = random_adapter(1, 4, (TO_K,), 1.0).factors | random_adapter(2, 4, (TO_
 
 
 def who_loads(path) -> set[str]:
-    found = verdicts(describe(path))
+    found = verdicts(describe_adapter(path))
     assert all(verdict.why for verdict in found)
     return {verdict.loader for verdict in found if verdict.loads}
 
 
 @pytest.mark.parametrize(
-    ("form", "loaders"),
+    ("format", "loaders"),
     [
         ("kohya", {"A1111", "ComfyUI", "InvokeAI", "diffusers"}),
         ("ldm", {"A1111", "ComfyUI"}),
@@ -36,8 +36,8 @@ def who_loads(path) -> set[str]:
         ("attn-procs", {"ComfyUI", "diffusers"}),
     ],
 )
-def test_the_table_of_forms(form, loaders, tmp_path):
-    assert who_loads(random_adapter().save(tmp_path / "a.safetensors", form)) == loaders
+def test_the_table_of_forms(format, loaders, tmp_path):
+    assert who_loads(random_adapter().save(tmp_path / "a.safetensors", format)) == loaders
 
 
 def bare(adapter: Adapter) -> dict[str, np.ndarray]:
@@ -109,15 +109,15 @@ def test_diffusers_pipeline_loads_nothing_of_bare_attn_procs(tmp_path):
     assert pipe.unet.state_dict().keys() == parts()["unet"].state_dict().keys()
 
 
-@pytest.mark.parametrize("form", ["kohya", "peft"])
+@pytest.mark.parametrize("format", ["kohya", "peft"])
 @pytest.mark.parametrize("module", [TO_K, PROJ_IN])
-def test_factors_of_other_dimensions_than_the_weight(form, module, tmp_path):
+def test_factors_of_other_dimensions_than_the_weight(format, module, tmp_path):
     """4-D of a matrix, 2-D of a 1×1 convolution: A1111 and ComfyUI reshape, diffusers refuses."""
     path = tmp_path / "a.safetensors"
     right = random_adapter(modules=(TO_K, PROJ_IN))
-    there = who_loads(right.save(path, form)) - {"diffusers", "peft"}
-    tensors = right.to_state_dict(form)
-    stem = (kohya_stem if form == "kohya" else peft_stem)(module)
+    there = who_loads(right.save(path, format)) - {"diffusers", "peft"}
+    tensors = right.to_state_dict(format)
+    stem = (kohya_stem if format == "kohya" else peft_stem)(module)
     for key in (key for key in tensors if key.startswith(stem) and ".lora_" in key):
         t = tensors[key]
         tensors[key] = t[..., None, None].copy() if t.ndim == 2 else t.reshape(t.shape[:2]).copy()
@@ -165,8 +165,8 @@ def test_mixed_forms_are_no_file_for_diffusers(tmp_path):
 def test_description_comes_from_the_header(tmp_path):
     adapter = random_adapter(modules=KINDS, rank=3, alpha=1.5)
     path = adapter.save(tmp_path / "a.safetensors", "ldm", "bf16")
-    found = describe(path)
-    assert found.form == "ldm"
+    found = describe_adapter(path)
+    assert found.format == "ldm"
     assert found.family == "SD 1.x in structure, of other widths"
     assert found.dtypes == {"BF16": 2 * len(KINDS), "F32": len(KINDS)}
     assert found.parameters == adapter.parameters
@@ -184,7 +184,7 @@ def test_alpha_without_factors_of_torch_is_read_from_the_file(tmp_path):
                   f"{stem}.lora_B.weight": np.ones((32, 4), np.float16),
                   f"{stem}.alpha": np.array(2, np.float16)}  # fmt: skip
     save_file(torch_like, tmp_path / "a.safetensors")
-    assert describe(tmp_path / "a.safetensors").scales == {TO_K: 0.5}
+    assert describe_adapter(tmp_path / "a.safetensors").scales == {TO_K: 0.5}
     assert torch.equal(
         Adapter.load(tmp_path / "a.safetensors").delta(TO_K), torch.full((32, 128), 2.0)
     )

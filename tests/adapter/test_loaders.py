@@ -57,9 +57,9 @@ def assert_same_effect(found: torch.Tensor, expected: torch.Tensor, base: torch.
     assert (found - expected).abs().max() < 1e-3 * change
 
 
-@pytest.mark.parametrize("form", ["kohya", "peft", "attn-procs"])
-def test_diffusers_loads_what_we_write(form, adapter, inputs, tmp_path, caplog):
-    path = adapter.save(tmp_path / "v1.2.safetensors", form, "fp32")
+@pytest.mark.parametrize("format", ["kohya", "peft", "attn-procs"])
+def test_diffusers_loads_what_we_write(format, adapter, inputs, tmp_path, caplog):
+    path = adapter.save(tmp_path / "v1.2.safetensors", format, "fp32")
     pipe = pipeline()
     base = noise(pipe.unet, inputs)
     with caplog.at_level(logging.WARNING, logger="diffusers"):
@@ -68,25 +68,25 @@ def test_diffusers_loads_what_we_write(form, adapter, inputs, tmp_path, caplog):
     assert "unexpected keys" not in caplog.text
 
 
-@pytest.mark.parametrize("form", ["kohya", "peft"])
-def test_diffusers_loads_modules_outside_the_attention(form, inputs, tmp_path):
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_diffusers_loads_modules_outside_the_attention(format, inputs, tmp_path):
     adapter = random_adapter(3, 4, UNET_KINDS, 2.0, size=0.2)
     pipe = pipeline()
     base = noise(pipe.unet, inputs)
-    pipe.load_lora_weights(str(adapter.save(tmp_path / "a.safetensors", form, "fp32")))
+    pipe.load_lora_weights(str(adapter.save(tmp_path / "a.safetensors", format, "fp32")))
     assert_same_effect(noise(pipe.unet, inputs), noise(with_deltas(adapter), inputs), base)
 
 
-@pytest.mark.parametrize("form", ["kohya", "peft", "attn-procs"])
-def test_diffusers_loads_the_text_encoders_part(form, tmp_path):
-    kinds = TEXT_KINDS[:1] if form == "attn-procs" else TEXT_KINDS
+@pytest.mark.parametrize("format", ["kohya", "peft", "attn-procs"])
+def test_diffusers_loads_the_text_encoders_part(format, tmp_path):
+    kinds = TEXT_KINDS[:1] if format == "attn-procs" else TEXT_KINDS
     text = random_adapter(4, 4, kinds, 2.0, size=0.5)
     adapter = Adapter(random_adapter(1).factors | text.factors)
     pipe = pipeline()
     ids = torch.arange(7)[None]
     with torch.no_grad():
         base = pipe.text_encoder(ids).last_hidden_state
-        pipe.load_lora_weights(str(adapter.save(tmp_path / "a.safetensors", form, "fp32")))
+        pipe.load_lora_weights(str(adapter.save(tmp_path / "a.safetensors", format, "fp32")))
         found = pipe.text_encoder(ids).last_hidden_state
         reference = copy.deepcopy(parts()["text_encoder"])
         flat = not hasattr(reference, "text_model")  # transformers 5
@@ -137,8 +137,8 @@ def test_the_same_image_in_every_form(adapter, tmp_path):
 
     base = image()
     images = []
-    for form in ("kohya", "peft", "attn-procs"):
-        path = adapter.save(tmp_path / f"{form}.safetensors", form, "fp32")
+    for format in ("kohya", "peft", "attn-procs"):
+        path = adapter.save(tmp_path / f"{format}.safetensors", format, "fp32")
         pipe.load_lora_weights(str(path))
         images.append(image())
         pipe.unload_lora_weights()
