@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.io.atomic import atomic_folder, refuse_existing, sha256_of
+from sdd_lora.io.atomic import atomic_folder, refuse_existing, require_replaceable, sha256_of
 from sdd_lora.io.safetensors import header_from_bytes
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def pull(repository: str, folder: Path, revision: str | None = None, force: bool
     """
     _require_id(repository)
     refuse_existing(folder, force)
+    require_replaceable(folder, (ADAPTER_FILE,), _is_run_file)
     commit, files = _listing(repository, revision)
     with atomic_folder(folder) as target:
         for name in (name for name in PUBLISHED if name in files):
@@ -76,6 +77,11 @@ def download_adapter(repository: str, revision: str | None = None) -> Path:
     _require_id(repository)
     commit, files = _listing(repository, revision)
     return _download(repository, commit, files[ADAPTER_FILE])
+
+
+def _is_run_file(file: Path) -> bool:
+    """Whether a run of ours holds a file of that path."""
+    return file.parts[0] in (*PUBLISHED, "state", "tensorboard") or file.match("before-after*.png")
 
 
 def _listing(repository: str, revision: str | None) -> tuple[str | None, dict[str, Any]]:

@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sdd_lora.errors import BadInput
-from sdd_lora.io.atomic import refuse_existing
+from sdd_lora.io.atomic import refuse_existing, require_replaceable
 
 #: The models that travel with the package.
 DEMO_FOLDER = Path(str(files("sdd_lora.demo").joinpath("model")))
@@ -13,6 +13,33 @@ COMMUNITY_FILE = Path(str(files("sdd_lora.demo").joinpath("community.safetensors
 EMBEDDED = {"demo": DEMO_FOLDER, "demo-community": COMMUNITY_FILE}
 
 MODEL_SUFFIXES = (".safetensors", ".ckpt")
+
+#: One of them is in every folder that diffusers saves a model in.
+_MARKS_OF_A_MODEL = ("model_index.json", "unet/config.json", "diffusion_pytorch_model*")
+_COMPONENT_FOLDERS = {
+    "feature_extractor",
+    "image_encoder",
+    "safety_checker",
+    "scheduler",
+    "text_encoder",
+    "text_encoder_ema",
+    "tokenizer",
+    "unet",
+    "unet_ema",
+    "vae",
+}
+_COMPONENT_SUFFIXES = {
+    ".bin",
+    ".h5",
+    ".json",
+    ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".pb",
+    ".safetensors",
+    ".txt",
+}
+_FILES_BESIDE_COMPONENTS = {".gitattributes", "README.md", "config.json", "model_index.json"}
 
 
 def locate(model: str | Path) -> Path:
@@ -49,6 +76,12 @@ def require_new_output(output: Path, model: Path, force: bool) -> None:
     if model.is_dir() and output.resolve().is_relative_to(model.resolve()):
         raise BadInput(f"{output}: lies inside the input; choose another output")
     require_apart(output, model)
+    if model.is_dir():
+
+        def is_part(file: Path) -> bool:
+            return _is_model_file(file) or (model / file).exists()
+
+        require_replaceable(output, _MARKS_OF_A_MODEL, is_part)
 
 
 def require_apart(output: Path, *inputs: Path) -> None:
@@ -57,6 +90,15 @@ def require_apart(output: Path, *inputs: Path) -> None:
         same = output.exists() and path.exists() and output.samefile(path)
         if same or path.resolve().is_relative_to(output.resolve()):
             raise BadInput(f"{output}: would replace {path}, which is read; choose another name")
+
+
+def _is_model_file(file: Path) -> bool:
+    """Whether diffusers would save a file of that path in a model's folder."""
+    if len(file.parts) == 1:
+        return file.name in _FILES_BESIDE_COMPONENTS or file.name.startswith(
+            "diffusion_pytorch_model"
+        )
+    return file.parts[0] in _COMPONENT_FOLDERS and file.suffix in _COMPONENT_SUFFIXES
 
 
 def named(path: Path) -> Path:

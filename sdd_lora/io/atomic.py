@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -17,6 +17,26 @@ def refuse_existing(path: Path, force: bool) -> None:
     """Raises BadInput where an output exists and `force` was not given."""
     if path.exists() and not force:
         raise BadInput(f"{path}: exists already; choose another output or add --force")
+
+
+def require_replaceable(
+    folder: Path, marks: Collection[str], is_part: Callable[[Path], bool]
+) -> None:
+    """Raises BadInput where replacing a folder would delete files of another kind.
+
+    A folder of the kind that is written holds one of `marks` (glob patterns), and every file in it
+    satisfies `is_part`, which gets the path within the folder. An empty folder is replaced too.
+    """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    marked = any(any(folder.glob(mark)) for mark in marks)
+    for path in folder.rglob("*"):
+        is_file = path.is_symlink() or not path.is_dir()
+        if not marked or (is_file and not is_part(path.relative_to(folder))):
+            raise BadInput(
+                f"{folder}: --force would delete {path}, which such an output doesn't hold; "
+                "choose another output, or move that folder away"
+            )
 
 
 @contextmanager

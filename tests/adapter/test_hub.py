@@ -124,3 +124,13 @@ def test_hub_ids():
     assert is_hub_id("owner/name-1.5")
     for name in ("name", "a/b/c", "../x", "./x", "/x", "a/.b", "owner/na me"):
         assert not is_hub_id(name)
+
+
+def test_force_replaces_a_pulled_run_and_no_folder_of_other_files(hub, run, tmp_path):
+    push(run, REPOSITORY)
+    folder = pull(REPOSITORY, tmp_path / "pulled")
+    pull(REPOSITORY, folder, force=True)
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(BadInput, match="thesis.txt"):
+        pull(REPOSITORY, folder, force=True)
+    assert (folder / "thesis.txt").read_text() == "mine"

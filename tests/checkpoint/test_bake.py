@@ -517,3 +517,34 @@ def test_the_same_call_gives_the_same_bytes(tmp_path):
     entry = json.loads(read_header(a).metadata[METADATA_KEY])[0]
     assert UNKNOWN_DIGEST not in (entry["before"], entry["after"])
     assert open_checkpoint(a).weight_sets[0].label == "weights"
+
+
+@pytest.mark.parametrize("foreign", ["thesis.txt", "unet/train.py", "checkpoint-500/notes.md"])
+def test_force_deletes_no_folder_of_other_files(tmp_path, foreign):
+    folder = models.write_folder(tmp_path / "model")
+    adapters, out, undo = [(models.adapter(), 1.0)], tmp_path / "out", tmp_path / "undo"
+    baked = bake(folder, adapters, out=tmp_path / "baked", undo=undo).output
+    for _ in range(2):  # a model in a model's place
+        bake(folder, adapters, out=out, force=True)
+    (out / foreign).parent.mkdir(exist_ok=True)
+    (out / foreign).write_text("mine")
+    for write in (
+        lambda: bake(folder, adapters, out=out, force=True),
+        lambda: unbake(baked, undo, out, force=True),
+    ):
+        with pytest.raises(BadInput):
+            write()
+    assert (out / foreign).read_text() == "mine"
+
+
+def test_force_replaces_no_folder_that_only_looks_like_a_model(tmp_path):
+    folder, mine = models.write_folder(tmp_path / "model"), tmp_path / "mine"
+    (mine / "unet").mkdir(parents=True)
+    (mine / "unet" / "data.json").write_text("{}")
+    with pytest.raises(BadInput, match="--force would delete"):
+        bake(folder, [(models.adapter(), 1.0)], out=mine, force=True)
+    assert (mine / "unet" / "data.json").exists()
+    (mine / "unet" / "data.json").unlink()
+    (mine / "unet").rmdir()
+    bake(folder, [(models.adapter(), 1.0)], out=mine, force=True)  # an empty folder
+    assert (mine / "unet" / "config.json").exists()
