@@ -102,26 +102,35 @@ def interference(parts: Weighted) -> Interference:
 
 
 def draw_heat_map(report: Interference, file: BinaryIO) -> None:
-    """Write the table of cosines as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Write the table of cosines as a PNG: red where adapters push the same way, blue where
+    against each other."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    count, longest = len(report.names), max(map(len, report.labels))
-    size = 2.2 + 0.5 * count + 0.08 * longest, 1.2 + 0.45 * count + 0.06 * longest
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    image = axes.imshow(report.cosine, cmap="RdBu_r", vmin=-1, vmax=1)
-    axes.set_xticks(range(count), report.labels, rotation=45, ha="right", parse_math=False)
-    axes.set_yticks(range(count), report.labels, parse_math=False)
-    axes.set_title("Cosine between deltas")
-    if count <= 12:
-        for row, column in np.ndindex(count, count):
-            value = report.cosine[row, column]
-            color = "white" if abs(value) > 0.6 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
-    figure.colorbar(image, ax=axes)
-    figure.savefig(file, format="png", metadata={"Software": None})
+    font = ImageFont.load_default(16)
+    cell, gap = 56, 8
+    margin = max(int(font.getlength(label)) for label in report.labels) + 2 * gap
+    size = margin + cell * len(report.labels) + gap
+    picture = Image.new("RGB", (size, size), "white")
+    pen = ImageDraw.Draw(picture)
+    for row, label in enumerate(report.labels):
+        middle = margin + cell * row + cell // 2
+        pen.text((margin - gap, middle), label, "black", font, anchor="rm")
+        upright = Image.new("RGB", (margin - 2 * gap, cell), "white")
+        ImageDraw.Draw(upright).text((0, cell // 2), label, "black", font, anchor="lm")
+        picture.paste(upright.rotate(90, expand=True), (middle - cell // 2, gap))
+    for (row, column), cosine in np.ndenumerate(report.cosine):
+        left, top = margin + cell * column, margin + cell * row
+        pen.rectangle((left, top, left + cell - 1, top + cell - 1), _color(cosine))
+        center, ink = (left + cell // 2, top + cell // 2), "white" if abs(cosine) > 0.6 else "black"
+        pen.text(center, f"{cosine:.2f}", ink, font, anchor="mm")
+    picture.save(file, "PNG")
+
+
+def _color(cosine: float) -> tuple[int, int, int]:
+    """White at 0, towards dark red at 1 and dark blue at −1."""
+    end = np.array((178, 24, 43) if cosine > 0 else (33, 102, 172))
+    red, green, blue = (255 + min(abs(cosine), 1.0) * (end - 255)).astype(int)
+    return int(red), int(green), int(blue)
 
 
 def _module_report(
