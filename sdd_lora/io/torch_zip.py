@@ -27,6 +27,8 @@ MAX_PICKLE_BYTES = 8 << 20
 MAX_OPCODES = 1_000_000
 MAX_READ_BYTES = 4 << 20  # of zip directories
 MAX_NESTING = 4
+#: Names that trainers give to a model's tensors among other things.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params", "unet")
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -78,8 +80,9 @@ def is_pickle(path: Path) -> bool:
 def read_header(path: Path) -> PickleHeader:
     """Names, dtypes, shapes and offsets of a torch file's tensors.
 
-    Nested `state_dict`s are opened. Raises BadInput where the file is damaged, hostile, written
-    before torch 1.6, or holds no tensors by name.
+    A model within `state_dict`s, or other names that trainers use, is found. Raises BadInput where
+    the file is damaged, hostile, written before torch 1.6, or holds no tensors by name, or two
+    models.
     """
     with open_input(path) as file:
         if file.read(2) != b"PK":
@@ -173,16 +176,29 @@ def _require_little_endian(file: io.FileIO, start: int, end: int) -> None:
 
 
 def _find_state(value: Any) -> tuple[dict[Any, Any], list[str]]:
-    """The innermost `state_dict`, and the names of what stands beside it."""
+    """The outermost dictionary of parameters, and the names of the entries around it.
+
+    Raises ValueError where there is none, or a second one of the same parameters.
+    """
     left_out: list[str] = []
     for _ in range(MAX_NESTING):
         if not isinstance(value, dict):
             break
-        if "state_dict" not in value:
+        wrapped = [name for name in _WRAPPERS if isinstance(value.get(name), dict)]
+        models = [value, *(value[name] for name in wrapped)]
+        named = [names for names in map(_parameter_names, models) if names]
+        if any(2 * len(named[0] & other) >= len(named[0]) for other in named[1:]):
+            raise ValueError("it holds two models, one of which is to be given alone")
+        if not wrapped or _parameter_names(value):
             return value, left_out
-        left_out += [str(name) for name in value if name != "state_dict"]
-        value = value["state_dict"]
+        left_out += [str(name) for name in value if name != wrapped[0]]
+        value = value[wrapped[0]]
     raise ValueError("expected a state_dict: names and tensors")
+
+
+def _parameter_names(state: dict[Any, Any]) -> set[str]:
+    """Names of tensors with a module before the dot: trainers put bare numbers beside a model."""
+    return {name for name, value in state.items() if "." in name and isinstance(value, _Tensor)}
 
 
 # The pickle machine: a stack of plain data and inert records.
