@@ -9,7 +9,9 @@ PACKAGE = Path(sdd_lora.__file__).parent
 #: each may import what stands in an earlier row
 ORDER = [
     {"version", "errors", "progress"},
-    {"sd1", "io", "recipe"},
+    {"sd1"},
+    {"io"},
+    {"recipe"},
     {"adapter"},
     {"checkpoint"},
     {"demo"},  # the embedded models and judge: data, a leaf

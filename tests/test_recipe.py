@@ -6,9 +6,11 @@ import pytest
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.strict_yaml import parse_override
-from sdd_lora.recipe import Recipe
+from sdd_lora.recipe import Recipe, Rollout
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+#: of rollout: the earlier names, and those of now
+NAMES = [("points", "prompts"), ("timesteps_per_trajectory", "prompts_per_latent")]
 MINIMAL = "name: mine\nmodel: demo\nconcepts: [bomb]\n"
 
 
@@ -122,7 +124,7 @@ def test_full_training_starts_from_the_papers_learning_rate():
         ("objective: {kind: esd-u}\nlora: {init: concepts}", "init: concepts starts to_k and to_v"),
         ("objective: {kind: esd-u}\npreserve: {damping: 1}", "preserve.damping changes"),
         ("parameters: full\nlora: {rank: 8}", "leave lora away"),
-        ("rollout: {steps: 5, points: 5}", "5 points need more than 5 steps"),
+        ("rollout: {steps: 5, points: 5}", "need more than 5 steps"),
         ("rollout: {guidance_interval: [0.8, 0.2]}", "rollout.guidance_interval: is gone"),
         ("rollout: {solver: dpmsolver++}", "rollout.solver: is gone"),
         ("objective: {kind: [esd-x]}", "objective.kind"),
@@ -142,9 +144,67 @@ def test_recipes_of_before_keep_fields_that_are_gone_and_their_identity():
     assert plain.sha256 == "16ead4e02743ca96db3217f3a173167c3cb38fd1964611ed9cc8c81f81959d9a"
 
 
+def test_earlier_names_of_fields_are_read_and_hashed_alike():
+    text = MINIMAL + "preset: demo\nrollout: {%s: 2, %s: 4}\n"
+    old, new = (Recipe.parse(text % names) for names in NAMES)
+    assert old == new and old.sha256 == new.sha256 and old.content() == new.content()
+    assert (new.rollout.timesteps_per_trajectory, new.rollout.prompts_per_latent) == (2, 4)
+    assert "timesteps_per_trajectory: 2" in old.to_yaml() and "points" not in old.to_yaml()
+    assert list(new.content()["rollout"]) == [
+        "solver", "steps", "points", "prompts", "batch", "guidance_interval",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("written", [0, 1])
+@pytest.mark.parametrize("typed", [0, 1])
+def test_set_wins_whichever_name_it_uses(written, typed):
+    recipe = Recipe.parse(
+        MINIMAL + f"rollout: {{{NAMES[written][0]}: 2}}\n",
+        overrides={f"rollout.{NAMES[typed][0]}": 3},
+    )
+    assert recipe.rollout.timesteps_per_trajectory == 3
+
+
+def test_a_problem_under_an_earlier_name_has_its_line():
+    with pytest.raises(BadInput, match=r"^r\.yaml:5: rollout\.points: "):
+        Recipe.parse(MINIMAL + "rollout:\n  points: 0\n", "r.yaml")
+
+
+def test_a_preset_is_applied_in_python_as_in_a_file():
+    fields = {"name": "mine", "model": "demo", "concepts": ["bomb"], "preset": "demo"}
+    assert Recipe(**fields) == Recipe.parse(MINIMAL + "preset: demo\n")
+    changed = Recipe(**fields, rollout=Rollout(steps=7), objective={"kind": "esd-x"})
+    assert changed == Recipe.parse(
+        MINIMAL + "preset: demo\nrollout: {steps: 7}\nobjective: {kind: esd-x}\n"
+    )
+    assert (changed.rollout.batch, changed.ema.decay) == (4, 0.0)
+
+
+def test_several_concepts_in_one_text_are_refused_with_the_list_to_write():
+    with pytest.raises(BadInput, match=r"recipe:3: concepts: .*\[gun, knife\]"):
+        Recipe.parse("name: mine\nmodel: demo\nconcepts: gun, knife\n")
+    with pytest.raises(ValueError, match="expected a list"):
+        Recipe(name="mine", model="demo", concepts="gun, knife")
+    assert Recipe.parse(MINIMAL.replace("[bomb]", "bomb")).concepts == ["bomb"]
+    one = Recipe.parse(MINIMAL.replace("[bomb]", "['a gun, a knife']"))
+    assert one.concepts == ["a gun, a knife"]
+
+
+def test_a_list_in_a_file_is_no_concept_in_python():
+    with pytest.raises(ValueError, match=r"Recipe\.load"):
+        Recipe(name="mine", model="demo", concepts=["concepts.txt"])
+
+
+def test_a_concept_that_is_preserved_too_is_refused_by_name():
+    with pytest.raises(BadInput, match=r"concepts: Bomb: stands in preserve\.prompts too"):
+        Recipe.parse(
+            "name: mine\nmodel: demo\nconcepts: [Bomb, axe]\npreserve: {prompts: [' bomb']}\n"
+        )
+
+
 def test_the_fast_preset_is_a_rollout_of_few_steps():
     fast = Recipe.parse(MINIMAL + "preset: fast\n").rollout
-    assert fast.points > 1 and fast.prompts > 1 and fast.steps < 20
+    assert fast.timesteps_per_trajectory > 1 and fast.prompts_per_latent > 1 and fast.steps < 20
 
 
 def test_a_written_field_wins_over_the_preset_and_set_wins_over_both():

@@ -119,7 +119,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def locked(path: Path, shared: bool = False) -> Iterator[None]:
     """Hold a file or folder against other calls of this tool, where the platform has locks.
 
-    Several calls may hold it `shared`, but none beside one that holds it alone. Raises Busy where another process holds it, BadInput where it can't be read.
+    Several calls may hold it `shared`, but none beside one that holds it alone. Raises Busy where
+    another process holds it, BadInput where it can't be read.
     """
     if os.name == "nt":
         yield

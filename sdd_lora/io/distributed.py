@@ -1,9 +1,10 @@
-"""Work shared by processes: those that torchrun or accelerate started, and shards of a job array."""
+"""Work shared by processes: those that torchrun or accelerate started, or a job array's."""
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sdd_lora.errors import BadInput
 
@@ -23,7 +24,8 @@ def processes() -> "PartialState":
     return PartialState(cpu=not on_gpu, timeout=_WAIT)
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """One of `count` parts of a list of work, as the jobs of an array do one each; `index` from 1.
 
     Item k of the list (from 0) belongs to shard k mod `count` + 1, whoever runs, and when: nothing

@@ -168,7 +168,7 @@ def _order(tensors: Mapping[str, np.ndarray]) -> list[str]:
 def _header_length(prefix: bytes, size: int, where: str) -> int:
     if len(prefix) < 8:
         raise BadInput(f"{where}: truncated: {size} bytes; a safetensors file has at least 8")
-    (length,) = struct.unpack("<Q", prefix)
+    length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise BadInput(
             f"{where}: not a safetensors file, or a hostile one: its header would be {length:,} "

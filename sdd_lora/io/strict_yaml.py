@@ -5,7 +5,7 @@ them, and errors in one line each.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -184,6 +184,45 @@ def as_options(changes: dict[str, Any]) -> str:
         f"--set {name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in changes.items()
     )
+
+
+def at(fields: Any, path: Sequence[str]) -> Any:
+    """What stands at a path of fields within fields; None where there is no such field."""
+    for key in path:
+        fields = fields.get(key) if isinstance(fields, dict) else None
+    return fields
+
+
+def put(
+    fields: dict[str, Any], changes: Mapping[str, Any], other_name: Mapping[str, str] | None = None
+) -> None:
+    """Set fields by their dotted names; one that a field's `other_name` holds goes.
+
+    Raises BadInput where a dotted name leads through a value.
+    """
+    for dotted, value in changes.items():
+        place = fields
+        *sections, last = str(dotted).split(".")
+        for key in sections:
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+            if not isinstance(place, dict):
+                raise BadInput(f"--set {dotted}: {key} holds a value, not fields")
+        place.pop((other_name or {}).get(last, ""), None)
+        place[last] = value
+
+
+def merged(
+    base: Mapping[str, Any], over: Mapping[str, Any], other_name: Mapping[str, str]
+) -> dict[str, Any]:
+    """`over` on top of `base`, section by section; a field replaces its `other_name` too."""
+    found = {key: value for key, value in base.items() if other_name.get(key, key) not in over}
+    for key, value in over.items():
+        below = base.get(key)
+        is_section = isinstance(value, dict) and isinstance(below, dict)
+        found[key] = merged(below or {}, value, other_name) if is_section else value
+    return found
 
 
 def _refuse_repeated_keys(node: yaml.Node, where: str) -> None:

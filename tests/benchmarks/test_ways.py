@@ -23,7 +23,11 @@ def test_fast_is_planned_at_an_eighth_of_the_papers_passes_and_a_sixth_of_its_ar
 
 def test_ways_differ_from_the_papers_in_the_rollout_alone_and_fast_in_where_it_starts():
     paper = Recipe.load(RECIPE, WAYS["paper@demo"])
-    assert (paper.rollout.steps, paper.rollout.points, paper.rollout.batch) == (25, 1, 1)
+    assert (paper.rollout.steps, paper.rollout.timesteps_per_trajectory, paper.rollout.batch) == (
+        25,
+        1,
+        1,
+    )
     sections = {"objective", "ema", "concepts", "measure", "optimizer", "lora", "preserve"}
     for name, way in WAYS.items():
         recipe = Recipe.load(RECIPE, way)

@@ -14,7 +14,7 @@ from sdd_lora.training.rollout import Rollout
 from sdd_lora.training.trainer import Trainer
 
 PLAIN = "name: x\nmodel: demo\nconcepts: [a, b, c]\noptimizer: {kind: adamw}\n"
-KEPT = {"preserve.prompts": ["a", "b"]}
+KEPT = {"preserve.prompts": ["d", "e"]}
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
 
 

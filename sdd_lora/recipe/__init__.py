@@ -1,0 +1,32 @@
+"""Recipes: what to erase, from what, how; YAML files, strict and typed."""
+
+from sdd_lora.recipe.presets import IMPLIED, PRESETS
+from sdd_lora.recipe.recipe import Recipe
+from sdd_lora.recipe.sections import (
+    KINDS,
+    NOXATTN,
+    Lora,
+    Measure,
+    MeasurePrompts,
+    Objective,
+    Optimizer,
+    Preserve,
+    Rollout,
+    Training,
+)
+
+__all__ = [
+    "IMPLIED",
+    "KINDS",
+    "NOXATTN",
+    "PRESETS",
+    "Lora",
+    "Measure",
+    "MeasurePrompts",
+    "Objective",
+    "Optimizer",
+    "Preserve",
+    "Recipe",
+    "Rollout",
+    "Training",
+]

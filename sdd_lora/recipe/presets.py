@@ -1,0 +1,54 @@
+"""What a recipe leaves open: named sets of fields, and what a field's value implies."""
+
+from typing import Any
+
+from sdd_lora.recipe.sections import NOXATTN, Lora
+
+#: named sets of fields, overridden by what a recipe writes; `paper` is the defaults above
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # Starts where the objective leads (training/closed_form.py), which leaves the training little
+    # to do: small steps, and of a trajectory's passes as much use as the demo allows, three
+    # latents and three prompts of both kinds each (tests/benchmarks/bench_fewer_passes.py).
+    # Untried at full size.
+    "fast": {
+        "lora": {"init": "closed-form"},
+        "ema": {"decay": 0.99, "warmup": True},
+        "optimizer": {"learning_rate": 5.0e-4},
+        "rollout": {"steps": 10, "timesteps_per_trajectory": 3, "prompts_per_latent": 3},
+        "training": {"iterations": 200},
+    },
+    "demo": {
+        "objective": {"variant": "reference"},
+        "preserve": {"weight": 6.0},
+        "lora": {"rank": 8, "alpha": 8.0, "init": "closed-form"},
+        "ema": {"decay": 0.96, "warmup": True},
+        "optimizer": {"learning_rate": 5.0e-4},
+        "rollout": {
+            "steps": 10,
+            "timesteps_per_trajectory": 3,
+            "batch": 4,
+            "prompts_per_latent": 3,
+        },
+        "training": {"iterations": 40},
+        "measure": {"detector": "judge", "images": 16, "guidance": 3.0},
+    },
+}
+
+_ESD: dict[str, Any] = {
+    "objective": {"eta": 1.0},
+    "lora": {"init": "random"},
+    "ema": {"decay": 0.0, "warmup": False},
+    "rollout": {"prompts_per_latent": 1},
+}
+#: what one field's value implies for others, on top of the preset, below what a recipe writes
+IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
+    (("objective", "kind"), "esd-x"): _ESD,
+    (("objective", "kind"), "esd-u"): _ESD | {"lora": {"init": "random", "targets": [NOXATTN]}},
+    # learning rate of both papers; whole weights move further a step than a product of factors
+    (("parameters",), "full"): {
+        "lora": Lora().model_dump(),
+        "preserve": {"damping": 0.0},
+        "optimizer": {"learning_rate": 1.0e-5},
+    },
+}

@@ -1,0 +1,228 @@
+"""A whole recipe: what to erase, from what, how; every error at once, with its line."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from sdd_lora.errors import BadInput
+from sdd_lora.io.strict_yaml import Section, Text, at, merged, parse_strictly, put, write_yaml
+from sdd_lora.recipe.presets import IMPLIED, PRESETS
+from sdd_lora.recipe.sections import (
+    EARLIER_NAMES,
+    KINDS,
+    NOXATTN,
+    Ema,
+    Lora,
+    Measure,
+    Objective,
+    Optimizer,
+    Preserve,
+    Rollout,
+    Training,
+    listed,
+    names_a_file,
+)
+
+#: where a list of prompts may stand
+_LISTS = (
+    ("concepts",),
+    ("preserve", "prompts"),
+    ("measure", "prompts", "concept"),
+    ("measure", "prompts", "kept"),
+)
+#: either name of a renamed field → the other, which it takes the place of
+_OTHER_NAME = EARLIER_NAMES | {old: new for new, old in EARLIER_NAMES.items()}
+
+
+def _concepts(value: Any) -> Any:
+    """Concepts as a list; a text with commas may be one concept or several."""
+    if isinstance(value, str) and "," in value:
+        parts = ", ".join(part.strip() for part in value.split(","))
+        raise ValueError(
+            f"{value!r} is one text: expected a list, [{parts}] for several concepts, "
+            f"or [{value!r}] for one with a comma"
+        )
+    return listed(value)
+
+
+class Recipe(Section):
+    """A whole recipe. Field names and defaults are those of the recipe files.
+
+    What a recipe leaves open comes from its preset, and from the values that other fields imply, in
+    Python as in a file.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Of the run and the adapter: letters, digits, `.`, `_` and `-`."""
+
+    model: Text
+    """The base: `demo`, a diffusers folder, one `.safetensors` or `.ckpt` file, or a hub id."""
+
+    concepts: Annotated[list[Text], Field(min_length=1), BeforeValidator(_concepts)]
+    """What to erase: a list of texts, or of names of text files beside the recipe, one concept a
+    line. `variant: paper` joins as many as the text encoder reads, rotating through all of them."""
+
+    preserve: Preserve = Preserve()
+    objective: Objective = Objective()
+
+    parameters: Literal["lora", "full"] = "lora"
+    """What is trained: an adapter, or as in the papers the weights themselves, for comparison."""
+
+    lora: Lora = Lora()
+    ema: Ema = Ema()
+    optimizer: Optimizer = Optimizer()
+    rollout: Rollout = Rollout()
+    training: Training = Training()
+    measure: Measure = Measure()
+
+    preset: Literal["paper", "fast", "demo"] = "paper"
+    """A named set of the fields above, overridden by what is written: `paper` is the defaults,
+    `fast` starts in closed form and needs preserve.prompts, `demo` suits the embedded model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, fields: Any) -> Any:
+        """What is written, on top of what it implies, on top of the preset."""
+        if not isinstance(fields, dict):
+            return fields
+        written = {
+            name: value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+            for name, value in fields.items()
+        }
+        preset = written.get("preset", "paper")
+        filled = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        for (path, value), implied in IMPLIED.items():
+            if at(written, path) == value:
+                filled = merged(filled, implied, _OTHER_NAME)
+        return merged(filled, written, _OTHER_NAME)
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "Recipe":
+        name, kind = self.objective.kind, KINDS[self.objective.kind]
+        is_lora, targets = self.parameters == "lora", set(self.lora.targets)
+        inside = [target for target in self.lora.targets if target != NOXATTN]
+        expected = [NOXATTN] if kind.noxattn else inside or ["to_k", "to_v"]
+        place = "outside" if kind.noxattn else "in"
+        kept = {text.strip().casefold() for text in self.preserve.prompts}
+        both = [concept for concept in self.concepts if concept.casefold() in kept]
+        contradictions = [
+            (
+                not kind.distils and self.ema != Ema(decay=0),
+                f"{name} keeps no average: expected ema: {{decay: 0, warmup: false}}, or no ema at "
+                "all",
+            ),
+            (
+                not kind.distils and self.rollout.prompts_per_latent > 1,
+                f"{name} takes latents drawn for its concept: expected prompts_per_latent: 1",
+            ),
+            (
+                not kind.distils and self.lora.init == "closed-form",
+                f"lora.init: closed-form starts where SDD leads, {name} goes elsewhere: expected "
+                "another init",
+            ),
+            (
+                is_lora and self.lora.targets != expected,
+                f"lora.targets: {name} changes what is {place} the cross-attention: expected "
+                f"{expected}, found {self.lora.targets}",
+            ),
+            (
+                not is_lora and self.lora != Lora(),
+                "parameters: full trains the weights themselves: leave lora away",
+            ),
+            (
+                not is_lora and self.training.base_precision == "nf4",
+                "parameters: full trains the weights themselves, which 4 bits can't hold: expected "
+                "another training.base_precision, or parameters: lora",
+            ),
+            (
+                self.preserve.damping > 0 and not (is_lora and {"to_k", "to_v"} & targets),
+                "preserve.damping changes an adapter's to_k and to_v, which see prompts: expected "
+                "one of them in lora.targets, or damping: 0",
+            ),
+            (
+                bool(both),
+                f"concepts: {', '.join(both[:9])}: stands in preserve.prompts too, which holds it "
+                "as it is: expected it in one of the two",
+            ),
+        ]
+        for found, message in contradictions:
+            if found:
+                raise ValueError(message)
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> "Recipe":
+        """Read a recipe file; `overrides` maps dotted names to values ("ema.decay": 0.99).
+
+        Raises BadInput with every problem and its line.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(
+                f"{path}: expected a recipe (YAML text), can't read it: {error}"
+            ) from error
+        return cls.parse(text, where=str(path), folder=path.parent, overrides=overrides)
+
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        where: str = "recipe",
+        folder: Path = Path(),
+        overrides: dict[str, Any] | None = None,
+    ) -> "Recipe":
+        """Like `load`, from a string."""
+
+        def prepared(fields: dict[str, Any]) -> dict[str, Any]:
+            put(fields, overrides or {}, _OTHER_NAME)
+            _read_lists(fields, folder)
+            return fields
+
+        return parse_strictly(cls, text, where, prepared, overrides or {})
+
+    def to_yaml(self) -> str:
+        """The complete recipe, defaults filled in."""
+        return write_yaml(self)
+
+    def content(self) -> dict[str, Any]:
+        """All fields as artefacts store them and `sha256` hashes them.
+
+        Renamed fields have their earlier names there, and fields that are gone their only value, so
+        that artefacts keep their bytes and their identity.
+        """
+        fields = self.model_dump(mode="json")
+        rollout = {EARLIER_NAMES.get(key, key): value for key, value in fields["rollout"].items()}
+        interval = {"guidance_interval": self.rollout.guidance_interval}
+        return fields | {"rollout": {"solver": self.rollout.solver} | rollout | interval}
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the recipe's content, whatever its comments and layout."""
+        return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
+
+
+def _read_lists(fields: dict[str, Any], folder: Path) -> None:
+    """Where a list of prompts may stand, put a text file's lines in the place of its name."""
+    for *sections, key in _LISTS:
+        section = at(fields, sections)
+        found = at(section, [key])
+        entries: list[Any] = found if isinstance(found, list) else [found]
+        if any(map(names_a_file, entries)):
+            section[key] = [
+                line
+                for entry in entries
+                for line in (_lines(folder / entry, key) if names_a_file(entry) else [entry])
+            ]
+
+
+def _lines(path: Path, key: str) -> list[str]:
+    try:
+        lines = path.read_text("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{key}: {path}: can't read the list, one a line: {error}") from error
+    return [line.strip() for line in lines if line.strip()]

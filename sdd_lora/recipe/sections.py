@@ -1,0 +1,277 @@
+"""The sections of a recipe. The text below a field is its reference (see `reference.py`)."""
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+
+from sdd_lora.io.strict_yaml import Count, Positive, Real, Section, Seed, Switch, Whole
+
+#: of `lora.targets`: all layers that ESD-u trains, by its authors' name
+NOXATTN = "noxattn"
+#: fields of `rollout` → the names that earlier recipes and all artefacts have for them
+EARLIER_NAMES = {"timesteps_per_trajectory": "points", "prompts_per_latent": "prompts"}
+
+
+class Kind(NamedTuple):
+    """An objective as the other sections see it.
+
+    `distils`: the teacher is an average of the student; else it is the base, pushed away by eta.
+    `noxattn`: it changes everything but the cross-attention; else the cross-attention alone.
+    """
+
+    distils: bool
+    noxattn: bool
+
+
+KINDS = {
+    "sdd": Kind(distils=True, noxattn=False),
+    "esd-x": Kind(distils=False, noxattn=False),
+    "esd-u": Kind(distils=False, noxattn=True),
+}
+
+
+def _only(value: Any) -> BeforeValidator:
+    """A field that is gone, still read where it holds its only `value`."""
+
+    def check(found: Any) -> Any:
+        if found != value:
+            raise ValueError(
+                f"is gone: trials found no use for it; leave it away (found {found!r})"
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
+def listed(value: Any) -> Any:
+    """A single text is a list of one; a list's file is no prompt."""
+    entries = [value] if isinstance(value, str) else value
+    for entry in entries if isinstance(entries, list) else []:
+        if names_a_file(entry):
+            raise ValueError(f"{entry}: lists in files are read by Recipe.load and Recipe.parse")
+    return entries
+
+
+def names_a_file(entry: Any) -> bool:
+    """Whether an entry of a list is the name of a text file with entries."""
+    return isinstance(entry, str) and entry.lower().endswith(".txt")
+
+
+Prompts = Annotated[list[str], BeforeValidator(listed)]
+
+
+class Preserve(Section):
+    """Prompts on which the student is held to the base."""
+
+    prompts: Prompts = []
+    """What must stay as it is, near the concepts above all: what is not named here and is near goes
+    too. Texts, or names of text files beside the recipe, one prompt a line."""
+
+    weight: Annotated[Real, Field(ge=0)] = 1.0
+    """How much these prompts count against the concepts in the loss; 0 leaves them out."""
+
+    damping: Annotated[Real, Field(ge=0)] = 0.0
+    """How much the adapter's to_k and to_v are turned away from these prompts after each quarter of
+    the training, all prompts at once and without a UNet pass (training/directions.py)."""
+
+
+class Objective(Section):
+    """The loss."""
+
+    kind: Literal["sdd", "esd-x", "esd-u"] = "sdd"
+    """`sdd`: safe self-distillation (Kim et al. 2023); the concept's noise estimate becomes the
+    unconditional one. `esd-x` and `esd-u`: erasing concepts (Gandikota et al. 2023), in the
+    cross-attention and outside it."""
+
+    variant: Literal["paper", "reference"] = "paper"
+    """`paper`: SDD's pseudo-code, the concepts joined in one prompt. `reference`: its authors'
+    released code, one concept at a time and t drawn around the latent's own."""
+
+    guidance_scale: Real = 3.0
+    """Guidance of the rollout towards the concept, s_g."""
+
+    eta: Annotated[Real, Field(gt=0)] | None = None
+    """ESD only: how far to push away from the concept, η; 1 where nothing is written, 3 in the "-3"
+    rows of the SDD paper."""
+
+    @model_validator(mode="after")
+    def _eta_is_esds(self) -> "Objective":
+        if KINDS[self.kind].distils and self.eta is not None:
+            raise ValueError("eta belongs to esd-x and esd-u; sdd has no such number")
+        if not KINDS[self.kind].distils and self.eta is None:
+            raise ValueError(f"{self.kind} needs an eta, such as 1.0")
+        return self
+
+
+class Lora(Section):
+    """The adapter: low-rank factors of the matrices it changes."""
+
+    rank: Positive = 4
+    """Rank of the factors, at most the prompts' width."""
+
+    alpha: Annotated[Real, Field(gt=0)] = 4.0
+    """The change is alpha / rank times the factors' product."""
+
+    targets: Annotated[
+        list[Literal["to_q", "to_k", "to_v", "to_out", "noxattn"]], Field(min_length=1)
+    ] = ["to_k", "to_v"]
+    """Matrices of the cross-attention (attn2). `noxattn`, alone and for esd-u: every linear layer
+    and convolution outside it, but for the time embedding and the output."""
+
+    init: Literal["random", "concepts", "closed-form"] = "random"
+    """Where the factors start. `random`: a change of 0, as in peft. `concepts`: a change of 0, to_k
+    and to_v looking where the concepts' embeddings differ most from those of kept prompts and ∅.
+    `closed-form`: where the concepts' keys and values are nearest to ∅'s while those of kept
+    prompts stay, weighed by preserve.weight (training/closed_form.py)."""
+
+    @model_validator(mode="after")
+    def _init_has_targets(self) -> "Lora":
+        if self.init != "random" and not {"to_k", "to_v"} & set(self.targets):
+            raise ValueError(
+                f"init: {self.init} starts to_k and to_v, which see prompts: expected one of them "
+                "in targets, or init: random"
+            )
+        return self
+
+
+class Ema(Section):
+    """The teacher of SDD, which samples the latents: an average of the student's factors."""
+
+    decay: Annotated[Real, Field(ge=0, lt=1)] = 0.999
+    """Part of the average that an iteration keeps; 0 makes the teacher the student."""
+
+    warmup: Switch = False
+    """Start with a quicker average: min(decay, (1 + t) / (10 + t)) after iteration t."""
+
+
+class Optimizer(Section):
+    """How the student's factors are updated."""
+
+    kind: Literal["adamw8bit", "adamw"] = "adamw8bit"
+    """AdamW; `adamw8bit` keeps its states in 8 bits (bitsandbytes)."""
+
+    learning_rate: Annotated[Real, Field(gt=0)] = 1.0e-3
+    """Of the whole training, or the highest one where a schedule or a warm-up changes it."""
+
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """AdamW's decay of the factors."""
+
+    max_grad_norm: Annotated[Real, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm, over all factors."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls to 0 after the warm-up, or that it stays."""
+
+    warmup_iterations: Count = 0
+    """Iterations in which the learning rate rises from 0."""
+
+
+class Rollout(Section):
+    """How the teacher samples the latents z_t that the loss is taken at, by DDIM."""
+
+    steps: Annotated[Whole, Field(ge=2, le=999)] = 50
+    """DDIM steps of a whole trajectory, from noise to an image."""
+
+    timesteps_per_trajectory: Annotated[
+        Positive, Field(validation_alias=AliasChoices("timesteps_per_trajectory", "points"))
+    ] = 1
+    """Latents that a trajectory gives to the loss on its way, one an iteration, spread evenly over
+    its timesteps; fewer than `steps`. Earlier name: `points`."""
+
+    prompts_per_latent: Annotated[
+        Positive, Field(validation_alias=AliasChoices("prompts_per_latent", "prompts"))
+    ] = 1
+    """Concepts that each latent is used with, and as many kept prompts: a pass for the loss is
+    cheap beside the steps that led to the latent. Earlier name: `prompts`."""
+
+    batch: Positive = 1
+    """Trajectories that are sampled at once; an iteration's latents."""
+
+    # of earlier recipes; trials found no use for another value
+    solver: Annotated[Any, _only("ddim"), Field(exclude=True)] = "ddim"
+    guidance_interval: Annotated[Any, _only([0.0, 1.0]), Field(exclude=True)] = [0.0, 1.0]
+
+    @property
+    def points(self) -> int:
+        """Earlier name of `timesteps_per_trajectory`."""
+        return self.timesteps_per_trajectory
+
+    @property
+    def prompts(self) -> int:
+        """Earlier name of `prompts_per_latent`."""
+        return self.prompts_per_latent
+
+    @model_validator(mode="after")
+    def _timesteps_fit(self) -> "Rollout":
+        if self.timesteps_per_trajectory >= self.steps:
+            raise ValueError(
+                f"{self.timesteps_per_trajectory} timesteps_per_trajectory need more than "
+                f"{self.steps} steps: each latent has a timestep of its own, none the noisiest"
+            )
+        return self
+
+
+class Training(Section):
+    """Length, precision, seed."""
+
+    iterations: Positive = 1500
+    """Updates of the factors."""
+
+    gradient_accumulation: Positive = 1
+    """Losses whose gradients are averaged before an update."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the UNet's passes (autocast); the factors are fp32. fp16 needs a GPU."""
+
+    base_precision: Literal["fp32", "bf16", "fp16", "nf4"] = "fp32"
+    """How the base's weights are kept: fp32, as `precision`, or `nf4`: its linear layers in 4 bits
+    and the others in `precision`."""
+
+    gradient_checkpointing: Switch = False
+    """Compute activations twice instead of keeping them: less memory, a third more arithmetic."""
+
+    seed: Seed = 0
+    """Of all randomness, with the iteration and the trajectory's number."""
+
+    @model_validator(mode="after")
+    def _precisions_fit(self) -> "Training":
+        if self.base_precision not in ("fp32", "nf4", self.precision):
+            raise ValueError(
+                f"base_precision {self.base_precision} needs precision {self.base_precision} too"
+            )
+        return self
+
+
+class MeasurePrompts(Section):
+    """Prompts that are drawn before and after; texts, or names of text files."""
+
+    concept: Prompts = []
+    """Prompts that ask for what is erased."""
+
+    kept: Prompts = []
+    """Prompts that must not change; the detector counts each of their groups by itself."""
+
+
+class Measure(Section):
+    """What the card will say: images of each group of prompts, drawn before and after."""
+
+    prompts: MeasurePrompts = MeasurePrompts()
+
+    images: Positive = 32
+    """Images of the concept's prompts, and of each group of kept ones."""
+
+    steps: Annotated[Whole, Field(gt=0, le=999)] = 25
+    """DDIM steps of an image."""
+
+    guidance: Real = 5.0
+    """Classifier-free guidance of an image."""
+
+    detector: Literal["judge", "nudenet", "open_nsfw", "none"] = "none"
+    """What looks at the images: the embedded model's own judge, NudeNet, Yahoo's open NSFW model;
+    `none`: nothing is drawn."""
+
+    seed: Seed = 1000
+    """Of the first image."""
+
+    transfer: list[str] = []
+    """Further models on which the adapter is measured in the same way."""
