@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from sdd_lora.adapter.algebra import Weighted
 from sdd_lora.checkpoint.copying import (
     PAGE_BYTES,
     copy_range,
@@ -26,7 +27,7 @@ from sdd_lora.checkpoint.history import (
 from sdd_lora.checkpoint.in_place import change_in_place
 from sdd_lora.checkpoint.journal import journal_of
 from sdd_lora.checkpoint.locate import EMBEDDED, MODEL_SUFFIXES, locate, named, require_new_output
-from sdd_lora.checkpoint.plan import BakePlan, EmaChoice, FilePlan, Weighted, plan_bake
+from sdd_lora.checkpoint.plan import BakePlan, EmaChoice, FilePlan, plan_bake
 from sdd_lora.checkpoint.rounding import Rounding, Tally
 from sdd_lora.checkpoint.undo import free_undo_name, lock_model
 from sdd_lora.checkpoint.undo_file import size_of_undo, write_undo
@@ -114,6 +115,10 @@ def bake(
             _require_new_undo(plan, undo, None, force)
             report = _report(plan, path, undo)
             report.add(change_in_place(plan, undo))
+            report.warnings += [
+                f"{folder}: holds one more UNet, which isn't edited in place"
+                for folder in plan.stale
+            ]
         else:
             out = named(Path(out))
             require_new_output(out, path, force)
@@ -231,8 +236,9 @@ def _write_folder(plan: BakePlan, out: Path, undo: Path | None, report: BakeRepo
     rewritten = [file.path for file in plan.files]
     with atomic_folder(out) as folder:
         _write_undo(plan, undo)
-        link_tree(root, folder, [*rewritten, *map(sidecar_of, rewritten), *plan.stale])
-        report.left_out += tuple(path.relative_to(root).as_posix() for path in plan.stale)
+        left_out = plan.stale + plan.dropped_folders
+        link_tree(root, folder, [*rewritten, *map(sidecar_of, rewritten), *left_out])
+        report.left_out += tuple(path.relative_to(root).as_posix() for path in left_out)
         for file in plan.files:
             target = folder / file.path.relative_to(root)
             if torch_zip.is_pickle(file.path):

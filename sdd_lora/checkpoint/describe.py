@@ -8,7 +8,6 @@ from pathlib import Path
 
 from sdd_lora import sd1
 from sdd_lora.checkpoint.layout import (
-    EMA,
     Checkpoint,
     Layout,
     TensorLocation,
@@ -49,8 +48,9 @@ class ModelDescription:
     """A checkpoint, described for `inspect` and for whoever loads it.
 
     `dtypes` counts tensors by storage (safetensors' codes: F16, BF16, F8_E4M3, …) over the UNet's
-    and the text encoder's files; `copies` labels the UNet's weight sets. `unet_widths` (the four
-    levels) and `context_width` are () and 0 where the family is not SD 1.x.
+    and the text encoder's files; `copies` labels the UNet's weight sets, and `unread` names further
+    copies in a folder. `unet_widths` (the four levels) and `context_width` are () and 0 where the
+    family is not SD 1.x.
     """
 
     path: Path
@@ -64,10 +64,8 @@ class ModelDescription:
     unet_widths: tuple[int, ...]
     context_width: int
     unet_files: tuple[Path, ...]
-
-    @property
-    def has_ema(self) -> bool:
-        return any(label in EMA for label in self.copies)
+    has_ema: bool
+    unread: tuple[str, ...]
 
     @property
     def inpainting(self) -> bool:
@@ -150,6 +148,8 @@ def _describe(checkpoint: Checkpoint) -> ModelDescription:
         unet_widths=widths.blocks if widths else (),
         context_width=widths.context if widths else 0,
         unet_files=tuple(dict.fromkeys(at.file for s in unets for at in s.locations.values())),
+        has_ema=any(weights.is_ema for weights in unets),
+        unread=tuple(path.relative_to(checkpoint.path).as_posix() for path in checkpoint.unread),
     )
 
 

@@ -64,7 +64,8 @@ def change_in_place(plan: BakePlan, undo: Path) -> list[EditedTensor]:
 
 
 def _require_changeable(plan: BakePlan) -> None:
-    if stale := plan.stale:
+    stale = [path for path in plan.stale if path.is_file()]
+    if stale:
         raise BadInput(
             f"{stale[0]}: another copy of the weights, which isn't edited in place; "
             "remove it, or bake to a new folder (-o)"

@@ -7,7 +7,6 @@ pickle) in LDM or diffusers names. It may hold a UNet several times: EMA copies 
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,11 +23,17 @@ from sdd_lora.io.safetensors import Header, TensorInfo, open_input, read_header
 Layout = Literal["diffusers", "unet", "ldm"]
 Component = Literal["unet", "text_encoder"]
 
-#: Labels of EMA copies, in the order of `sd1.ema_keys`.
+#: Labels of a single file's EMA copies, in the order of `sd1.ema_keys`.
 EMA = ("EMA copy", "EMA copy in short names")
 _LDM_VAE_PREFIX = "first_stage_model."
 _UNET_STEM = "diffusion_pytorch_model"
-_TEXT_STEMS = ("model", "pytorch_model")
+#: Names of the files that hold a component's weights in its folder.
+_STEMS: dict[str, tuple[str, ...]] = {
+    "unet": (_UNET_STEM,),
+    "text_encoder": ("model", "pytorch_model"),
+}
+_WHOLE_MODELS = (".safetensors", ".ckpt")
+_WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 _UNREAD = ("*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.pb")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
@@ -48,10 +53,7 @@ class WeightSet:
     component: Component
     label: str
     locations: dict[str, TensorLocation]
-
-    @property
-    def is_ema(self) -> bool:
-        return self.label in EMA
+    is_ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Checkpoint:
     """The files that hold the UNet and the text encoder, and every set of their weights.
 
     `headers` has one entry a file; `missing` names the components that aren't there at all;
-    `unread` a folder's files that hold further copies of the weights: in other formats beside the
-    components' own, and whole models in one file at its root.
+    `unread` a folder's further copies of the weights: files in other formats or of other names
+    beside the components' own, whole models in one file, and folders such as `checkpoint-500`.
     """
 
     path: Path
@@ -156,7 +158,7 @@ def _ldm_checkpoint(path: Path, header: Header, prefix: str) -> Checkpoint:
                     locations[module] = TensorLocation(path, spelling)
     found = [
         WeightSet("unet", "weights", unet),
-        *(WeightSet("unet", label, ema) for label, ema in zip(EMA, emas, strict=True)),
+        *(WeightSet("unet", label, ema, True) for label, ema in zip(EMA, emas, strict=True)),
         WeightSet("text_encoder", "weights", text),
         WeightSet("text_encoder", "weights in other names", second_text),
     ]
@@ -180,28 +182,34 @@ def _absent(**components: bool) -> tuple[str, ...]:
 
 def _open_folder(path: Path) -> Checkpoint:
     if any(path.glob(f"{_UNET_STEM}*")):
-        groups, unread = _weight_files(path, (_UNET_STEM,))
-        return _folder_checkpoint(path, "unet", groups, {}, unread, ("vae", "text_encoder"))
-    unet, unread = _weight_files(path / "unet", (_UNET_STEM,))
-    text, unread_text = _weight_files(path / "text_encoder", _TEXT_STEMS)
-    vae, _ = _weight_files(path / "vae", (_UNET_STEM,))
-    if not unet and not text:
+        return _folder_checkpoint(path, "unet", {"unet": path}, ("vae", "text_encoder"), [])
+    folders = {name: path / name for name in (*_STEMS, *(f"{name}_ema" for name in _STEMS))}
+    there = {name: folder for name, folder in folders.items() if _holds_weights(name, folder)}
+    if not there.keys() & _STEMS.keys():
         raise BadInput(
             f"{path}: expected a diffusers folder (model_index.json, unet/, vae/, text_encoder/) "
             "with safetensors or .bin weights of a UNet or a text encoder, found none"
         )
-    missing = _absent(unet=bool(unet), vae=bool(vae), text_encoder=bool(text))
-    unread += unread_text + _single_files(path)
-    return _folder_checkpoint(path, "diffusers", unet, text, unread, missing)
+    has_vae = _holds_weights("unet", path / "vae")  # the files have the same names
+    missing = _absent(unet="unet" in there, vae=has_vae, text_encoder="text_encoder" in there)
+    unread = [
+        *_single_files(path),
+        *(folder for folder in sorted(path.iterdir()) if _is_second_copy(folder, there)),
+    ]
+    return _folder_checkpoint(path, "diffusers", there, missing, unread)
 
 
-def _single_files(folder: Path) -> tuple[Path, ...]:
+def _holds_weights(component: str, folder: Path) -> bool:
+    return bool(_weight_files(folder, _STEMS[component.removesuffix("_ema")])[0])
+
+
+def _single_files(folder: Path) -> list[Path]:
     """Whole models in one file beside the components, as hub repositories have them.
 
     Adapters and autoencoders are none.
     """
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.ckpt")])
-    return tuple(file for file in files if file.is_file() and _may_hold_weights(file))
+    files = (file for file in sorted(folder.glob("*")) if file.suffix.lower() in _WHOLE_MODELS)
+    return [file for file in files if file.is_file() and _may_hold_weights(file)]
 
 
 def _may_hold_weights(file: Path) -> bool:
@@ -212,26 +220,47 @@ def _may_hold_weights(file: Path) -> bool:
         return True
 
 
+def _is_second_copy(folder: Path, known: dict[str, Path]) -> bool:
+    """Whether a folder in a model's folder holds one more UNet, such as a training's checkpoint."""
+    if not folder.is_dir() or folder in known.values():
+        return False
+    files = [file for pattern in ("*", "*/*") for file in sorted(folder.glob(pattern))]
+    return any(_holds_unet(file) for file in files if file.suffix.lower() in _WEIGHTS)
+
+
+def _holds_unet(file: Path) -> bool:
+    """Whether a file holds a UNet with its decoder, which a ControlNet lacks; not if unreadable."""
+    try:
+        return any(
+            "up_blocks.3.resnets.2.conv1" in w.locations for w in _open_file(file).weight_sets
+        )
+    except BadInput:
+        return False
+
+
 def _folder_checkpoint(
     path: Path,
     layout: Layout,
-    unet: dict[str, list[Path]],
-    text: dict[str, list[Path]],
-    unread: Iterable[Path],
+    folders: dict[str, Path],
     missing: tuple[str, ...],
+    unread: list[Path],
 ) -> Checkpoint:
+    """A checkpoint of components' folders; `unet_ema` beside `unet` holds its EMA copy."""
     headers: dict[Path, Header] = {}
     sets = []
-    for label, files in unet.items():
-        group = {file: read_any_header(file) for file in files}
-        headers |= group
-        sets.append(WeightSet("unet", label, _diffusers_locations(group, "")))
-    for label, files in text.items():
-        group = {file: read_any_header(file) for file in files}
-        headers |= group
-        locations = _diffusers_locations(group, "")
-        renamed = {_text_module(module): location for module, location in locations.items()}
-        sets.append(WeightSet("text_encoder", label, renamed))
+    for name, folder in folders.items():
+        component: Component = "text_encoder" if name.startswith("text_encoder") else "unet"
+        is_ema = name.endswith("_ema")
+        groups, others = _weight_files(folder, _STEMS[component])
+        unread += others
+        for label, files in groups.items():
+            group = {file: read_any_header(file) for file in files}
+            headers |= group
+            locations = _diffusers_locations(group, "")
+            if component == "text_encoder":
+                locations = {_text_module(name): at for name, at in locations.items()}
+            shown = f"EMA copy in {name}, {label}" if is_ema else label
+            sets.append(WeightSet(component, shown, locations, is_ema))
     return Checkpoint(path, layout, headers, tuple(sets), missing, tuple(unread))
 
 
@@ -257,6 +286,7 @@ def _weight_files(
     are read where there are no safetensors at all.
     """
     found: dict[str, dict[str, list[Path]]] = {".safetensors": {}, ".bin": {}}
+    others = []
     for file in sorted(folder.glob("*")):
         bare = _SHARD.sub("", file.name)
         stem, _, rest = bare.partition(".")
@@ -265,8 +295,10 @@ def _weight_files(
             sharded = "sharded " if bare != file.name else ""
             label = f"{sharded}variant {variant}" if variant else f"{sharded}weights"
             found[file.suffix].setdefault(label, []).append(file)
+        elif file.suffix.lower() in _WEIGHTS and _holds_unet(file):
+            others.append(file)
     _check_indices(folder)
-    unread = sorted(file for pattern in _UNREAD for file in folder.glob(pattern))
+    unread = sorted(file for pattern in _UNREAD for file in folder.glob(pattern)) + others
     if found[".safetensors"]:
         unread += [file for files in found[".bin"].values() for file in files]
     read = found[".safetensors"] or found[".bin"]

@@ -105,6 +105,14 @@ class BakePlan:
         folders = {self.checkpoint.path, *(file.path.parent for file in self.files)}
         return [path for path in self.checkpoint.unread if path.parent in folders]
 
+    @property
+    def dropped_folders(self) -> list[Path]:
+        """The folders of EMA copies, such as `unet_ema`, that the output is to be without."""
+        if self.record.ema == "patch" or self.checkpoint.path.is_file():
+            return []
+        emas = [weights for weights in self.checkpoint.weight_sets if weights.is_ema]
+        return sorted({at.file.parent for ema in emas for at in ema.locations.values()})
+
     def earlier(self) -> Iterator[tuple[Path, BakedAdapter]]:
         """Every adapter that the edited files' histories name."""
         for file in self.files:

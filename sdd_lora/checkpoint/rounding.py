@@ -70,7 +70,8 @@ class Delta:
         return cls(np.concatenate(ups, axis=1), np.concatenate(downs))
 
     def rows(self, block: slice) -> np.ndarray:
-        return self.up[block] @ self.down
+        product: np.ndarray = self.up[block] @ self.down
+        return product
 
     def blocks(self) -> Iterator[slice]:
         out, wide = self.up.shape[0], self.down.shape[1]

@@ -95,6 +95,7 @@ def _checkpoint_data(path: Path, norms: bool) -> dict[str, Any]:
         "dtypes": found.dtypes,
         "copies": list(found.copies),
         "ema": found.has_ema,
+        "unread_copies": list(found.unread),
         "inpainting": found.inpainting,
         "missing": list(found.missing),
         "widths": list(found.unet_widths),
