@@ -19,8 +19,9 @@ import numpy as np
 
 from sdd_lora.errors import BadInput
 
-#: A full SD 1.x file with EMA copies needs 0.3 MB; 10⁵ keys fit in this.
-MAX_HEADER_BYTES = 16 << 20
+#: The library's own limit. A full SD 1.x file with EMA copies needs 0.3 MB; training tags may take
+#: tens.
+MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
 #: What numpy makes an array of, even where one of the dimensions is 0.
 MAX_DIMENSIONS = 64
