@@ -12,6 +12,9 @@ from typing import BinaryIO, TextIO
 
 from sdd_lora.errors import BadInput, Busy, SddLoraError
 
+#: how a file system, a network share often, says that it has no such call
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)
+
 
 def refuse_existing(path: Path, force: bool) -> None:
     """Raises BadInput where an output exists and `force` was not given."""
@@ -58,11 +61,12 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
             if temporary is None:
                 _link(file.fileno(), path)
         if temporary is not None:
-            temporary.chmod(0o666 & ~_umask())
+            with suppress(OSError):  # a share may keep permissions of its own
+                temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -117,7 +121,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, shared: bool = False) -> Iterator[None]:
-    """Hold a file or folder against other calls of this tool, where the platform has locks.
+    """Hold a file or folder against other calls of this tool, where platform and disk have locks.
 
     Several calls may hold it `shared`, but none beside one that holds it alone. Raises Busy where
     another process holds it, BadInput where it can't be read.
@@ -138,6 +142,10 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
             replaced = not os.path.samestat(os.fstat(descriptor), os.stat(path))
         except (BlockingIOError, FileNotFoundError):
             replaced = True  # or still held
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            replaced = False
         if replaced:
             raise Busy(f"{path}: another process is changing it; wait for it to end")
         yield
@@ -165,14 +173,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; Windows has no such call and needs none."""
+    """Make a rename durable, where the platform and the disk can; the rename itself is done."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def link_tree(source: Path, target: Path, leave_out: Collection[Path]) -> None:
@@ -203,7 +212,7 @@ def sync_tree(folder: Path) -> None:
             sync_folder(file)
         elif not file.is_symlink():
             with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+                _sync(opened.fileno())
     sync_folder(folder)
 
 
@@ -214,6 +223,15 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _sync(descriptor: int) -> None:
+    """Make a file's bytes durable, where its disk can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 def _open_temporary(path: Path) -> tuple[int, Path | None]:
