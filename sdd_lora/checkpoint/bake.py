@@ -28,6 +28,7 @@ from sdd_lora.checkpoint.in_place import change_in_place
 from sdd_lora.checkpoint.journal import journal_of
 from sdd_lora.checkpoint.locate import EMBEDDED, MODEL_SUFFIXES, locate, named, require_new_output
 from sdd_lora.checkpoint.plan import BakePlan, EmaChoice, FilePlan, plan_bake
+from sdd_lora.checkpoint.prediction import copy_config
 from sdd_lora.checkpoint.rounding import Rounding, Tally
 from sdd_lora.checkpoint.undo import free_undo_name, lock_model
 from sdd_lora.checkpoint.undo_file import size_of_undo, write_undo
@@ -228,6 +229,8 @@ def _write_file(plan: BakePlan, out: Path, undo: Path | None, report: BakeReport
         _write_tensors(plan, plan.files[0], target, report)
     if stale:
         sidecar.unlink()
+    if warning := copy_config(plan.checkpoint.path, out):
+        report.warnings.append(warning)
 
 
 def _write_folder(plan: BakePlan, out: Path, undo: Path | None, report: BakeReport) -> None:

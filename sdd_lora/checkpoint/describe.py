@@ -14,6 +14,7 @@ from sdd_lora.checkpoint.layout import (
     WeightSet,
     open_checkpoint,
 )
+from sdd_lora.checkpoint.prediction import Prediction, prediction_of
 from sdd_lora.errors import BadInput
 from sdd_lora.io import torch_zip
 
@@ -66,6 +67,7 @@ class ModelDescription:
     unet_files: tuple[Path, ...]
     has_ema: bool
     unread: tuple[str, ...]
+    prediction: Prediction
 
     @property
     def inpainting(self) -> bool:
@@ -150,6 +152,7 @@ def _describe(checkpoint: Checkpoint) -> ModelDescription:
         unet_files=tuple(dict.fromkeys(at.file for s in unets for at in s.locations.values())),
         has_ema=any(weights.is_ema for weights in unets),
         unread=tuple(path.relative_to(checkpoint.path).as_posix() for path in checkpoint.unread),
+        prediction=prediction_of(checkpoint),
     )
 
 

@@ -20,6 +20,7 @@ from sdd_lora.checkpoint.history import (
 )
 from sdd_lora.checkpoint.journal import journal_of, require_no_journal
 from sdd_lora.checkpoint.locate import named, require_apart, require_new_output
+from sdd_lora.checkpoint.prediction import copy_config
 from sdd_lora.checkpoint.undo_file import (
     UndoFile,
     file_of,
@@ -38,7 +39,7 @@ from sdd_lora.io.atomic import (
     sync_folder,
 )
 from sdd_lora.io.safetensors import Header, header_from_bytes, open_input, read_header
-from sdd_lora.progress import say
+from sdd_lora.progress import say, warn
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ def _unbake_to(out: Path, model: Path, undo: UndoFile) -> Unbaked:
             with atomic_output(out) as target:
                 undo.rebuild(kept, 0, model, target)
             restore_sidecar(out, undo.files[0])
+            if warning := copy_config(model, out):
+                warn(warning)
             return Unbaked(out, (out,), False)
         with atomic_folder(out) as folder:
             link_tree(model, folder, leave_out=[*paths, *map(sidecar_of, paths)])

@@ -1,0 +1,108 @@
+"""What a UNet predicts, by its scheduler's file, a YAML beside it or its own header.
+
+A v-prediction model that is sampled or trained as one that predicts noise gives pictures of noise,
+and its weights alone don't tell the two apart.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sdd_lora.checkpoint.layout import Checkpoint
+from sdd_lora.io.atomic import atomic_output
+from sdd_lora.progress import warn
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+_SCHEDULER = Path("scheduler", "scheduler_config.json")
+#: Spellings of LDM configurations, ModelSpec and diffusers.
+_SPELLINGS: dict[str, PredictionType] = {
+    "eps": "epsilon",
+    "epsilon": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+}
+_METADATA_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A UNet's target, and whether its noise schedule ends in pure noise; None where nothing says.
+
+    `guidance_embedding`: whether the UNet takes the guidance scale as an input, as distilled LCM
+    models do (`time_cond_proj_dim`); they are not sampled with two passes a step.
+    """
+
+    kind: PredictionType | None
+    zero_terminal_snr: bool | None
+    guidance_embedding: bool
+
+
+def prediction_of(checkpoint: Checkpoint) -> Prediction:
+    """Read the prediction of a model. A file beside it that can't be read is warned of."""
+    keys = {key for header in checkpoint.headers.values() for key in header.tensors}
+    guided = any(key.endswith(".cond_proj.weight") for key in keys)
+    if checkpoint.path.is_dir():
+        scheduler = _content(checkpoint.path / _SCHEDULER)
+        kind = _SPELLINGS.get(str(scheduler.get("prediction_type")))
+        zero = scheduler.get("rescale_betas_zero_snr")
+        return Prediction(kind, None if zero is None else bool(zero), guided)
+    marked: PredictionType | None = "v_prediction" if "v_pred" in keys else None
+    (header,) = checkpoint.headers.values()
+    named = [_SPELLINGS.get(header.metadata.get(key, "").lower()) for key in _METADATA_KEYS]
+    configured = _parameterization(_content(config_of(checkpoint.path)))
+    kind = configured or marked or next(filter(None, named), None)
+    return Prediction(kind, True if "ztsnr" in keys else None, guided)
+
+
+def config_of(file: Path) -> Path:
+    """The LDM configuration that user interfaces read beside a single file."""
+    other = file.with_suffix(".yml")
+    return other if other.is_file() else file.with_suffix(".yaml")
+
+
+def copy_config(model: Path, output: Path) -> str | None:
+    """Give a written file the configuration of the one that it was made from.
+
+    Returns a warning where another configuration stands in the way.
+    """
+    source, target = config_of(model), config_of(output)
+    if not source.is_file() or source == target:
+        return None
+    if target.is_file():
+        if target.read_bytes() == source.read_bytes():
+            return None
+        return f"{target}: user interfaces read it, and it is not the model's own, {source}"
+    with open(source, "rb") as read, atomic_output(target) as written:
+        shutil.copyfileobj(read, written)
+    return None
+
+
+def _content(file: Path) -> Mapping[str, Any]:
+    """A JSON or YAML mapping; empty where there is none."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        warn(f"{file}: not read, so the model's prediction type may be missed: {_first(error)}")
+        return {}
+    return content if isinstance(content, Mapping) else {}
+
+
+def _parameterization(config: Mapping[str, Any]) -> PredictionType | None:
+    """`model.params.parameterization` of an LDM configuration."""
+    for level in ("model", "params"):
+        inner = config.get(level)
+        config = inner if isinstance(inner, Mapping) else {}
+    return _SPELLINGS.get(str(config.get("parameterization")).lower())
+
+
+def _first(error: Exception) -> str:
+    return " ".join(str(error).split())[:100]

@@ -1,0 +1,79 @@
+"""The prediction type of a model, wherever it is written."""
+
+import json
+
+import numpy as np
+import pytest
+from support import checkpoint_models as models
+
+from sdd_lora.checkpoint.bake import bake
+from sdd_lora.checkpoint.describe import require_sd1
+from sdd_lora.io.safetensors import read_tensors
+
+V_YAML = "model:\n  target: ldm.LatentDiffusion\n  params:\n    parameterization: {}\n"
+MARK = np.zeros(0, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "config", "expected"),
+    [
+        ({}, {}, None, (None, None)),
+        ({}, {}, "v", ("v_prediction", None)),
+        ({}, {}, "eps", ("epsilon", None)),
+        ({"v_pred": MARK}, {}, None, ("v_prediction", None)),
+        ({"v_pred": MARK, "ztsnr": MARK}, {}, None, ("v_prediction", True)),
+        ({}, {"modelspec.prediction_type": "v"}, None, ("v_prediction", None)),
+        ({}, {"modelspec.predict_key": "epsilon"}, None, ("epsilon", None)),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".yaml", ".yml"])
+def test_of_a_single_file(tmp_path, marks, metadata, config, expected, suffix):
+    path = models.write(tmp_path / "m.safetensors", models.ldm_tensors() | marks, metadata)
+    if config is not None:
+        path.with_suffix(suffix).write_text(V_YAML.format(config))
+    found = require_sd1(path).prediction
+    assert (found.kind, found.zero_terminal_snr) == expected
+
+
+def test_of_a_folder(tmp_path):
+    folder = models.write_folder(tmp_path / "m")
+    assert require_sd1(folder).prediction.kind == "epsilon"
+    config = folder / "scheduler" / "scheduler_config.json"
+    content = json.loads(config.read_text()) | {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+    }
+    config.write_text(json.dumps(content))
+    found = require_sd1(folder).prediction
+    assert (found.kind, found.zero_terminal_snr) == ("v_prediction", True)
+
+
+def test_a_config_that_can_not_be_read_is_warned_of(tmp_path, caplog):
+    path = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
+    path.with_suffix(".yaml").write_text("model: [")
+    assert require_sd1(path).prediction.kind is None
+    assert "m.yaml" in caplog.text
+
+
+def test_a_baked_file_gets_the_configuration_of_its_model(tmp_path, caplog):
+    path = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
+    path.with_suffix(".yaml").write_text(V_YAML.format("v"))
+    out = tmp_path / "o.safetensors"
+    bake(path, [(models.adapter(), 1.0)], out)
+    assert out.with_suffix(".yaml").read_bytes() == path.with_suffix(".yaml").read_bytes()
+    out.with_suffix(".yaml").write_text("mine")
+    report = bake(path, [(models.adapter(), 1.0)], out, force=True)
+    assert out.with_suffix(".yaml").read_text() == "mine"
+    assert any("o.yaml" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.time_embed", "time_embedding"])
+def test_a_guidance_embedding_is_named_and_can_be_baked(tmp_path, prefix):
+    in_diffusers_names = prefix == "time_embedding"
+    tensors = models.states()["unet"] if in_diffusers_names else models.ldm_tensors()
+    key = f"{prefix}.cond_proj.weight"
+    tensors |= {key: np.ones((32, 8), np.float32)}
+    path = models.write(tmp_path / "m.safetensors", tensors)
+    assert require_sd1(path).prediction.guidance_embedding
+    bake(path, [(models.adapter(), 1.0)], tmp_path / "o.safetensors")
+    assert np.array_equal(read_tensors(tmp_path / "o.safetensors")[0][key], tensors[key])
