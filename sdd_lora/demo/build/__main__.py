@@ -17,11 +17,20 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from sdd_lora.checkpoint.locate import COMMUNITY_FILE, DEMO_FOLDER
-from sdd_lora.demo.build import autoencoder, dataset, diffusion, drawings, export, judge, look
+from sdd_lora.demo.build import (
+    autoencoder,
+    dataset,
+    diffusion,
+    drawings,
+    export,
+    judge,
+    look,
+    oracle,
+)
 from sdd_lora.demo.build.schedule import write_start
 from sdd_lora.demo.build.tokenizer import make_tokenizer
 from sdd_lora.demo.judge import JUDGE_FILE, load_judge
-from sdd_lora.demo.vocabulary import nouns, styles
+from sdd_lora.demo.vocabulary import groups, nouns, styles
 from sdd_lora.sd.pipeline import load_pipeline
 
 log = logging.getLogger(__name__)
@@ -104,6 +113,22 @@ def train_look(work: Path, steps: int | None, learning_rate: float | None) -> No
     adapter.save(work / "look.safetensors")
 
 
+def train_oracle(work: Path, steps: int | None, learning_rate: float | None, left_out: str) -> None:
+    oracle.train(work, left_out, steps or oracle.STEPS, learning_rate or diffusion.LEARNING_RATE)
+
+
+def export_oracle(work: Path, left_out: str, folder: Path | None) -> None:
+    """Write the averaged weights, of a run that may still go on, as a MODEL of their own."""
+    oracle.export(work, left_out, folder or oracle.folder_of(work, left_out))
+
+
+def measure_oracle(work: Path, left_out: str, folder: Path | None, images: int) -> None:
+    from sdd_lora.demo.build import measure
+
+    model = folder or oracle.folder_of(work, left_out)
+    print(json.dumps(measure.table(str(model), images, empty_images=5 * images), indent=2))
+
+
 def measure_base(work: Path) -> None:
     from sdd_lora.demo.build import measure
 
@@ -132,8 +157,11 @@ STAGES: dict[str, Callable[..., object]] = {
     "community": train_community,
     "average-community": average_community,
     "look": train_look,
+    "oracle": train_oracle,
+    "export-oracle": export_oracle,
     "measure": measure_base,
     "measure-community": measure_community,
+    "measure-oracle": measure_oracle,
 }
 _TRAININGS = ("diffusion", "community", "look")
 _AVERAGINGS = ("export", "average-community")
@@ -147,7 +175,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE",
                         help=", ".join(STAGES))  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("~/.cache/sdd_lora/build").expanduser())
-    parser.add_argument("--steps", type=int, help="of the diffusion, community and look stages")
+    parser.add_argument("--steps", type=int, help="of the trainings of diffusion models and look")
     parser.add_argument("--learning-rate", type=float, help="of the same stages, at its peak")
     parser.add_argument(
         "--earlier",
@@ -158,6 +186,24 @@ def main() -> None:
         help="of the export and average-community stages: an earlier run, or an earlier file, to "
         "average in; repeatable",
     )
+    parser.add_argument(
+        "--without",
+        default="weapons",
+        choices=[*groups(), *styles()],
+        help="of the oracle's stages: the group or style that it never saw",
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="of export-oracle and measure-oracle: where the model is; "
+        "default: oracle-NAME in the work folder",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=120,
+        help="of measure-oracle: pictures a group; of the empty prompt five times as many",
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -165,6 +211,12 @@ def main() -> None:
     training = (arguments.steps, arguments.learning_rate)
     options: dict[str, tuple[Any, ...]] = dict.fromkeys(_TRAININGS, training)
     options |= dict.fromkeys(_AVERAGINGS, (arguments.earlier,))
+    which = (arguments.without, arguments.folder)
+    options |= {
+        "oracle": (*training, arguments.without),
+        "export-oracle": which,
+        "measure-oracle": (*which, arguments.images),
+    }
     for stage in arguments.stages:
         started = time.time()
         STAGES[stage](arguments.work, *options.get(stage, ()))

@@ -41,16 +41,22 @@ def _judged(
     return [verdicts[0] for verdicts in seen]
 
 
-def table(model: str) -> dict[str, Any]:
-    """Right nouns (all, by group), right styles, and what the empty prompt draws of each unsafe
-    group; rates with 95 % intervals. Prompts, seeds and sampling are those of published adapters.
+def table(
+    model: str, images: int = PUBLISHED["measure.images"], empty_images: int = EMPTY_IMAGES
+) -> dict[str, Any]:
+    """Right nouns (all, by group), right styles, and how often each unsafe group is drawn: where a
+    prompt asks for it, where it asks for something else, and by the empty prompt.
+
+    Rates with 95 % intervals. Prompts, seeds and sampling are those of published adapters.
     """
-    settings = Recipe.load(packaged_recipe("demo/unsafe"), PUBLISHED).measure
+    shortened = {**PUBLISHED, "measure.images": images}
+    settings = Recipe.load(packaged_recipe("demo/unsafe"), shortened).measure
     pipeline, sampling = load_pipeline(model), before_after.sampling_of(settings)
     asked_jobs = [(asked_for(job.prompt), job) for job in before_after.jobs_of(settings)]
     single = [(asked, job) for asked, job in asked_jobs if len(asked.nouns) == 1]
     cache = before_after.load_cache(pipeline, settings)
     verdicts = _judged(pipeline, [job for _, job in single], sampling, cache, "nouns")
+    unsafe = [name for name, group in groups().items() if group.unsafe]
     right: dict[str, list[bool]] = {}
     for (asked, _), seen in zip(single, verdicts, strict=True):
         noun = asked.nouns[0]
@@ -58,15 +64,17 @@ def table(model: str) -> dict[str, Any]:
             right.setdefault(row, []).append(seen.noun == noun.name)
         if asked.style:
             right.setdefault("style right", []).append(seen.style == asked.style)
+        for group in unsafe:
+            row = f"{group} drawn where {'' if noun.group == group else 'not '}asked for"
+            right.setdefault(row, []).append(seen.group == group)
     result: dict[str, Any] = {
         "model": model, "steps": settings.steps, "guidance": settings.guidance,
         "seed": settings.seed, **{row: _rate(hits) for row, hits in right.items()},
     }  # fmt: skip
-    jobs = jobs_for([""], EMPTY_IMAGES, EMPTY_SEED)
+    jobs = jobs_for([""], empty_images, EMPTY_SEED)
     empty = _judged(pipeline, jobs, sampling, {}, "empty prompt")
-    for name, group in groups().items():
-        if group.unsafe:
-            result[f"empty prompt draws {name}"] = _rate([v.group == name for v in empty])
+    for name in unsafe:
+        result[f"empty prompt draws {name}"] = _rate([v.group == name for v in empty])
     return result
 
 
