@@ -54,6 +54,8 @@ class BakeReport:
 
     `copies` names the weight sets that were edited (EMA copies, variants), `left_out` the parts of
     a legacy file or a folder that aren't in the output, `refused` the globals of a pickle.
+    `adapters` are those that are recorded in the model; `changed` says whether any byte of a weight
+    is another than before.
     """
 
     model: Path
@@ -67,11 +69,13 @@ class BakeReport:
     refused: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
     total: Tally = field(default_factory=Tally)
+    changed: bool = False
 
     def add(self, edited: list[EditedTensor]) -> None:
         for one in edited:
             self.changes.append(one.change)
             self.total += one.tally
+            self.changed |= one.before != one.after
 
 
 def bake(
@@ -129,7 +133,7 @@ def bake(
             _require_space(plan, out, undo)
             report = _report(plan, out, undo)
             (_write_folder if path.is_dir() else _write_file)(plan, out, undo, report)
-    _add_warnings(plan, report)
+    _add_warnings(plan, adapters, report)
     for message in report.warnings:
         warn(message)
     return report
@@ -300,9 +304,19 @@ def _write_tensors(plan: BakePlan, file: FilePlan, target: BinaryIO, report: Bak
 # After the edit
 
 
-def _add_warnings(plan: BakePlan, report: BakeReport) -> None:
-    """Warn where weights are rounded twice, and where a dtype kept too little of the edit."""
-    if any(file.history for file in plan.files):
+def _add_warnings(plan: BakePlan, adapters: Weighted, report: BakeReport) -> None:
+    """Warn of edits that change nothing, of a second rounding and of a dtype that is too coarse."""
+    for adapter, _ in adapters:
+        if adapter.norm() == 0:
+            report.warnings.append(
+                f"{adapter.name}: changes nothing: its delta is 0 everywhere; it is not recorded "
+                "as baked in"
+            )
+    if report.adapters and not report.changed:
+        report.warnings.append(
+            f"{report.output}: the edit changes nothing: rounding leaves every weight as it was"
+        )
+    if report.changed and any(file.history for file in plan.files):
         report.warnings.append(
             f"{plan.checkpoint.path} holds baked adapters already, so its weights are rounded "
             "a second time; for one rounding, bake all of them into the original"

@@ -44,7 +44,8 @@ class Presence:
 def history_of_model(path: str | Path) -> tuple[BakeRecord, ...]:
     """Everything that was baked into a model, oldest first. Raises BadInput.
 
-    A call's records in several files, which differ in their fingerprints alone, count once.
+    A call's records in several files, which differ in their fingerprints alone, count once. Records
+    of bakes that changed nothing are left out.
     """
     checkpoint = open_checkpoint(Path(path))
     histories = [history_of(file, header) for file, header in checkpoint.headers.items()]
@@ -57,7 +58,7 @@ def history_of_model(path: str | Path) -> tuple[BakeRecord, ...]:
                 at = calls.index(record.call)
             else:
                 merged.insert(at, record)
-    return tuple(merged)
+    return tuple(record for record in merged if record.adapters)
 
 
 def find(model: str | Path, adapter: Adapter, base: str | Path | None = None) -> Presence:

@@ -126,6 +126,7 @@ def plan_bake(
 ) -> BakePlan:
     """Where every module lands, in every weight set; `whole` as in `BakeRecord`.
 
+    Adapters whose delta is 0 everywhere are not recorded as baked in.
     Raises BadInput where a module doesn't land, or an adapter is in the model already.
     """
     collected = _by_module(adapters)
@@ -139,7 +140,8 @@ def plan_bake(
         for weights in _sets_to_edit(checkpoint, module, ema):
             location = weights.locations[module]
             edits.setdefault(location.file, {})[location.key] = (module, parts)
-    baked = tuple(BakedAdapter.of(adapter, weight) for adapter, weight in adapters)
+    effective = [(adapter, weight) for adapter, weight in adapters if adapter.norm() > 0]
+    baked = tuple(BakedAdapter.of(adapter, weight) for adapter, weight in effective)
     plan = BakePlan(
         checkpoint,
         tuple(

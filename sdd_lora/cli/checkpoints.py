@@ -115,6 +115,7 @@ def _bake_data(report: "BakeReport") -> dict[str, Any]:
         "adapters": [
             {"name": a.name, "identity": a.identity, "weight": a.weight} for a in report.adapters
         ],
+        "changed": report.changed,
         "copies": list(report.copies),
         "dropped_tensors": report.dropped,
         "intended": report.total.intended,
@@ -139,12 +140,14 @@ def _bake_data(report: "BakeReport") -> dict[str, Any]:
 
 def _bake_text(report: "BakeReport") -> str:
     names = ", ".join(f"{a.name} ({a.weight:g})" for a in report.adapters)
-    lines = [
-        f"{report.output}: {names} in {len(report.changes)} tensors",
-        f"edited: {', '.join(report.copies)}",
-        f"edit: norm {report.total.intended:.4g}, {report.total.realised:.1%} of it there after "
-        f"rounding, error {report.total.error:.1%}",
-    ]
+    lines = [f"{report.output}: no weight is changed"]
+    if report.changed:
+        lines = [
+            f"{report.output}: {names} in {len(report.changes)} tensors",
+            f"edited: {', '.join(report.copies)}",
+            f"edit: norm {report.total.intended:.4g}, {report.total.realised:.1%} of it there "
+            f"after rounding, error {report.total.error:.1%}",
+        ]
     if report.dropped:
         lines.append(f"left out: {report.dropped} tensors of EMA copies")
     if report.left_out:

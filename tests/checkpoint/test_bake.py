@@ -12,6 +12,7 @@ from support import checkpoint_models as models
 
 from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.factors import Factors
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.detect import find, history_of_model
 from sdd_lora.checkpoint.history import METADATA_KEY, UNKNOWN_DIGEST, sidecar_of
@@ -548,3 +549,25 @@ def test_force_replaces_no_folder_that_only_looks_like_a_model(tmp_path):
     (mine / "unet").rmdir()
     bake(folder, [(models.adapter(), 1.0)], out=mine, force=True)  # an empty folder
     assert (mine / "unet" / "config.json").exists()
+
+
+def test_an_adapter_that_changes_nothing_is_warned_of_and_not_recorded(tmp_path):
+    source = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
+    idle = Adapter(
+        {models.K0: Factors(np.ones((1, 128), np.float32), np.zeros((32, 1), np.float32), 1.0)}
+    )
+    out, undo = tmp_path / "o.safetensors", tmp_path / "undo"
+    report = bake(source, [(idle, 1.0)], out, undo=undo)
+    assert not report.changed and not report.adapters and history_of_model(out) == ()
+    assert any("changes nothing" in warning for warning in report.warnings)
+    unbake(out, undo, tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == source.read_bytes()
+    both = bake(source, [(idle, 1.0), (models.adapter(name="b"), 1.0)], out, force=True)
+    assert both.changed and [adapter.name for adapter in both.adapters] == ["b"]
+
+
+def test_an_edit_that_rounding_swallows_is_warned_of(tmp_path):
+    tensors = models.cast(models.ldm_tensors(), "bf16")
+    source = models.write(tmp_path / "m.safetensors", tensors)
+    report = bake(source, [(models.adapter(size=1e-25), 1.0)], tmp_path / "o.safetensors")
+    assert not report.changed and any("changes nothing" in w for w in report.warnings)
