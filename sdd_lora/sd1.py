@@ -24,6 +24,8 @@ Shape = tuple[int, ...]
 UNET_PREFIX = "unet."
 TEXT_PREFIX = "text_encoder."
 TEXT_LAYERS_PREFIX = "text_encoder.text_model."
+PEFT_FOLDER_PREFIX = "base_model.model."
+COMFYUI_PREFIXES = ("diffusion_model.", "text_encoders.clip_l.transformer.")
 LDM_UNET_PREFIX = "model.diffusion_model."
 LDM_TEXT_PREFIX = "cond_stage_model.transformer."
 
@@ -249,15 +251,34 @@ def attn_procs_stem(name: str) -> str:
     return f"{UNET_PREFIX}{place}.processor.to_{leaf.removesuffix('.0')}_lora"
 
 
+def peft_folder_stem(name: str) -> str:
+    """ "base_model.model.down_blocks.0.…": peft's own, of a model apart."""
+    return PEFT_FOLDER_PREFIX + name.removeprefix(TEXT_PREFIX)
+
+
+def comfyui_stem(name: str) -> str:
+    """ "diffusion_model.input_blocks.1.1.…": what ComfyUI's extraction writes."""
+    unet, text = COMFYUI_PREFIXES
+    return text + name.removeprefix(TEXT_PREFIX) if is_text(name) else unet + to_ldm(name)
+
+
+def lycoris_stem(name: str) -> str:
+    """ "lycoris_down_blocks_0_…": LyCORIS's wrapper of any module."""
+    return "lycoris_" + name.removeprefix(TEXT_PREFIX).replace(".", "_")
+
+
 @lru_cache
 def module_of_stem() -> dict[str, str]:
     """Every stem by which any scheme but attn-procs calls a module → its canonical name."""
+    schemes = (kohya_stem, ldm_stem, peft_stem, peft_folder_stem, comfyui_stem, lycoris_stem)
     table = {}
     for name in sorted(known_modules()):
-        for spell in (kohya_stem, ldm_stem, peft_stem):
-            table[spell(name)] = name
-        # bare UNet names; and the text encoder's since transformers 5, without text_model
-        table[name.replace(TEXT_LAYERS_PREFIX, TEXT_PREFIX)] = name
+        stems = [name, *(spell(name) for spell in schemes)]
+        if is_text(name):
+            stems.append(kohya_stem(name).replace("lora_te_", "lora_te1_"))
+            # without the level that transformers 5 dropped
+            stems += [stem.replace("text_model.", "").replace("text_model_", "") for stem in stems]
+        table |= dict.fromkeys(stems, name)
     return table
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.inspect import describe
+from sdd_lora.adapter.inspect import describe_adapter
 from sdd_lora.adapter.loaders import verdicts
 from sdd_lora.checkpoint.describe import open_sd1
 from sdd_lora.checkpoint.locate import locate
@@ -90,7 +90,7 @@ def test_each_is_sound_complete_and_as_its_metrics_say(folder):
     adapter = Adapter.load(path)
     assert adapter.metadata["measures"] == metrics["measures"]
     assert misfits(open_sd1(locate("demo")), [(adapter, 1.0)]) == []
-    loads = {v.loader: v.loads for v in verdicts(describe(path))}
+    loads = {v.loader: v.loads for v in verdicts(describe_adapter(path))}
     assert all(loads[name] for name in ("A1111", "ComfyUI", "InvokeAI", "diffusers"))
     twin = Adapter.load(folder / "adapter.peft.safetensors")
     for module in adapter.factors:

@@ -12,19 +12,27 @@ import numpy as np
 
 from sdd_lora import sd1 as names
 from sdd_lora.adapter import formats, hub
+from sdd_lora.adapter.alphas import (
+    PEFT_CONFIG_FILE,
+    PEFT_METADATA_KEY,
+    PEFT_MODEL_FILE,
+    peft_config,
+    peft_metadata,
+)
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.adapter.metadata import ENTRY_KEY, MergedPart, Metadata
+from sdd_lora.adapter.metadata import ENTRY_KEY, MergedPart, Metadata, is_edited
 from sdd_lora.errors import BadInput
-from sdd_lora.io.atomic import atomic_output
-from sdd_lora.io.safetensors import data_sha256, read_tensors, serialize
+from sdd_lora.io.atomic import atomic_folder, atomic_output, require_replaceable
+from sdd_lora.io.safetensors import data_sha256, header_of, open_input, read_tensor, serialize
+from sdd_lora.progress import warn
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["ENTRY_KEY", "STORED_DTYPES", "Adapter", "Factors"]
 
-#: What a run's folder, and a folder that diffusers saved, call the adapter.
-_FILES_OF_FOLDER = (hub.ADAPTER_FILE, "pytorch_lora_weights.safetensors")
+#: What a run's folder, and those that diffusers and peft saved, call the adapter.
+_FILES_OF_FOLDER = (hub.ADAPTER_FILE, "pytorch_lora_weights.safetensors", PEFT_MODEL_FILE)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 STORED_DTYPES: dict[str, np.dtype] = {
@@ -58,12 +66,17 @@ class Adapter:
         Raises BadInput, in one line, where there is none, or it is broken, or of another family.
         """
         path = adapter_file(path)
-        tensors, header = _read(path)
+        tensors, header, data_hash = _read(path)
         try:
-            factors = formats.decode_factors(tensors, header)
-            metadata = Metadata.from_header(header)
+            factors = formats.decode_factors(tensors, header, path)
+            metadata = Metadata.from_header(header, data_hash)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from error
+        if is_edited(header, data_hash):
+            warn(
+                f"{path}: another tool changed its tensors since sdd_lora wrote them: measures, "
+                "identity and recipe in its header were another adapter's, and are left out"
+            )
         if metadata.name is None:
             metadata |= {"name": path.stem}
         return cls(factors, metadata)
@@ -77,29 +90,56 @@ class Adapter:
 
     def to_state_dict(self, format: str = "kohya") -> dict[str, np.ndarray]:
         """fp32 arrays, named in one of kohya, peft, ldm, attn-procs; the scale is folded in."""
-        return formats.encode_factors(self.factors, format)
+        return formats.encode_factors(formats.arranged(self.factors, format), format)
 
     def save(self, path: str | Path, format: str = "kohya", dtype: str = "fp16") -> Path:
         """Write a safetensors file, whole or not at all; the same adapter gives the same bytes.
 
         `format`: kohya (the file that everybody loads), peft, ldm or attn-procs; `dtype`: fp16,
-        bf16 or fp32. Raises BadInput where the format or dtype can't hold the adapter.
+        bf16 or fp32. With peft, a path without a suffix becomes the folder that peft reads. Raises
+        BadInput where the format or dtype can't hold the adapter.
         """
         path = Path(path)
+        if format == "peft" and not path.suffix:
+            return self._save_peft_folder(path, dtype)
         require_file_name(path)
         pieces = serialize(*self.file_content(format, dtype))
         with atomic_output(path) as file:
             file.writelines(pieces)
         return path
 
+    def _save_peft_folder(self, folder: Path, dtype: str) -> Path:
+        """Write what peft's own `PeftModel.from_pretrained` reads."""
+        config = peft_config(self.factors, self.metadata.base_model)
+        pieces = serialize(*self.file_content("peft-folder", dtype))
+        parts = (PEFT_MODEL_FILE, PEFT_CONFIG_FILE)
+        require_replaceable(folder, parts, lambda path: path.as_posix() in parts)
+        with atomic_folder(folder) as target:
+            with (target / PEFT_MODEL_FILE).open("wb") as file:
+                file.writelines(pieces)
+            (target / PEFT_CONFIG_FILE).write_text(config, "utf-8")
+        return folder
+
     def file_content(self, format: str, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """The tensors and the header's metadata that `save` writes."""
-        tensors = self._cast(format, dtype)
-        header = self.metadata.header_entries(self.rank, data_sha256(tensors))
-        own = self.metadata.own_entry() | {"identity": self.identity}
+        if dtype not in STORED_DTYPES:
+            raise BadInput(f"dtype {dtype!r}: expected one of {', '.join(STORED_DTYPES)}")
+        factors = formats.arranged(self.factors, format)
+        if dtype == "fp16":
+            factors = {name: part.balanced() for name, part in factors.items()}
+        tensors = {
+            # alpha stays fp32: bf16 holds no 257
+            key: tensor if key.endswith(".alpha") else _fitting(key, tensor, dtype)
+            for key, tensor in formats.encode_factors(factors, format).items()
+        }
+        data_hash = data_sha256(tensors)
+        alpha = max(part.alpha for part in factors.values())
+        header = self.metadata.header_entries(int(alpha), data_hash)
+        known = {"identity": self.identity, "tensors_sha256": data_hash}
+        own = self.metadata.own_entry() | known
         header[ENTRY_KEY] = json.dumps(own, sort_keys=True, ensure_ascii=False)
         if format == "peft":
-            header[formats.PEFT_METADATA_KEY] = formats.peft_metadata(self.factors)
+            header[PEFT_METADATA_KEY] = peft_metadata(factors)
         return tensors, header
 
     def delta(self, name: str) -> "torch.Tensor":
@@ -164,19 +204,6 @@ class Adapter:
         """The Frobenius norm of the whole delta."""
         return float(np.sqrt(sum(part.norm() ** 2 for part in self.factors.values())))
 
-    def _cast(self, format: str, dtype: str) -> dict[str, np.ndarray]:
-        """Tensors in the dtype they are stored in. alpha stays fp32: bf16 holds no 257."""
-        if dtype not in STORED_DTYPES:
-            raise BadInput(f"dtype {dtype!r}: expected one of {', '.join(STORED_DTYPES)}")
-        factors = self.factors
-        if dtype == "fp16":
-            factors = {name: part.folded().balanced() for name, part in factors.items()}
-        tensors = formats.encode_factors(factors, format)
-        return {
-            key: tensor if key.endswith(".alpha") else _fitting(key, tensor, dtype)
-            for key, tensor in tensors.items()
-        }
-
 
 def adapter_file(source: str | Path) -> Path:
     """The file of an adapter given as a file, a run's folder, or a hub id, which is downloaded.
@@ -209,7 +236,7 @@ def stored_dtype(source: str | Path) -> str:
     """The dtype that an adapter's factors are stored in, of `STORED_DTYPES`; fp32 for others, and
     where there are several.
     """
-    tensors, _ = _read(adapter_file(source))
+    tensors, *_ = _read(adapter_file(source))
     found = {
         str(tensor.dtype).removeprefix("torch.")
         for key, tensor in tensors.items()
@@ -219,14 +246,19 @@ def stored_dtype(source: str | Path) -> str:
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Whether a folder is a run's, or one that diffusers saved an adapter in."""
+    """Whether a folder is a run's, or one that diffusers or peft saved an adapter in."""
     return any((path / name).is_file() for name in _FILES_OF_FOLDER)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    if path.suffix.lower() not in PICKLES:
-        return read_tensors(path)
-    return _read_pickle(path), {}
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], str]:
+    """Tensors, the header's metadata, and the SHA-256 of the bytes after the header."""
+    if path.suffix.lower() in PICKLES:
+        return _read_pickle(path), {}, ""
+    with open_input(path) as file:
+        header = header_of(file, str(path))
+        tensors = {name: read_tensor(file, header, name) for name in header.tensors}
+        file.seek(header.data_start)
+        return tensors, header.metadata, hashlib.sha256(file.read()).hexdigest()
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:

@@ -18,8 +18,8 @@ class Factors:
     """One module's delta in low-rank form, fp32.
 
     down is (r, in), up is (out, r). Of a convolution `kernel` is its (height, width) and `in` runs
-    over channels × height × width, as in the flattened weight. Raises BadInput where the shapes
-    disagree, the rank or alpha is 0, or a value is not finite.
+    over channels × height × width, as in the flattened weight. At alpha 0 the module adds
+    nothing. Raises BadInput where the shapes disagree, the rank is 0, or a value is not finite.
     """
 
     down: np.ndarray
@@ -84,6 +84,10 @@ class Factors:
         up = np.pad(self.up, ((0, 0), (0, more)))
         return replace(self, down=down, up=up, alpha=float(rank))
 
+    def with_alpha(self, alpha: float) -> "Factors":
+        """The same delta at another alpha: exact where the two are a power of two apart."""
+        return replace(self, up=self.up * np.float32(self.alpha / alpha), alpha=alpha)
+
     def balanced(self) -> "Factors":
         """The same delta, exactly, with up and down of like size: each rank's pair is multiplied
         by 2ᵏ and 2⁻ᵏ. A trained `up` is often so small that fp16 would hold it as subnormals.
@@ -97,8 +101,8 @@ class Factors:
 
 def require_alpha(alpha: float) -> None:
     """Raises BadInput where alpha can't scale a delta."""
-    if not math.isfinite(alpha) or alpha == 0:
-        raise BadInput(f"alpha is {alpha}; expected a finite number other than 0")
+    if not math.isfinite(alpha):
+        raise BadInput(f"alpha is {alpha}; expected a finite number")
 
 
 def inner(a: Factors, b: Factors) -> float:

@@ -5,33 +5,37 @@
 | kohya | lora_unet_down_blocks_0_….lora_down.weight | .alpha |
 | ldm | lora_unet_input_blocks_1_1_….lora_down.weight | .alpha |
 | peft | unet.down_blocks.0.….lora_A.weight | header: lora_adapter_metadata |
-| bare | down_blocks.0.….lora_A.weight (read only) | header: lora_adapter_metadata |
 | attn-procs | unet.….processor.to_k_lora.down.weight | nothing: it is 1 |
+| bare (read only) | down_blocks.0.….lora_A.weight | header: lora_adapter_metadata |
+| peft-folder (read) | base_model.model.down_blocks.0.….lora_A.weight | adapter_config.json |
+| comfyui (read only) | diffusion_model.input_blocks.1.1.….lora_up.weight | nothing, or .alpha |
+| lycoris (read only) | lycoris_down_blocks_0_….lora_down.weight | .alpha |
 
-Written files fold the scale into `up`, so that a reader who overlooks alpha is right all the same.
+Written files fold the scale into `up`, so that a reader who overlooks alpha is right all the same
+wherever the modules are of one rank.
 """
 
-import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sdd_lora import sd1 as names
+from sdd_lora.adapter.alphas import PEFT_CONFIG_FILE, WAY_OUT, KnownAlphas, scalar
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.errors import BadInput
+from sdd_lora.progress import warn
 
 FORMATS = ("kohya", "peft", "ldm", "attn-procs")
-PEFT_METADATA_KEY = "lora_adapter_metadata"
 
 _ENDINGS = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
     "_lora.down.weight": "down",
     "_lora.up.weight": "up",
     ".lora.down.weight": "down",
@@ -40,38 +44,57 @@ _ENDINGS = {
     ".lora_linear_layer.up.weight": "up",
     ".alpha": "alpha",
 }
+#: peft's, with or without the name that an adapter had in memory: `.lora_A.default.weight`.
+_PEFT_ENDING = re.compile(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 _WRITTEN: dict[str, tuple[Callable[[str], str], str, str]] = {
     "kohya": (names.kohya_stem, ".lora_down.weight", ".lora_up.weight"),
     "ldm": (names.ldm_stem, ".lora_down.weight", ".lora_up.weight"),
     "peft": (names.peft_stem, ".lora_A.weight", ".lora_B.weight"),
+    "peft-folder": (names.peft_folder_stem, ".lora_A.weight", ".lora_B.weight"),
     "attn-procs": (names.attn_procs_stem, ".down.weight", ".up.weight"),
 }
+#: stable-diffusion.cpp takes the rank from the last dimension that isn't 1, as ggml counts them.
+_LEAST_KOHYA_RANK = 2
 
 #: Endings of keys of what is no plain low-rank delta → what it is.
 _OTHER_KINDS = {
     ".dora_scale": "DoRA",
     ".lora_magnitude_vector": "DoRA",
     ".lora_magnitude_vector.weight": "DoRA",
+    ".lora_magnitude_vector.default.weight": "DoRA",
     **{f".hada_{part}": "LoHa" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{part}": "LoKr" for part in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")},
     ".oft_blocks": "OFT",
+    ".oft_diag": "OFT",
+    ".on_input": "(IA)³",
     ".lora_mid.weight": "a Tucker-decomposed LoCon",
     ".lora_B.bias": "a LoRA with biases",
+    ".w_norm": "a trained norm",
+    ".b_norm": "a trained norm",
     ".diff": "a full difference",
     ".diff_b": "a full difference",
 }
+#: Textual inversions that kohya's trainer and A1111 put into a LoRA's file.
+_BUNDLED_EMBEDDING = "bundle_emb."
 #: Marks in keys that only another family's adapters have, the first that fits counting.
 _FAMILY_MARKS = {
     "FLUX": ("double_blocks", "single_blocks", "single_transformer_blocks"),
     "SD 3": ("joint_blocks", "lora_transformer_", "transformer.transformer_blocks"),
-    "SDXL": ("lora_te1_", "lora_te2_", "text_encoder_2.", "add_embedding", "label_emb",
-             *(f"transformer_blocks{dot}{n}{dot}" for n in range(1, 10) for dot in "._")),
+    "SDXL": (
+        "lora_te2_",
+        "text_encoder_2.",
+        "add_embedding",
+        "label_emb",
+        *(f"transformer_blocks{dot}{n}{dot}" for n in range(1, 10) for dot in "._"),
+    ),
     "SD 2": ("text_model_encoder_layers_12_", "encoder.layers.12."),
-}  # fmt: skip
+}
 
 
 def split_key(key: str) -> tuple[str, str] | None:
     """A key's stem and part ("down", "up", "alpha"); None where it is no LoRA key."""
+    if found := _PEFT_ENDING.fullmatch(key):
+        return found[1], "down" if found[2] == "A" else "up"
     for ending, part in _ENDINGS.items():
         if key.endswith(ending):
             return key.removesuffix(ending), part
@@ -98,6 +121,8 @@ def group(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
     modules: dict[str, dict[str, str]] = {}
     unknown = []
     for key in shapes:
+        if key.startswith(_BUNDLED_EMBEDDING):
+            continue
         split = split_key(key)
         name = names.parse_stem(split[0]) if split else None
         if split is None or name is None:
@@ -118,37 +143,69 @@ def group(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
     return modules
 
 
-def decode_factors(tensors: Mapping[str, Any], header: Mapping[str, str]) -> dict[str, Factors]:
+def bundled_embeddings(keys: Iterable[str]) -> list[str]:
+    """Names of the textual inversions that lie beside an adapter in its file."""
+    found = (key.split(".")[1] for key in keys if key.startswith(_BUNDLED_EMBEDDING))
+    return list(dict.fromkeys(found))
+
+
+def known_alphas(
+    modules: Mapping[str, Mapping[str, str]],
+    shapes: Mapping[str, tuple[int, ...]],
+    header: Mapping[str, str],
+    path: Path | None,
+) -> KnownAlphas:
+    """The alphas that a file doesn't store beside its factors; peft's configuration beside the
+    file is about peft's keys alone."""
+    config = None
+    if path is not None and format_of(shapes) in ("peft", "bare", "peft-folder"):
+        config = path.with_name(PEFT_CONFIG_FILE)
+    ranks = {name: shapes[parts["down"]][0] for name, parts in modules.items()}
+    return KnownAlphas.of_file(header, config, ranks)
+
+
+def decode_factors(
+    tensors: Mapping[str, Any], header: Mapping[str, str], path: Path | None = None
+) -> dict[str, Factors]:
     """Factors per canonical module name, from a file of any format.
 
-    `tensors` are numpy or torch arrays of any float dtype. Raises BadInput as `group` does, and
-    where a value is bad.
+    `tensors` are numpy or torch arrays of any float dtype. `path` is the file that they are from.
+    Raises BadInput as `group` does, and where a value is bad.
     """
-    modules = group({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    alphas = PeftAlphas(header)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    modules = group(shapes)
+    if embeddings := bundled_embeddings(tensors):
+        shown = ", ".join(embeddings)
+        warn(f"textual inversions beside the adapter are not part of it, and left out: {shown}")
+    alphas = known_alphas(modules, shapes, header, path)
     return {
         name: _factors(name, {part: tensors[key] for part, key in parts.items()}, alphas)
         for name, parts in modules.items()
     }
 
 
-def encode_factors(factors: Mapping[str, Factors], format: str) -> dict[str, np.ndarray]:
-    """Tensors (fp32) of one of `FORMATS`.
-
-    kohya and ldm get one rank for all modules and alpha = rank: diffusers mis-scales files whose
-    alphas differ. Raises BadInput where the format can't hold a module.
+def arranged(factors: Mapping[str, Factors], format: str) -> dict[str, Factors]:
+    """The same deltas as a file of a format holds them: with alpha = rank, but for kohya and ldm,
+    which get one alpha for all modules.
     """
-    if format not in FORMATS:
+    folded = {name: part.folded() for name, part in factors.items()}
+    if format not in ("kohya", "ldm"):
+        return folded
+    return _with_one_alpha(folded, _LEAST_KOHYA_RANK if format == "kohya" else 1)
+
+
+def encode_factors(factors: Mapping[str, Factors], format: str) -> dict[str, np.ndarray]:
+    """Tensors (fp32) of one of `FORMATS`, of factors as `arranged` for it.
+
+    Raises BadInput where the format can't hold a module.
+    """
+    if format not in _WRITTEN:
         raise BadInput(f"format {format!r}: expected one of {', '.join(FORMATS)}")
     if format == "attn-procs":
         _refuse_outside_attention(factors)
-    folded = {name: part.folded() for name, part in factors.items()}
-    if format in ("kohya", "ldm"):
-        rank = max(part.rank for part in folded.values())
-        folded = {name: part.padded(rank) for name, part in folded.items()}
     stem_of, down_ending, up_ending = _WRITTEN[format]
     tensors = {}
-    for name, part in folded.items():
+    for name, part in factors.items():
         stem = stem_of(name)
         tensors[stem + down_ending], tensors[stem + up_ending] = _shaped(part)
         if format in ("kohya", "ldm"):
@@ -156,23 +213,29 @@ def encode_factors(factors: Mapping[str, Factors], format: str) -> dict[str, np.
     return tensors
 
 
-def peft_metadata(factors: Mapping[str, Factors]) -> str:
-    """The header's `lora_adapter_metadata` of the peft format: a LoraConfig per component, JSON.
+def _with_one_alpha(folded: Mapping[str, Factors], least_rank: int) -> dict[str, Factors]:
+    """The same deltas, exactly, with one alpha for all: diffusers mis-scales others.
 
-    The text encoder's modules are named without `text_model.`, a level that transformers 5 dropped
-    and that peft, matching endings, doesn't miss in older ones.
+    Each module keeps its rank as nearly as alpha / rank can be a power of two: alpha is the highest
+    rank, or somewhat more where that makes the file smaller.
     """
-    config: dict[str, Any] = {}
-    for prefix, component in _components(factors).items():
-        ranks = {name: part.rank for name, part in component.items()}
-        ((usual, _),) = Counter(ranks.values()).most_common(1)
-        unusual = {name: rank for name, rank in ranks.items() if rank != usual}
-        fields = {
-            "r": usual, "lora_alpha": usual, "rank_pattern": unusual, "alpha_pattern": unusual,
-            "target_modules": sorted(ranks), "lora_dropout": 0.0, "bias": "none",
-        }  # fmt: skip
-        config |= {prefix + field: value for field, value in fields.items()}
-    return json.dumps(config, sort_keys=True)
+    ranks = {name: max(part.rank, least_rank) for name, part in folded.items()}
+    highest = max(ranks.values())
+
+    def padded(alpha: int) -> dict[str, int]:
+        allowed = [alpha >> k for k in range(alpha.bit_length()) if alpha % (1 << k) == 0]
+        return {name: min(n for n in allowed if n >= rank) for name, rank in ranks.items()}
+
+    def parameters(alpha: int) -> int:
+        wide = {name: sum(part.weight_shape[:2]) for name, part in folded.items()}
+        return sum(rank * wide[name] for name, rank in padded(alpha).items())
+
+    steps = [1 << k for k in range(highest.bit_length() + 1)]
+    alpha = min((-(-highest // step) * step for step in steps), key=parameters)
+    return {
+        name: folded[name].padded(rank).with_alpha(float(alpha))
+        for name, rank in padded(alpha).items()
+    }
 
 
 class Geometry(NamedTuple):
@@ -205,14 +268,6 @@ def _convolutions() -> frozenset[str]:
     return frozenset(name for name, shape in names.unet_shapes().items() if len(shape) == 4)
 
 
-def scalar(value: Any) -> float:
-    """alpha's value. Raises BadInput where it isn't one number."""
-    array = to_float32(value)
-    if array.size != 1:
-        raise BadInput(f"alpha has the shape {array.shape}; expected one number")
-    return float(array.reshape(()))
-
-
 def to_float32(value: Any) -> np.ndarray:
     """A numpy or torch array of any float dtype as numpy fp32; raises BadInput for other kinds."""
     if hasattr(value, "detach"):
@@ -230,69 +285,12 @@ def require_float(dtype: np.dtype) -> None:
         raise BadInput(f"dtype {dtype}; expected a float type")
 
 
-class PeftAlphas:
-    """What `lora_adapter_metadata` says about scales."""
-
-    def __init__(self, header: Mapping[str, str]) -> None:
-        text = header.get(PEFT_METADATA_KEY)
-        if text is None:
-            self.config: dict[str, Any] | None = None
-            return
-        try:
-            config = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{PEFT_METADATA_KEY} of the header is no JSON") from error
-        if not isinstance(config, dict):
-            raise BadInput(f"{PEFT_METADATA_KEY} of the header is no JSON object")
-        self.config = config
-
-    def alpha_of(self, name: str, rank: int, stored: Any = None) -> float:
-        """alpha, such that alpha / rank is the scale: as `stored` beside the factors, else as the
-        header says, else the rank.
-        """
-        if stored is not None:
-            return scalar(stored)
-        if self.config is None:
-            return float(rank)
-        if self._field(name, "use_dora"):
-            raise BadInput("DoRA, which is no plain delta: it can't be added to other adapters")
-        alpha = self._field(name, "lora_alpha")
-        patterns = self._field(name, "alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise BadInput(f"{PEFT_METADATA_KEY}: alpha_pattern is no JSON object")
-        alpha = next((value for key, value in patterns.items() if _matches(key, name)), alpha)
-        if alpha is None:
-            return float(rank)
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-            found = type(alpha).__name__
-            raise BadInput(f"{PEFT_METADATA_KEY}: lora_alpha is a {found}; expected a number")
-        root = float(rank) ** 0.5 if self._field(name, "use_rslora") else 1.0
-        try:
-            return float(alpha) * root
-        except OverflowError as error:
-            raise BadInput(f"{PEFT_METADATA_KEY}: lora_alpha is beyond any float") from error
-
-    def _field(self, name: str, field: str) -> Any:
-        """A component's entry; `save_lora_adapter` writes the UNet's without a prefix."""
-        assert self.config is not None
-        prefix = names.TEXT_PREFIX if names.is_text(name) else names.UNET_PREFIX
-        bare = None if names.is_text(name) else self.config.get(field)
-        return self.config.get(prefix + field, bare)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """peft matches the end of a module's name; what diffusers writes are whole names."""
-    plain = pattern.removeprefix("^")
-    if not plain.replace(".", "").replace("_", "").isalnum():
-        raise BadInput(f"{PEFT_METADATA_KEY}: alpha_pattern {pattern!r} is no plain module name")
-    return name == plain or name.endswith("." + plain)
-
-
-def _factors(name: str, parts: dict[str, Any], alphas: PeftAlphas) -> Factors:
+def _factors(name: str, parts: dict[str, Any], alphas: KnownAlphas) -> Factors:
     try:
         down, up = to_float32(parts["down"]), to_float32(parts["up"])
         geometry = geometry_of(name, down.shape, up.shape)
-        alpha = alphas.alpha_of(name, geometry.rank, parts.get("alpha"))
+        stored = parts.get("alpha")
+        alpha = alphas.alpha_of(name, geometry.rank) if stored is None else scalar(stored)
         out, rank = up.shape[:2]
         down = down.reshape(rank, math.prod(geometry.weight_shape[1:]))
         return Factors(down, up.reshape(out, rank), alpha, geometry.kernel)
@@ -309,21 +307,18 @@ def _shaped(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
     return factors.down.reshape(rank, channels, *kernel), factors.up.reshape(out, rank, 1, 1)
 
 
-def _components(factors: Mapping[str, Factors]) -> dict[str, dict[str, Factors]]:
-    """ "unet." and "text_encoder." → their modules, named as peft finds them in the model."""
-    found: dict[str, dict[str, Factors]] = {}
-    for name, part in factors.items():
-        prefix = names.TEXT_PREFIX if names.is_text(name) else names.UNET_PREFIX
-        found.setdefault(prefix, {})[name.removeprefix(names.TEXT_LAYERS_PREFIX)] = part
-    return found
-
-
 def format_of_key(key: str) -> str:
     """The format that a key is of."""
+    if key.startswith("lycoris_"):
+        return "lycoris"
     if key.startswith("lora_"):
         ldm = any(mark in key for mark in ("_input_blocks_", "_middle_block_", "_output_blocks_"))
         return "ldm" if ldm else "kohya"
-    if ".lora_A." in key or ".lora_B." in key:
+    if key.startswith(names.COMFYUI_PREFIXES):
+        return "comfyui"
+    if _PEFT_ENDING.fullmatch(key):
+        if key.startswith(names.PEFT_FOLDER_PREFIX):
+            return "peft-folder"
         return "peft" if key.startswith((names.UNET_PREFIX, names.TEXT_PREFIX)) else "bare"
     return "attn-procs" if split_key(key) else "unknown"
 
@@ -332,7 +327,7 @@ def _why_unknown(unknown: list[str], count: int) -> str:
     for key in unknown:
         for ending, kind in _OTHER_KINDS.items():
             if key.endswith(ending):
-                return f"{key}: {kind}; expected a plain LoRA (up and down factors)"
+                return f"{key}: {kind}; expected a plain LoRA (up and down factors): {WAY_OUT}"
     for family, marks in _FAMILY_MARKS.items():
         for key in unknown:
             if any(mark in key for mark in marks):

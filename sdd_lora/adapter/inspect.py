@@ -10,8 +10,9 @@ from pathlib import Path
 from sdd_lora import sd1 as names
 from sdd_lora.adapter import formats
 from sdd_lora.adapter.adapter import PICKLES
+from sdd_lora.adapter.alphas import scalar
 from sdd_lora.adapter.factors import require_alpha
-from sdd_lora.adapter.metadata import Metadata
+from sdd_lora.adapter.metadata import Metadata, is_edited
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import DTYPES, Header, header_of, open_input, read_tensor
 
@@ -22,7 +23,10 @@ class AdapterDescription:
 
     `keys` (by part: "down", "up", "alpha"), `ranks`, `scales` (alpha / rank) and `shapes` (of the
     weights that it changes) are per canonical module name; `dtypes` counts tensors by safetensors'
-    codes; `sha256` is the file's hash, `data_sha256` that of what follows the header.
+    codes; `alphas_from` names where alphas that the file doesn't store are known from;
+    `embeddings` are textual inversions beside the adapter; `edited` says whether another tool
+    changed the tensors under our metadata; `sha256` is the file's hash, `data_sha256` that of what
+    follows the header.
     """
 
     path: Path
@@ -33,7 +37,10 @@ class AdapterDescription:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, int]
     header: Header
+    alphas_from: str
+    embeddings: list[str]
     metadata: Metadata
+    edited: bool
     sha256: str
     data_sha256: str
 
@@ -84,8 +91,9 @@ def describe_adapter(path: Path) -> AdapterDescription:
 
 
 def _describe(path: Path, header: Header, content: bytes) -> AdapterDescription:
-    modules = formats.group({key: info.shape for key, info in header.tensors.items()})
-    alphas = formats.PeftAlphas(header.metadata)
+    tensor_shapes = {key: info.shape for key, info in header.tensors.items()}
+    modules = formats.group(tensor_shapes)
+    alphas = formats.known_alphas(modules, tensor_shapes, header.metadata, path)
     ranks, scales, shapes = {}, {}, {}
     for name, keys in modules.items():
         try:
@@ -93,14 +101,15 @@ def _describe(path: Path, header: Header, content: bytes) -> AdapterDescription:
             for info in (down, up):
                 formats.require_float(DTYPES[info.dtype])
             ranks[name], _, shapes[name] = formats.geometry_of(name, down.shape, up.shape)
-            stored = None
             if "alpha" in keys:
-                stored = read_tensor(io.BytesIO(content), header, keys["alpha"])
-            alpha = alphas.alpha_of(name, ranks[name], stored)
+                alpha = scalar(read_tensor(io.BytesIO(content), header, keys["alpha"]))
+            else:
+                alpha = alphas.alpha_of(name, ranks[name])
             require_alpha(alpha)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
         scales[name] = alpha / ranks[name]
+    data_hash = hashlib.sha256(content[header.data_start :]).hexdigest()
     return AdapterDescription(
         path=path,
         format=formats.format_of(header.tensors),
@@ -110,9 +119,12 @@ def _describe(path: Path, header: Header, content: bytes) -> AdapterDescription:
         shapes=shapes,
         dtypes=dict(Counter(info.dtype for info in header.tensors.values())),
         header=header,
-        metadata=Metadata.from_header(header.metadata),
+        alphas_from="" if all("alpha" in keys for keys in modules.values()) else alphas.source,
+        embeddings=formats.bundled_embeddings(header.tensors),
+        metadata=Metadata.from_header(header.metadata, data_hash),
+        edited=is_edited(header.metadata, data_hash),
         sha256=hashlib.sha256(content).hexdigest(),
-        data_sha256=hashlib.sha256(content[header.data_start :]).hexdigest(),
+        data_sha256=data_hash,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sdd_lora import sd1 as names
 from sdd_lora.adapter import formats
+from sdd_lora.adapter.alphas import PEFT_METADATA_KEY
 from sdd_lora.adapter.inspect import AdapterDescription
 
 _TO_KOHYA = "convert it with --to kohya"
@@ -65,8 +66,8 @@ def _diffusers(description: AdapterDescription) -> Iterator[str]:
         yield f"refuses LDM block names; {_TO_KOHYA}"
     elif "kohya" not in formats_found and not _all_prefixed(description):
         yield "its pipeline loads nothing without the prefix unet., and only warns; convert it"
-    elif has_alphas and formats.PEFT_METADATA_KEY in description.header.metadata:
-        yield f"refuses .alpha together with {formats.PEFT_METADATA_KEY}; {_TO_KOHYA}"
+    elif has_alphas and PEFT_METADATA_KEY in description.header.metadata:
+        yield f"refuses .alpha together with {PEFT_METADATA_KEY}; {_TO_KOHYA}"
     elif "kohya" not in formats_found and has_alphas:
         yield f"refuses .alpha in the format {description.format}; {_TO_KOHYA}"
     elif "kohya" in formats_found and not _alphas_agree(description):

@@ -22,6 +22,16 @@ from sdd_lora.errors import BadInput
 ENTRY_KEY = "sdd_lora"
 SHOWN_CONCEPTS = 12
 _MODELSPEC_FIELDS = ("description", "author", "license", "date", "usage_hint")
+#: What our entry says of the very tensors that were written, and of no others.
+_OF_THE_TENSORS = (
+    "identity",
+    "measures",
+    "recipe",
+    "recipe_sha256",
+    "merged_from",
+    "resized_from",
+    "extracted_from",
+)
 #: Header keys written anew at every save: what a read file said there is stale or in `Metadata`.
 _GENERATED = {
     ENTRY_KEY,
@@ -116,6 +126,7 @@ class Metadata(Entry):
     `metadata | {"name": "other"}`.
 
     `header` holds what other tools wrote into the file's header; it is no part of our entry.
+    `tensors_sha256` is of the bytes after the header, in a file alone.
     """
 
     name: str | None = None
@@ -135,6 +146,7 @@ class Metadata(Entry):
     date: str | None = None
     usage_hint: str | None = None
     identity: str | None = None
+    tensors_sha256: str | None = None
     header: dict[str, str] = {}
 
     @model_validator(mode="before")
@@ -156,15 +168,20 @@ class Metadata(Entry):
             raise BadInput(f"an adapter's metadata: {_first_problem(error)}") from None
 
     @classmethod
-    def from_header(cls, header: Mapping[str, str]) -> "Metadata":
+    def from_header(cls, header: Mapping[str, str], data_hash: str) -> "Metadata":
         """Our own entry of a file's header, or what a foreign header tells of the same kind.
 
-        Raises BadInput where our entry is no JSON object of these fields.
+        `data_hash` is the SHA-256 of the bytes after the header: where another tool changed them,
+        what our entry says of the tensors is left out. Raises BadInput where our entry is no JSON
+        object of these fields.
         """
         others = {key: value for key, value in header.items() if key not in _GENERATED}
         own = header.get(ENTRY_KEY)
         found = _of_foreign(header) if own is None else _parsed(own)
-        return found.without("header") | ({"header": others} if others else {})
+        if is_edited(header, data_hash):
+            found = found.without(*_OF_THE_TENSORS)
+        found = found.without("header", "tensors_sha256")
+        return found | {"header": others} if others else found
 
     def own_entry(self) -> dict[str, Any]:
         """Our entry of the header: all but what other tools wrote."""
@@ -245,6 +262,16 @@ class Metadata(Entry):
 
     def _given(self) -> Iterator[tuple[str, Any]]:
         return ((key, value) for key, value in self if key in self.model_fields_set)
+
+
+def is_edited(header: Mapping[str, str], data_hash: str) -> bool:
+    """Whether another tool changed the tensors under our entry: it speaks of others then."""
+    if ENTRY_KEY not in header:
+        return False
+    written = _parsed(header[ENTRY_KEY]).tensors_sha256
+    if written is None:  # of an earlier version, which kept the hash for user interfaces alone
+        written = header.get("modelspec.hash_sha256", "").removeprefix("0x") or None
+    return written not in (None, data_hash)
 
 
 def shortened(concepts: Iterable[str]) -> str:

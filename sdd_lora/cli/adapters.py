@@ -54,17 +54,20 @@ def write(adapter: "Adapter", path: Path, format: str, dtype: str) -> dict[str, 
     """Save an adapter, and beside it the sidecar where it has something to say; what was written,
     for --json.
     """
+    from sdd_lora.adapter.adapter import adapter_file
     from sdd_lora.adapter.card import has_labels, sidecar_path, sidecar_text
     from sdd_lora.adapter.inspect import describe_adapter
     from sdd_lora.io.atomic import atomic_output
 
-    sidecar = sidecar_path(path) if has_labels(adapter) else None
+    is_folder = format == "peft" and not path.suffix
+    sidecar = sidecar_path(path) if has_labels(adapter) and not is_folder else None
     with ExitStack() as pending:  # the sidecar appears after the adapter, or neither does
         if sidecar is not None:
-            file = pending.enter_context(atomic_output(sidecar))
-            file.write(sidecar_text(adapter).encode())
-            file.flush()
-        written = describe_adapter(adapter.save(path, format=format, dtype=dtype))
+            labels = pending.enter_context(atomic_output(sidecar))
+            labels.write(sidecar_text(adapter).encode())
+            labels.flush()
+        file = adapter_file(adapter.save(path, format=format, dtype=dtype))
+        written = describe_adapter(file)
     return {
         "output": str(path),
         "sidecar": None if sidecar is None else str(sidecar),
@@ -73,7 +76,7 @@ def write(adapter: "Adapter", path: Path, format: str, dtype: str) -> dict[str, 
         "rank": adapter.rank,
         "module_count": len(adapter.factors),
         "parameters": written.parameters,
-        "bytes": path.stat().st_size,
+        "bytes": file.stat().st_size,
         "sha256": written.sha256,
         "autov2": written.autov2,
         "autov3": written.autov3,
@@ -96,8 +99,9 @@ def convert(
         Format,
         typer.Option(
             "--to",
-            help="kohya: the file that everybody loads; peft: diffusers' own; ldm: kohya with LDM "
-            "names; attn-procs: old diffusers, attention alone.",
+            help="kohya: the file that everybody loads; peft: diffusers' own, or peft's folder "
+            "where OUT has no suffix; ldm: kohya with LDM names; attn-procs: old diffusers, "
+            "attention alone.",
         ),
     ] = "kohya",
     dtype: StoredDtype = None,

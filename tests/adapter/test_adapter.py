@@ -43,7 +43,6 @@ BAD = {
     "rank 0": ({DOWN: ones(0, 128), UP: ones(32, 0)}, "expected one rank, of 1 or more"),
     "ranks that differ": (GOOD | {UP: ones(32, 3)}, r"\(2, 128\) and up \(32, 3\) don't fit"),
     "three dimensions": (GOOD | {DOWN: ones(2, 128, 1)}, "expected 2-D, or 4-D"),
-    "alpha 0": (GOOD | {ALPHA: np.zeros((), np.float32)}, "alpha is 0.0"),
     "alpha NaN": (GOOD | {ALPHA: np.array(np.nan, np.float32)}, "alpha is nan"),
     "two alphas": (GOOD | {ALPHA: ones(2)}, "expected one number"),
     "whole numbers": (GOOD | {UP: ones(32, 2, dtype=np.int32)}, "dtype int32; expected a float"),

@@ -1,6 +1,7 @@
 """Every format is read and written with the same delta; golden files say what each format is."""
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from support.adapter_making import (
     ATTENTION_KINDS,
     KINDS,
@@ -19,8 +20,10 @@ from support.adapter_making import (
     shapes,
 )
 
+from sdd_lora import sd1 as names
 from sdd_lora.adapter import formats
 from sdd_lora.adapter.adapter import Adapter, Factors
+from sdd_lora.adapter.inspect import describe_adapter
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import read_header
 
@@ -113,23 +116,144 @@ def test_converting_again_changes_no_byte(adapter, formats_in_turn, tmp_path):
 
 
 def test_the_file_that_everybody_loads(tmp_path):
-    """One rank and alpha = rank for all modules, 2-D tensors, and nothing that upsets a loader."""
+    """One alpha for all modules, 2-D tensors, and nothing that upsets a loader."""
     mixed = random_adapter(modules=(TO_K,), rank=3, alpha=1.5).factors
     mixed |= random_adapter(modules=KINDS[1:3], rank=5, alpha=7.0).factors
     path = Adapter(mixed).save(tmp_path / "a.safetensors")
     tensors = load_file(path)
     assert {key.rpartition("lora_")[2] for key in tensors if "alpha" not in key} == {
-        "down.weight", "up.weight",
-    }  # fmt: skip
+        "down.weight",
+        "up.weight",
+    }
+    assert len({float(tensor) for key, tensor in tensors.items() if "alpha" in key}) == 1
     for key, tensor in tensors.items():
         assert key.startswith("lora_unet_down_blocks_0_")
-        if key.endswith(".alpha"):
-            assert tensor == 5
-        else:
-            assert 5 in tensor.shape
+        if not key.endswith(".alpha"):
             assert tensor.ndim == 2
             assert tensor.dtype == np.float16
     assert "lora_adapter_metadata" not in read_header(path).metadata
+
+
+def test_modules_of_lower_rank_are_not_padded_to_the_highest(tmp_path):
+    """63 modules of rank 1 and one of 32: 13 times as large where all are padded to 32."""
+    first, *others = names.CROSS_ATTENTION
+    mixed = random_adapter(modules=tuple(others), rank=1).factors
+    mixed |= random_adapter(modules=(first,), rank=32).factors
+    loaded = Adapter.load(Adapter(mixed).save(tmp_path / "a.safetensors", dtype="fp32"))
+    assert distance(Adapter(mixed), loaded) == 0
+    assert {part.alpha for part in loaded.factors.values()} == {32.0}
+    assert loaded.factors[first].rank == 32
+    assert {loaded.factors[name].rank for name in others} == {2}
+
+
+@pytest.mark.parametrize("ranks", [(3, 5), (1, 33), (6, 12), (1, 2), (7, 7)])
+def test_ranks_of_their_own_never_take_more_than_one_rank_for_all(ranks):
+    mixed = {
+        name: random_adapter(modules=(name,), rank=rank).factors[name]
+        for name, rank in zip(KINDS, ranks, strict=False)
+    }
+    tensors = Adapter(mixed).to_state_dict("kohya")
+    size = sum(t.size for key, t in tensors.items() if "alpha" not in key)
+    assert size <= sum(max(*ranks, 2) * sum(part.weight_shape) for part in mixed.values())
+    assert distance(Adapter(mixed), Adapter.from_state_dict(tensors)) == 0
+
+
+def test_a_kohya_file_has_no_rank_of_1(tmp_path):
+    """stable-diffusion.cpp would take the width of a rank-1 factor for its rank."""
+    adapter = random_adapter(rank=1)
+    tensors = adapter.to_state_dict("kohya")
+    assert all(t.shape[0] == 2 for key, t in tensors.items() if key.endswith("down.weight"))
+    assert distance(adapter, Adapter.from_state_dict(tensors)) == 0
+    assert Adapter.from_state_dict(adapter.to_state_dict("peft")).rank == 1
+
+
+#: Keys of one module, as other tools spell them; of the text encoder's where it is `TEXT`.
+TEXT = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
+KOHYA = "down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+LDM = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+DIALECTS = {
+    "ComfyUI's extraction": (TO_K, f"diffusion_model.{LDM}.lora_{{}}.weight", "down", "up"),
+    "peft's folder": (TO_K, f"base_model.model.{TO_K}.lora_{{}}.weight", "A", "B"),
+    "peft, with the adapter's name": (TO_K, f"unet.{TO_K}.lora_{{}}.default.weight", "A", "B"),
+    "LyCORIS": (TO_K, f"lycoris_{KOHYA}.lora_{{}}.weight", "down", "up"),
+    "first text encoder": (
+        TEXT, "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_{}.weight", "down", "up",
+    ),
+    "text encoder of transformers 5": (
+        TEXT, "lora_te_encoder_layers_1_mlp_fc1.lora_{}.weight", "down", "up",
+    ),
+    "peft's folder of a text encoder": (
+        TEXT, "base_model.model.text_model.encoder.layers.1.mlp.fc1.lora_{}.weight", "A", "B",
+    ),
+    "ComfyUI's text encoder": (
+        TEXT,
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.1.mlp.fc1.lora_{}.weight",
+        "down", "up",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dialects_of_keys_are_read(dialect, tmp_path):
+    module, pattern, down, up = DIALECTS[dialect]
+    adapter = random_adapter(modules=(module,))
+    factors = adapter.factors[module]
+    path = tmp_path / "a.safetensors"
+    save_file({pattern.format(down): factors.down, pattern.format(up): factors.up}, path)
+    assert distance(adapter, Adapter.load(path)) == 0
+    assert describe_adapter(path).format != "unknown"
+    assert formats.looks_like_adapter(load_file(path))
+
+
+STEM = f"lora_unet_{KOHYA}"
+PLAIN = {
+    f"{STEM}.lora_down.weight": np.ones((2, 128), np.float32),
+    f"{STEM}.lora_up.weight": np.ones((32, 2), np.float32),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint8])
+def test_whole_alphas_are_read(dtype, tmp_path):
+    """As diffusers' converter and sd-scripts' svd_merge write them."""
+    save_file(PLAIN | {f"{STEM}.alpha": np.array(1, dtype)}, tmp_path / "a.safetensors")
+    assert Adapter.load(tmp_path / "a.safetensors").factors[TO_K].scale == 0.5
+    assert describe_adapter(tmp_path / "a.safetensors").scales == {TO_K: 0.5}
+
+
+@pytest.mark.parametrize("format", ["kohya", "peft", "ldm", "attn-procs"])
+def test_a_module_of_alpha_0_adds_nothing(format, tmp_path):
+    other = random_adapter(modules=(KINDS[1],))
+    path = tmp_path / "a.safetensors"
+    save_file(PLAIN | {f"{STEM}.alpha": np.zeros((), np.float32)} | other.to_state_dict(), path)
+    adapter = Adapter.load(path)
+    assert not adapter.factors[TO_K].delta().any()
+    again = Adapter.load(adapter.save(tmp_path / "b.safetensors", format, "fp32"))
+    assert distance(adapter, again) == 0
+
+
+def test_bundled_embeddings_are_named_and_left_out(tmp_path, caplog):
+    embedding = {"bundle_emb.badhands.string_to_param.*": np.ones((2, 768), np.float32)}
+    save_file(PLAIN | embedding, tmp_path / "a.safetensors")
+    with caplog.at_level(logging.WARNING):
+        adapter = Adapter.load(tmp_path / "a.safetensors")
+    assert list(adapter.factors) == [TO_K]
+    assert "badhands" in caplog.text
+    assert describe_adapter(tmp_path / "a.safetensors").embeddings == ["badhands"]
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [
+        (".dora_scale", "DoRA"),
+        (".hada_w1_a", "LoHa"),
+        (".lokr_w1", "LoKr"),
+        (".w_norm", "a trained norm"),
+    ],
+)
+def test_other_kinds_of_adapters_are_named_with_the_way_out(ending, kind, tmp_path):
+    save_file(PLAIN | {STEM + ending: np.ones((2, 2), np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(BadInput, match=rf"{kind}.*sdd-lora extract"):
+        Adapter.load(tmp_path / "a.safetensors")
 
 
 def test_tiny_factors_survive_fp16(tmp_path):

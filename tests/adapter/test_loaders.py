@@ -6,13 +6,20 @@ import logging
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from support.adapter_making import KINDS, random_adapter
 from support.checkpoint_models import parts, pipeline
 
 from sdd_lora import stack
-from sdd_lora.adapter import formats
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.alphas import peft_metadata
+from sdd_lora.errors import BadInput
 from sdd_lora.sd1 import CROSS_ATTENTION
 
 UNET_KINDS = tuple(k for k in KINDS if not k.startswith("text_encoder"))
@@ -158,4 +165,30 @@ def test_diffusers_refuses_ldm_names_as_we_say(adapter, tmp_path):
 
 def test_peft_metadata_names_the_text_encoder_as_transformers_5_does():
     text = random_adapter(modules=TEXT_KINDS)
-    assert '"encoder.layers.0.mlp.fc1"' in formats.peft_metadata(text.factors)
+    assert '"encoder.layers.0.mlp.fc1"' in peft_metadata(text.factors)
+
+
+def test_peft_reads_the_folder_that_we_write(adapter, inputs, tmp_path):
+    folder = adapter.save(tmp_path / "folder", "peft", "fp32")
+    unet = PeftModel.from_pretrained(copy.deepcopy(parts()["unet"]), str(folder))
+    base = noise(parts()["unet"], inputs)
+    assert_same_effect(noise(unet, inputs), noise(with_deltas(adapter), inputs), base)
+
+
+def test_we_read_the_folder_that_peft_writes(inputs, tmp_path):
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, use_rslora=True,
+                        target_modules=r".*attn2\.to_(q|k|v|out\.0)")  # fmt: skip
+    base = noise(parts()["unet"], inputs)
+    unet = get_peft_model(copy.deepcopy(parts()["unet"]), config)
+    expected = noise(unet, inputs)
+    unet.save_pretrained(tmp_path / "folder")
+    loaded = Adapter.load(tmp_path / "folder")
+    assert loaded.factors.keys() == set(CROSS_ATTENTION)
+    assert_same_effect(noise(with_deltas(loaded), inputs), expected, base)
+
+
+def test_a_peft_folder_holds_one_model(tmp_path):
+    both = Adapter(random_adapter(1).factors | random_adapter(modules=TEXT_KINDS).factors)
+    with pytest.raises(BadInput, match="peft folder"):
+        both.save(tmp_path / "folder", "peft")
+    assert list(tmp_path.iterdir()) == []
