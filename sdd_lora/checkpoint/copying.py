@@ -20,7 +20,7 @@ import numpy as np
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import DTYPES, METADATA_KEY, Header, TensorInfo
-from sdd_lora.io.torch_zip import StridedInfo
+from sdd_lora.io.torch_pickle import StridedInfo
 
 #: One request to the kernel; between two of them Ctrl-C is heard.
 CHUNK_BYTES = 32 << 20

@@ -16,6 +16,7 @@ from sdd_lora.checkpoint.rounding import Rounding
 from sdd_lora.errors import BadInput
 from sdd_lora.io import torch_zip
 from sdd_lora.io.safetensors import DTYPES, Header, TensorInfo
+from sdd_lora.io.torch_pickle import StridedInfo
 
 EmaChoice = Literal["patch", "drop"]
 #: The deltas of one module, each with its weight.
@@ -67,7 +68,7 @@ class FilePlan:
     def strided(self) -> set[str]:
         """Tensors of a legacy file that aren't stored row by row."""
         tensors = self.header.tensors.items()
-        return {key for key, info in tensors if isinstance(info, torch_zip.StridedInfo)}
+        return {key for key, info in tensors if isinstance(info, StridedInfo)}
 
     def segments(self, output: Header) -> Iterator[Segment]:
         """The ranges to copy, in the output's order, neighbours together."""

@@ -187,7 +187,8 @@ def sync_folder(folder: Path) -> None:
 def link_tree(source: Path, target: Path, leave_out: Collection[Path]) -> None:
     """Fill `target` with the files of `source`: as hard links where that can be, else as copies.
 
-    Files and folders in `leave_out` are left out. Symbolic links (a hub cache's) are followed to what they name.
+    Files and folders in `leave_out` are left out. Symbolic links (a hub cache's) are followed to
+    what they name.
     """
     for folder, folders, names in os.walk(source, followlinks=True):
         folders[:] = [name for name in folders if Path(folder) / name not in leave_out]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from sdd_lora.checkpoint.copying import as_array, read_bytes
 from sdd_lora.checkpoint.layout import read_any_header
 from sdd_lora.errors import BadInput
+from sdd_lora.io import torch_pickle
 from sdd_lora.io import torch_zip as pickles
 
 DTYPES = [
@@ -82,6 +83,52 @@ def test_nested_state_dicts_open_and_what_stands_beside_them_is_named(tmp_path):
     assert list(header.tensors) == ["w"]
     assert set(header.left_out) == content.keys() - {"state_dict"} | {"step"}
     assert {f"{__name__}.Callback", "collections.defaultdict"} <= set(header.refused)
+
+
+def with_attribute(tensor):
+    tensor.note = "trained"
+    return tensor
+
+
+def test_tensors_and_parameters_with_attributes_are_read(tmp_path):
+    tensors = {
+        "a.parameter": with_attribute(torch.nn.Parameter(torch.randn(2, 3))),
+        "a.tensor": with_attribute(torch.randn(3)),
+        "a.buffer": torch.nn.Buffer(torch.randn(2)),
+    }
+    torch.save(tensors, tmp_path / "m.ckpt")
+    found = loaded(tmp_path / "m.ckpt")
+    assert found.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert np.array_equal(found[key], tensor.detach().numpy()), key
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.ones((2, 2), np.float32),
+        np.float32(3),
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, device="meta"),
+    ],
+    ids=["array", "number", "sparse", "meta"],
+)
+def test_a_part_of_the_model_that_cannot_be_read_is_refused_by_name(tmp_path, value):
+    torch.save({"state_dict": {"a.w": torch.ones(2), "a.other": value}}, tmp_path / "m.ckpt")
+    with pytest.raises(BadInput, match=r"a\.other|storage"):
+        pickles.read_header(tmp_path / "m.ckpt")
+
+
+def test_numbers_beside_the_tensors_are_left_out_by_name(tmp_path):
+    torch.save({"a.w": torch.ones(2), "step": np.int64(4), "epoch": 3}, tmp_path / "m.ckpt")
+    header = pickles.read_header(tmp_path / "m.ckpt")
+    assert list(header.tensors) == ["a.w"] and set(header.left_out) == {"step", "epoch"}
+
+
+def test_a_tensor_under_a_number_is_refused_by_name(tmp_path):
+    torch.save({"a.w": torch.ones(2), 7: torch.ones(2)}, tmp_path / "m.ckpt")
+    with pytest.raises(BadInput, match="'7' can't be read"):
+        pickles.read_header(tmp_path / "m.ckpt")
 
 
 class Runs:
@@ -151,7 +198,7 @@ def test_hostile_pickles_end_in_one_line_and_little_memory(tmp_path, name):
 
 
 def test_a_pickle_of_too_many_steps(tmp_path, monkeypatch):
-    monkeypatch.setattr(pickles, "MAX_OPCODES", 1000)
+    monkeypatch.setattr(torch_pickle, "MAX_OPCODES", 1000)
     path = archive(tmp_path / "m.ckpt", b"\x80\x02" + b"N0" * 1000 + b".")
     with pytest.raises(BadInput, match="steps"):
         pickles.read_header(path)
