@@ -6,7 +6,7 @@ reaches it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from sdd_lora.adapter.algebra import require_one_size
 from sdd_lora.adapter.factors import low_rank
 from sdd_lora.checkpoint.layout import Checkpoint, TensorLocation, open_checkpoint
 from sdd_lora.errors import BadInput
-from sdd_lora.progress import progress
+from sdd_lora.progress import progress, warn
 
 #: Weights are compared in blocks of this many, so that it takes little memory.
 _BLOCK_WEIGHTS = 1 << 20
 _SMALLEST_FP16 = np.finfo(np.float16).smallest_subnormal.astype(np.float32)
+#: Modules whose shape depends on a model's inputs, as an inpainting model's.
+_OF_OTHER_CHANNELS = {"conv_in", "conv_out"}
 _LDM_HEADS = {"input_blocks", "middle_block", "output_blocks", "out", "time_embed"}
 _DIFFUSERS_HEADS = {
     "conv_in",
@@ -42,13 +44,15 @@ class Extraction:
 
     `kept` is the share of each module's squared change that its factors hold, `norms` the norm of
     that change; `outside` the norms of changes to parameters that no adapter holds (biases, norms,
-    embeddings).
+    embeddings); `not_compared` names the tuned model's parameters that the base lacks, or has in
+    another shape.
     """
 
     adapter: Adapter
     kept: dict[str, float]
     norms: dict[str, float]
     outside: dict[str, float]
+    not_compared: tuple[str, ...]
 
     @property
     def inside_share(self) -> float:
@@ -70,12 +74,14 @@ def extract(
 ) -> Extraction:
     """The best adapter for tuned − base, of a rank or of the energy to keep in each module.
 
-    Raises BadInput where the two are no pair (a weight that the base lacks, or of another shape),
-    or nothing differs that an adapter may hold.
+    Raises BadInput where the two are no pair (they share no parameter, or a module is of another
+    size), or nothing differs that an adapter may hold.
     """
     require_one_size(rank, energy)
     factors, kept, norms, outside = {}, {}, {}, {}
-    for parameter, change in changes(tuned, base):
+    ours, theirs = open_checkpoint(tuned), open_checkpoint(base)
+    pairs, not_compared = _pairs(ours, theirs)
+    for parameter, change in _changes(ours, theirs, pairs):
         module = parameter.removesuffix(".weight")
         norm = math.sqrt(float(np.square(change, dtype=np.float64).sum()))
         if module == parameter or module not in sd1.known_modules():
@@ -89,28 +95,61 @@ def extract(
             f"{len(outside)} other parameters do"
         )
     metadata = {"name": tuned.stem, "extracted_from": {"tuned": tuned.name, "base": base.name}}
-    return Extraction(Adapter(factors, metadata), kept, norms, outside)
+    return Extraction(Adapter(factors, metadata), kept, norms, outside, not_compared)
 
 
-def changes(tuned: Path, base: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _pairs(
+    tuned: Checkpoint, base: Checkpoint
+) -> tuple[dict[str, tuple[TensorLocation, TensorLocation]], tuple[str, ...]]:
+    """Where both models keep each parameter that they share, and the tuned model's other names."""
+    after, before = parameters(tuned), parameters(base)
+    if not after:
+        raise BadInput(
+            f"{tuned.path}: no weights of a Stable Diffusion 1.x UNet or text encoder in it"
+        )
+    pairs: dict[str, tuple[TensorLocation, TensorLocation]] = {}
+    others: list[str] = []
+    for name, location in after.items():
+        if name not in before:
+            others.append(name)
+            continue
+        ours, theirs = tuned.info(location).shape, base.info(before[name]).shape
+        if math.prod(ours) == math.prod(theirs) and ours[:2] == theirs[:2]:
+            pairs[name] = (location, before[name])
+        elif name.removesuffix(".weight") in sd1.known_modules() - _OF_OTHER_CHANNELS:
+            raise BadInput(
+                f"{name}: has the shape {ours} in the tuned model, {theirs} in the base; "
+                "they are different models"
+            )
+        else:
+            others.append(name)
+    if not pairs:
+        raise BadInput(
+            f"{base.path}: has no {next(iter(after))}, nor any other parameter that {tuned.path} "
+            "has; give the model that it was tuned from"
+        )
+    lacking = [name for name in others if name.removesuffix(".weight") in sd1.known_modules()]
+    if lacking:
+        warn(
+            f"{base.path}: {len(lacking)} modules of {tuned.path} are not in it, or of another "
+            f"shape, and stay out of the adapter, the first: {lacking[0]}"
+        )
+    return pairs, tuple(others)
+
+
+def _changes(
+    tuned: Checkpoint,
+    base: Checkpoint,
+    pairs: Mapping[str, tuple[TensorLocation, TensorLocation]],
+) -> Iterator[tuple[str, np.ndarray]]:
     """Canonical parameter name and tuned − base, fp32, of every parameter that was changed.
 
     A tensor of another dtype than the base's was not where none of its weights differs by more than
-    one step of the coarser dtype. Raises BadInput as `extract` does, and for NaN or infinities.
+    one step of the coarser dtype. Raises BadInput for NaN or infinities.
     """
-    ours, theirs = open_checkpoint(tuned), open_checkpoint(base)
-    after, before = parameters(ours), parameters(theirs)
-    if not after:
-        raise BadInput(f"{tuned}: no weights of a Stable Diffusion 1.x UNet or text encoder in it")
-    absent = [name for name in after if name not in before]
-    if absent:
-        raise BadInput(
-            f"{base}: has no {absent[0]}, which {tuned} has ({len(absent)} are missing in all); "
-            "give the model that it was tuned from"
-        )
-    with progress("comparing", len(after)) as advance:
-        for name, location in after.items():
-            change = _change(name, ours.read(location), theirs.read(before[name]))
+    with progress("comparing", len(pairs)) as advance:
+        for name, (after, before) in pairs.items():
+            change = _change(name, tuned.read(after), base.read(before))
             if change is not None:
                 yield name, change
             advance()
@@ -155,11 +194,6 @@ def canonical_parameter(key: str, of_text_encoder: bool = False) -> str | None:
 
 
 def _change(name: str, after: np.ndarray, before: np.ndarray) -> np.ndarray | None:
-    if after.size != before.size or after.shape[:2] != before.shape[:2]:
-        raise BadInput(
-            f"{name}: has the shape {after.shape} in the tuned model, {before.shape} in the base; "
-            "they are different models"
-        )
     before = before.reshape(after.shape)
     alike = np.array_equal if after.dtype == before.dtype else _is_a_cast
     if alike(after.reshape(-1), before.reshape(-1)):

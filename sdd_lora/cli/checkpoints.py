@@ -238,6 +238,7 @@ def extract(
             for name, part in found.adapter.factors.items()
         },
         "outside": found.outside,
+        "not_compared": list(found.not_compared),
     }
     return Result(data, f"{_extract_text(found)}\n{line(written)}")
 
@@ -258,4 +259,6 @@ def _extract_text(found: "Extraction") -> str:
             f"outside what an adapter holds: {100 * (1 - found.inside_share):.1f} %, in "
             f"{len(found.outside)} parameters, most in {worst}"
         )
+    if found.not_compared:
+        lines.append(f"not compared, since the base has no such: {_listed(found.not_compared)}")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.detect import find
 from sdd_lora.checkpoint.extract import canonical_parameter, extract
 from sdd_lora.errors import BadInput
+from sdd_lora.io.safetensors import read_tensors
 
 NORM = "model.diffusion_model.input_blocks.1.1.norm.weight"
 LDM_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -163,8 +164,11 @@ def test_what_is_no_pair(models, tmp_path):
     )
     with pytest.raises(BadInput, match=r"shape \(320, 768\) in the tuned model, \(32, 128\)"):
         extract(other, base, rank=1)
-    with pytest.raises(BadInput, match=r"has no .*, which .* has"):
+    with pytest.raises(BadInput, match="different models"):
         extract(base, other, rank=1)
+    bias = write(tmp_path / "bias.safetensors", {"conv_in.bias": np.ones(3, np.float32)})
+    with pytest.raises(BadInput, match=r"has no .*, nor any other"):
+        extract(base, bias, rank=1)
     vae = write(
         tmp_path / "vae.safetensors", {"first_stage_model.x.weight": np.ones(2, np.float32)}
     )
@@ -206,3 +210,45 @@ def test_names_of_every_layout_meet():
     assert canonical_parameter("text_model.final_layer_norm.bias", of_text_encoder=True) == text
     for key in ("first_stage_model.x", "model_ema.decay", "alphas_cumprod", "input_blocks.99.0.x"):
         assert canonical_parameter(key) is None
+
+
+TEXT = "cond_stage_model.transformer.text_model."
+
+
+def added_token(tensors):
+    table = tensors[f"{TEXT}embeddings.token_embedding.weight"]
+    tensors[f"{TEXT}embeddings.token_embedding.weight"] = np.vstack([table, table[:1]])
+
+
+def inpainting(tensors):
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    tensors[key] = np.tile(tensors[key], (1, 3, 1, 1))[:, :9]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda t: t.update({f"{TEXT}embeddings.position_ids": np.zeros((1, 77), np.float32)}),
+            "position_ids",
+        ),
+        (
+            lambda t: t.update(
+                {"cond_stage_model.transformer.text_projection.weight": np.eye(128, dtype="f4")}
+            ),
+            "text_projection",
+        ),
+        (added_token, "token_embedding"),
+        (inpainting, "conv_in"),
+    ],
+)
+def test_parameters_that_the_base_lacks_are_listed_and_the_rest_compared(
+    models, tmp_path, change, named
+):
+    folder, adapter = models
+    tensors, _ = read_tensors(folder / "tuned.safetensors")
+    change(tensors)
+    tuned = write(tmp_path / "tuned.safetensors", tensors)
+    found = extract(tuned, folder / "base.safetensors", rank=4)
+    (only,) = found.not_compared
+    assert named in only and found.adapter.factors.keys() == adapter.factors.keys()
