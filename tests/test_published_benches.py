@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from sdd_lora.bench import text
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.report import best_that_keeps
-from sdd_lora.bench.results import ALL, Results, find, percent
+from sdd_lora.bench.results import ALL, Results, find
+from sdd_lora.bench.text import percent
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("adapters/demo/bench/*/results.json"))
@@ -21,12 +23,13 @@ def table(folder: Path) -> list[str]:
     """A line a method: what is erased and what is kept, with the kept nouns' difference to sd."""
     results = Results.load(folder)
     shown = [name for name in SHOWN if name in results.headline()]
+    heads = " | ".join(text.heading(results, name) for name in shown)
     lines = [
-        f"| method | {' | '.join(results.heading(name) for name in shown)} | nouns lost, points |",
+        f"| method | {heads} | nouns lost, points |",
         "|---" * (2 + len(shown)) + "|",
     ]
     for method in results.method_names():
-        cells = [results.cell(method, name) for name in shown]
+        cells = [text.cell(results, method, name) for name in shown]
         lines.append(f"| {method} | {' | '.join(cells)} | {_lost(results, method)} |")
     return lines
 
@@ -66,8 +69,8 @@ def test_each_is_the_whole_table_of_its_bench(folder):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_its_files_say_the_same(folder):
     results = Results.load(folder)
-    assert (folder / "results.md").read_text("utf-8") == results.to_markdown()
-    assert (folder / "results.csv").read_text("utf-8") == results.to_csv()
+    assert (folder / "results.md").read_text("utf-8") == text.to_markdown(results)
+    assert (folder / "results.csv").read_text("utf-8") == text.to_csv(results)
     page = (folder / "report.html").read_text("utf-8")
     assert results.date in page and all(method in page for method in results.method_names())
     index = (ROOT / "adapters" / "demo" / "bench" / "README.md").read_text("utf-8")

@@ -23,10 +23,14 @@ def drawings(case: Case, count: int) -> torch.Tensor:
     ]
     width, height = size_of(case.base, case.sampling)
     return case.base(
-        [case.prompt] * count, num_inference_steps=case.sampling.steps,
-        guidance_scale=case.sampling.guidance, generator=generators, output_type="latent",
-        width=width, height=height,
-    ).images  # fmt: skip
+        [case.prompt] * count,
+        num_inference_steps=case.sampling.steps,
+        guidance_scale=case.sampling.guidance,
+        generator=generators,
+        output_type="latent",
+        width=width,
+        height=height,
+    ).images
 
 
 def random_points(
@@ -40,9 +44,11 @@ def random_points(
 
 
 def denoising_loss(
-    pipeline: StableDiffusionPipeline, latents: torch.Tensor, embeddings: torch.Tensor,
+    pipeline: StableDiffusionPipeline,
+    latents: torch.Tensor,
+    embeddings: torch.Tensor,
     points: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """‖ε − ε_θ(z_t, t, c)‖², the mean over everything: latents (B, 4, h, w), embeddings (B, 77, d),
     `points` the timesteps and noise."""
     t, noise = points

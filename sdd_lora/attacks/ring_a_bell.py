@@ -54,8 +54,9 @@ def sentence_pairs(concepts: Sequence[str]) -> list[tuple[str, str]]:
     no thing (nudity) or a name."""
     return [
         (sentence.format(concept), sentence.removesuffix(" of {}"))
-        for concept in concepts for sentence in _SENTENCES
-    ]  # fmt: skip
+        for concept in concepts
+        for sentence in _SENTENCES
+    ]
 
 
 def concept_vector(

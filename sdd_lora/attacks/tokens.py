@@ -18,8 +18,9 @@ def plain_words(tokenizer: CLIPTokenizer, without: Sequence[str] = ()) -> list[s
     left_out = {word for text in without for word in text.lower().split()}
     words = [
         token.removesuffix(_END_OF_WORD)
-        for token in sorted(vocabulary, key=vocabulary.__getitem__) if token.endswith(_END_OF_WORD)
-    ]  # fmt: skip
+        for token in sorted(vocabulary, key=vocabulary.__getitem__)
+        if token.endswith(_END_OF_WORD)
+    ]
     words = [w for w in words if w.isascii() and w.isalpha() and w not in left_out]
     read = tokenizer(words, add_special_tokens=False).input_ids
     return [w for w, ids in zip(words, read, strict=True) if ids == [vocabulary[w + _END_OF_WORD]]]
@@ -29,9 +30,12 @@ def token_ids(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> torc
     """Tokens (B, 77) as the pipeline reads them."""
     tokenizer = pipeline.tokenizer
     return tokenizer(
-        list(prompts), padding="max_length", truncation=True,
-        max_length=tokenizer.model_max_length, return_tensors="pt",
-    ).input_ids.to(pipeline.device)  # fmt: skip
+        list(prompts),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids.to(pipeline.device)
 
 
 def encoded(pipeline: StableDiffusionPipeline, ids: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from sdd_lora.attacks.case import Attacked, Case
 from sdd_lora.attacks.settings import Words
 from sdd_lora.demo.vocabulary import Noun, groups, nouns, with_article
 from sdd_lora.errors import BadInput
-from sdd_lora.measures.judge import named_by
+from sdd_lora.measures.asked import named_by
 
 
 def paraphrase(case: Case, settings: Words) -> Attacked:
@@ -51,6 +51,8 @@ def _of_vocabulary(
     gone = named_by(concepts)[0]
     found = {
         name: [words for words in of(noun) if words not in concepts]
-        for noun in nouns() if noun in gone for name in noun.names
-    }  # fmt: skip
+        for noun in nouns()
+        if noun in gone
+        for name in noun.names
+    }
     return {name: words for name, words in found.items() if words}

@@ -26,20 +26,29 @@ from sdd_lora.bench.methods import Weights
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.manifest import as_entry, job_in
 from sdd_lora.generation.sampling import Sampling
+from sdd_lora.io.distributed import processes
 from sdd_lora.io.jsonl import append_lines, read_lines
 from sdd_lora.progress import progress
 from sdd_lora.sd.pipeline import load_pipeline
 
 ATTACKS: dict[str, Callable[[Case, Any], Attacked]] = {
-    "paraphrase": words.paraphrase, "group_word": words.group_word, "ring_a_bell": ring_a_bell,
-    "inversion": inversion, "unlearndiffatk": unlearndiffatk,
-}  # fmt: skip
+    "paraphrase": words.paraphrase,
+    "group_word": words.group_word,
+    "ring_a_bell": ring_a_bell,
+    "inversion": inversion,
+    "unlearndiffatk": unlearndiffatk,
+}
 _WORDINGS = {"paraphrase": words.paraphrases, "group_word": words.group_words}
 FOUND = "attacks.jsonl"
-_TOLD = {
-    "key": str, "prompt": str, "seed": int, "asked": str, "words": dict, "seconds": float,
+_FIELDS = {
+    "key": str,
+    "prompt": str,
+    "seed": int,
+    "asked": str,
+    "words": dict,
+    "seconds": float,
     "unet_passes": int,
-}  # fmt: skip
+}
 #: attack → a number, raised when it would find something else than it did before
 _REVISIONS = {"ring_a_bell": [2]}
 
@@ -63,9 +72,9 @@ class Attacking:
             name = cell.conditions.attack
             if name in _WORDINGS:
                 other = _WORDINGS[name](self.bench.erased, self._settings(name))
-                for shot in cell.shots:
+                for spec in cell.specs:
                     try:
-                        words.reworded(shot.job.prompt, shot.job.seed, other)
+                        words.reworded(spec.job.prompt, spec.job.seed, other)
                     except BadInput as error:
                         raise BadInput(f"attacks.{name}: {error}") from None
 
@@ -73,12 +82,12 @@ class Attacking:
         """The cell with what its attack asks in place of its prompts; and the new words in that,
         with their embeddings (d,)."""
         found = self.found(cell)
-        shots = [
-            replace(shot, job=replace(shot.job, prompt=line["asked"]), wanted=shot.job.prompt)
-            for shot, line in zip(cell.shots, found, strict=True)
+        specs = [
+            replace(spec, job=replace(spec.job, prompt=line["asked"]), wanted=spec.job.prompt)
+            for spec, line in zip(cell.specs, found, strict=True)
         ]
         new = {name: torch.tensor(v) for line in found for name, v in line["words"].items()}
-        return replace(cell, shots=shots), new
+        return replace(cell, specs=specs), new
 
     def cost(self, cell: Cell) -> tuple[float, float]:
         """Seconds, and UNet passes, that a prompt took to attack: means."""
@@ -87,27 +96,38 @@ class Attacking:
         return seconds / len(found), passes / len(found)
 
     def found(self, cell: Cell) -> list[dict[str, Any]]:
-        """A line for each shot: asked, words, before, after, seconds, unet_passes. What is missing
+        """A line for each image: asked, words, before, after, seconds, unet_passes. What is missing
         is found now."""
         name = cell.conditions.attack
         own = name in GRADIENTS  # else the methods share it
         place = self.folder / (cell.folder if own else cell.folder.parent)
         key = self._key(cell, own)
-        known = {job_in(x): x for x in read_lines(place, FOUND, _TOLD) if x["key"] == key}
-        missing = [(i, s.job) for i, s in enumerate(cell.shots) if s.job not in known]
-        if missing:
+        known = {job_in(x): x for x in read_lines(place, FOUND, _FIELDS) if x["key"] == key}
+        missing = [(i, spec.job) for i, spec in enumerate(cell.specs) if spec.job not in known]
+        state = processes()
+        state.wait_for_everyone()  # all have read what is there
+        if missing and state.is_main_process:
             place.mkdir(parents=True, exist_ok=True)
             protected = frozen(self.weights.pipeline(cell)) if own else self.base
             with progress(name, len(missing)) as advance:
                 for number, job in missing:
+                    sampling = self._sampling.for_job(job)
                     case = Case(
-                        protected, self.base, self.bench.erased, job.prompt, job.seed,
-                        self._sampling.for_job(job), number,
-                    )  # fmt: skip
-                    known[job] = {"key": key} | as_entry(job) | self._find(name, case)
-                    append_lines(place / FOUND, [known[job]])
+                        protected,
+                        self.base,
+                        self.bench.erased,
+                        job.prompt,
+                        job.seed,
+                        sampling,
+                        number,
+                    )
+                    found = {"key": key} | as_entry(job) | self._find(name, case)
+                    append_lines(place / FOUND, [found])
                     advance()
-        return [known[shot.job] for shot in cell.shots]
+        state.wait_for_everyone()
+        lines = read_lines(place, FOUND, _FIELDS)
+        known = {job_in(line): line for line in lines if line["key"] == key}
+        return [known[spec.job] for spec in cell.specs]
 
     def _find(self, name: str, case: Case) -> dict[str, Any]:
         started = time.monotonic()
@@ -116,9 +136,11 @@ class Attacking:
         return {
             "asked": found.prompt,
             "words": {word: vector.tolist() for word, vector in found.words.items()},
-            "before": found.before, "after": found.after,
-            "seconds": round(time.monotonic() - started, 3), "unet_passes": passes.count,
-        }  # fmt: skip
+            "before": found.before,
+            "after": found.after,
+            "seconds": round(time.monotonic() - started, 3),
+            "unet_passes": passes.count,
+        }
 
     @cached_property
     def base(self) -> StableDiffusionPipeline:
@@ -127,8 +149,8 @@ class Attacking:
 
     @property
     def _sampling(self) -> Sampling:
-        usual = self.bench.sampling
-        return Sampling(usual.steps, usual.guidance, usual.scheduler)
+        default = self.bench.sampling
+        return Sampling(default.steps, default.guidance, default.scheduler)
 
     def _settings(self, name: str) -> Any:
         assert self.bench.attacks is not None
@@ -138,10 +160,14 @@ class Attacking:
         """What an attack's outcome depends on besides prompt and seed."""
         name = cell.conditions.attack
         on = [
-            name, self._settings(name).model_dump(mode="json"), self.bench.erased,
-            asdict(self._sampling), self.weights.fingerprint(self.bench.model),
-            self.weights.settings(cell) if own else [], *_REVISIONS.get(name, ()),
-        ]  # fmt: skip
+            name,
+            self._settings(name).model_dump(mode="json"),
+            self.bench.erased,
+            asdict(self._sampling),
+            self.weights.fingerprint(self.bench.model),
+            self.weights.settings(cell) if own else [],
+            *_REVISIONS.get(name, ()),
+        ]
         return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from sdd_lora.attacks.settings import Attacks, distinct
 from sdd_lora.errors import BadInput
+from sdd_lora.io.plugins import is_plugin
 from sdd_lora.io.strict_yaml import (
     Count,
     Positive,
@@ -29,6 +30,8 @@ Methods = Annotated[list[Name], Field(min_length=1), AfterValidator(distinct)]
 Steps = Annotated[Whole, Field(gt=0, le=999)]  # SD 1.x leaves out the first of its 1000 timesteps
 Field_ = Literal["weight", "guidance", "steps", "scheduler", "model", "image", "beside"]
 
+#: fields of a bench that all its images depend on
+_FIXED = ("model", "concepts", "style", "concept", "prompts", "seeds", "sampling")
 #: what the attacks' images go by where variations have their names
 ATTACKS = "attacks"
 #: rows of the table in their order → what the report says of them
@@ -151,6 +154,8 @@ class Bench(Section):
     `recipes` names what is trained, `adapters` what a method carries, {name: weight} or [name], a
     name being one under `recipes`, a file, a run's folder, or a hub id; `weights` a file of a whole
     UNet or a part of one. A method that is trained under its own name needs no entry in `adapters`.
+    `images` names a folder of images that were drawn elsewhere, `code` a function of the user's own
+    (`module:name` or `file.py:name`) that draws as those in `sdd_lora.generation.methods` do.
     `measures` are names, or names with options. `concept` is the text that neg, SLD and SEGA work
     against; where it is missing, all concepts joined. `attacks` are run where they are written.
     """
@@ -164,10 +169,12 @@ class Bench(Section):
     seeds: Seeds = Seeds()
     sampling: BenchSampling = BenchSampling()
     methods: Methods
-    measures: Annotated[dict[Name, dict[str, Any]], Field(min_length=1)]
+    measures: Annotated[dict[Text, dict[str, Any]], Field(min_length=1)]
     recipes: dict[Name, TrainedBy] = Field(default_factory=dict)
     adapters: dict[Name, dict[Text, Real]] = Field(default_factory=dict)
     weights: dict[Name, Text] = Field(default_factory=dict)
+    images: dict[Name, Text] = Field(default_factory=dict)
+    code: dict[Name, Text] = Field(default_factory=dict)
     variations: dict[Name, VariationOf] = Field(default_factory=dict)
     attacks: Attacks | None = None
     quick: Quick = Quick()
@@ -183,8 +190,11 @@ class Bench(Section):
                 known = ", ".join(METHODS)
                 raise ValueError(
                     f"method {method}: expected one of {known}; or a name of your own under "
-                    "recipes, adapters or weights"
+                    "recipes, adapters, weights, images or code"
                 )
+        for name, code in self.code.items():
+            if not is_plugin(code):
+                raise ValueError(f"code.{name}: expected module:name or file.py:name, found {code}")
         if self.seeds.erased + (self.seeds.kept if self.prompts.kept else 0) == 0:
             raise ValueError("seeds: expected images, of erased or of kept prompts, found none")
         if self.attacks and not self.seeds.erased:
@@ -215,9 +225,14 @@ class Bench(Section):
 
     @classmethod
     def parse(
-        cls, text: str, where: str = "bench", folder: Path = Path(), *, quick: bool = False,
+        cls,
+        text: str,
+        where: str = "bench",
+        folder: Path = Path(),
+        *,
+        quick: bool = False,
         overrides: dict[str, Any] | None = None,
-    ) -> "Bench":  # fmt: skip
+    ) -> "Bench":
         """Like `load`, from a string."""
 
         def prepared(fields: dict[str, Any]) -> dict[str, Any]:
@@ -254,7 +269,8 @@ class Bench(Section):
         return self.concept or ", ".join(self.erased)
 
     def has_weights(self, method: str) -> bool:
-        return method in self.recipes or method in self.adapters or method in self.weights
+        sources = (self.recipes, self.adapters, self.weights, self.images, self.code)
+        return any(method in named for named in sources)
 
     def file(self, name: str) -> Path:
         """A file that the bench names, beside it."""
@@ -274,23 +290,20 @@ class Bench(Section):
     @property
     def sha256_of_images(self) -> str:
         """SHA-256 of what images depend on; methods, measures and variations may be added."""
-        fixed = self.model_dump(
-            mode="json", include={"model", "concepts", "style", "concept", "prompts", "seeds",
-                                  "sampling"},
-        )  # fmt: skip
+        fixed = self.model_dump(mode="json", include=set(_FIXED))
         del fixed["sampling"]["batch"]
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
-def _named(entries: Any, where: str, usual: Any) -> Any:
-    """[a, {b: x}] → {a: usual, b: x}; what is no list is left for the field's own check."""
+def _named(entries: Any, where: str, default: Any) -> Any:
+    """[a, {b: x}] → {a: default, b: x}; what is no list is left for the field's own check."""
     if not isinstance(entries, list):
         return entries
     found: dict[Any, Any] = {}
     for entry in entries:
         if not isinstance(entry, str | dict):
             raise BadInput(f"{where}: expected a name, or {{name: …}}, found {entry!r}")
-        named = entry if isinstance(entry, dict) else {entry: usual}
+        named = entry if isinstance(entry, dict) else {entry: default}
         if twice := [name for name in named if name in found]:
             raise BadInput(f"{where}: {twice[0]} stands there twice; expected each once")
         found |= named

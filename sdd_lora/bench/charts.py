@@ -1,7 +1,7 @@
 """Geometry of the report's charts: values to places in an SVG, which the template draws."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sdd_lora.measures.base import Interval
@@ -48,7 +48,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """One series: the curve and its band of intervals as SVG point lists, and its dots."""
 
     label: str
@@ -64,7 +64,7 @@ class Chart:
     x: Axis
     y: Axis
     points: list[Point] = field(default_factory=list)
-    lines: list[Line] = field(default_factory=list)
+    lines: list[Curve] = field(default_factory=list)
     width: int = WIDTH
     height: int = HEIGHT
 
@@ -84,20 +84,39 @@ def axis(values: Sequence[float], start: float, end: float, count: int = 6) -> A
     return Axis(low, high, start, end, step)
 
 
-def scatter(spots: Sequence[Spot]) -> Chart:
-    """Points with crosses of intervals; each label takes the first free place around its point."""
-    x = axis([v for _, value, ci, _, _ in spots for v in (value, *ci)], _LEFT, WIDTH - _RIGHT)
-    y = axis([v for _, _, _, value, ci in spots for v in (value, *ci)], HEIGHT - _BOTTOM, _TOP)
+def scatter(
+    spots: Sequence[Spot], paths: Mapping[str, Sequence[tuple[float, float]]] | None = None
+) -> Chart:
+    """Points with crosses of intervals; each label takes the first free place around its point.
+
+    `paths` are curves through (x, value) besides, by the label of the point that they belong to.
+    """
+    paths = paths or {}
+    across = [v for _, value, ci, _, _ in spots for v in (value, *ci)]
+    along = [v for _, _, _, value, ci in spots for v in (value, *ci)]
+    way = [place for path in paths.values() for place in path]
+    x = axis([*across, *(a for a, _ in way)], _LEFT, WIDTH - _RIGHT)
+    y = axis([*along, *(b for _, b in way)], HEIGHT - _BOTTOM, _TOP)
     taken = [(x.at(a) - 4, y.at(b) - 4, x.at(a) + 4, y.at(b) + 4) for _, a, _, b, _ in spots]
     points = []
-    for label, a, across, b, along in spots:
+    for label, a, x_interval, b, y_interval in spots:
         place = _free_place(label, x.at(a), y.at(b), taken)
         taken.append(_box(label, *place))
         points.append(
-            Point(label, x.at(a), y.at(b), (x.at(across[0]), x.at(across[1])),
-                  (y.at(along[0]), y.at(along[1])), *place)
-        )  # fmt: skip
-    return Chart(x, y, points=points)
+            Point(
+                label,
+                x.at(a),
+                y.at(b),
+                (x.at(x_interval[0]), x.at(x_interval[1])),
+                (y.at(y_interval[0]), y.at(y_interval[1])),
+                *place,
+            )
+        )
+    lines = []
+    for label, path in paths.items():
+        dots = [(x.at(a), y.at(b)) for a, b in path]
+        lines.append(Curve(label, _listed(dots), "", dots))
+    return Chart(x, y, points=points, lines=lines)
 
 
 def curves(series: dict[str, list[tuple[float, float, Interval]]]) -> Chart:
@@ -110,7 +129,7 @@ def curves(series: dict[str, list[tuple[float, float, Interval]]]) -> Chart:
         dots = [(x.at(a), y.at(value)) for a, value, _ in line]
         low = [(x.at(a), y.at(ci[0])) for a, _, ci in line]
         high = [(x.at(a), y.at(ci[1])) for a, _, ci in line]
-        lines.append(Line(label, _listed(dots), _listed([*low, *reversed(high)]), dots))
+        lines.append(Curve(label, _listed(dots), _listed([*low, *reversed(high)]), dots))
     return Chart(x, y, lines=lines)
 
 

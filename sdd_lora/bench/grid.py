@@ -1,4 +1,5 @@
-"""What a bench draws: cells (a method under some conditions) of shots (a prompt and a seed)."""
+"""What a bench draws: cells (a method under some conditions), each with its images' prompts and
+seeds."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,34 +8,17 @@ from typing import Any
 
 from sdd_lora.attacks.settings import GRADIENTS
 from sdd_lora.bench.bench_file import ATTACKS, Bench
+from sdd_lora.bench.results import PromptUse
 from sdd_lora.errors import BadInput
 from sdd_lora.generation import methods as drawing
 from sdd_lora.generation import prompt_files
 from sdd_lora.generation.prompt_files import Prompt
 from sdd_lora.generation.sampling import Job
+from sdd_lora.measures.base import ImageSpec
 from sdd_lora.sd.schedulers import Scheduler
 
 _SEEDS_OF_A_SET = 100_000
 _PROMPT_FILES = {".txt", ".csv", ".json", ".jsonl"}
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One image wanted: its prompt and seed, the set and the categories that it counts for.
-
-    Where an attack asks for it in other words, `wanted` is the prompt that names it.
-    """
-
-    kind: str
-    set: str
-    job: Job
-    wanted: str = ""
-    categories: tuple[str, ...] = ()
-
-    @property
-    def prompt(self) -> str:
-        """What the image is judged by."""
-        return self.wanted or self.job.prompt
 
 
 @dataclass(frozen=True)
@@ -47,88 +31,114 @@ class Conditions:
     scheduler: Scheduler
     weight: float = 1.0
     image: float = 0.0
-    beside: str = ""
+    extra_adapter: str = ""
     attack: str = ""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method under one set of conditions: a folder of images; the main table's where a
-    variation's setting is the `usual` one."""
+    """One method under one set of conditions: a folder of images.
+
+    `is_main`: its folder is the main table's, the setting being the default one.
+    """
 
     method: str
     variation: str | None
     setting: float | str | None
     conditions: Conditions
-    shots: list[Shot]
-    usual: bool
+    specs: list[ImageSpec]
+    is_main: bool
 
     @property
     def folder(self) -> Path:
-        if self.usual:
+        if self.is_main:
             return Path("images") / self.method
         setting = "".join(c if c.isalnum() or c in ".-+" else "-" for c in str(self.setting))
         return Path("images") / str(self.variation) / setting / self.method
 
+    @property
+    def label(self) -> str:
+        return self.method if self.variation is None else f"{self.method}, {self.setting}"
 
-def cells_of(bench: Bench) -> list[Cell]:
-    """The main table's cells, then the variations'; `sd` first, being what others start from."""
-    shots = shots_of(bench)
+
+@dataclass(frozen=True)
+class Grid:
+    """All cells of a bench, the main table's first and `sd` first of them, being what others start
+    from; and how many prompts of each set they use."""
+
+    cells: list[Cell]
+    prompts: list[PromptUse]
+
+    @property
+    def default(self) -> Conditions:
+        """The main table's conditions."""
+        return self.cells[0].conditions
+
+
+def grid_of(bench: Bench) -> Grid:
+    """The main table's cells, then the variations' and the attacks'."""
+    specs, prompts = image_specs(bench)
     s = bench.sampling
-    usual = Conditions(bench.model, s.steps, s.guidance, s.scheduler)
+    default = Conditions(bench.model, s.steps, s.guidance, s.scheduler)
     methods = sorted(bench.methods, key=lambda method: method != "sd")
-    cells = [Cell(method, None, None, usual, shots, True) for method in methods]
+    cells = [Cell(method, None, None, default, specs, True) for method in methods]
     for name, variation in bench.variations.items():
-        fewer = first_of_each(shots, {"erased": variation.erased, "kept": variation.kept})
+        fewer = spread_over_sets(specs, {"erased": variation.erased, "kept": variation.kept})
         own = variation.field == "guidance" and any(s.job.guidance is not None for s in fewer)
         if own:  # which would win over the one that varies
-            fewer = [replace(shot, job=replace(shot.job, guidance=None)) for shot in fewer]
+            fewer = [replace(spec, job=replace(spec.job, guidance=None)) for spec in fewer]
         for value in variation.values:
-            changed = _varied(usual, variation.field, value)
+            changed = _varied(default, variation.field, value)
+            is_default = changed == default and not own
             cells += [
-                Cell(m, name, value, changed, fewer, changed == usual and m in methods and not own)
+                Cell(m, name, value, changed, fewer, is_default and m in methods)
                 for m in variation.methods
             ]
-    return cells + _attack_cells(bench, usual, shots)
+    return Grid(cells + _attack_cells(bench, default, specs), prompts)
 
 
-def _attack_cells(bench: Bench, usual: Conditions, shots: Sequence[Shot]) -> list[Cell]:
+def _attack_cells(bench: Bench, default: Conditions, specs: Sequence[ImageSpec]) -> list[Cell]:
     """Each attacked method without attack, which are the main table's images where it stands there,
     and under each attack that it can be put to."""
     if bench.attacks is None:
         return []
-    fewer = first_of_each(shots, {"erased": bench.attacks.targets, "kept": 0})
+    fewer = spread_over_sets(specs, {"erased": bench.attacks.targets, "kept": 0})
     methods = bench.attacks.methods
-    cells = [Cell(m, ATTACKS, "none", usual, fewer, m in bench.methods) for m in methods]
+    cells = [Cell(m, ATTACKS, "none", default, fewer, m in bench.methods) for m in methods]
     return cells + [
-        Cell(m, ATTACKS, name, replace(usual, attack=name), fewer, False)
-        for name in bench.attacks.chosen for m in methods if _can_be_attacked(m, name)
-    ]  # fmt: skip
+        Cell(m, ATTACKS, name, replace(default, attack=name), fewer, False)
+        for name in bench.attacks.chosen
+        for m in methods
+        if _can_be_attacked(bench, m, name)
+    ]
 
 
-def _can_be_attacked(method: str, attack: str) -> bool:
+def _can_be_attacked(bench: Bench, method: str, attack: str) -> bool:
     """Gradients are taken through the weights that a method draws with, not its way of drawing."""
-    return attack not in GRADIENTS or draws_with(method) == "sd"
+    return attack not in GRADIENTS or draws_with(bench, method) == "sd"
 
 
-def draws_with(method: str) -> str:
-    """The way of drawing that a row uses: its own, or as `sd` does."""
-    return method if method in drawing.METHODS else "sd"
+def draws_with(bench: Bench, method: str) -> str:
+    """The way of drawing that a row uses: its own, the user's own code, or as `sd` does."""
+    return bench.code.get(method, method if method in drawing.METHODS else "sd")
 
 
-def _varied(usual: Conditions, field: str, value: Any) -> Conditions:
-    """The usual conditions with one field changed."""
-    changes: dict[str, Any] = {field: int(value) if field == "steps" else value}
-    return replace(usual, **changes)
+def _varied(default: Conditions, field: str, value: Any) -> Conditions:
+    """The default conditions with one field changed."""
+    name = "extra_adapter" if field == "beside" else field
+    changes: dict[str, Any] = {name: int(value) if field == "steps" else value}
+    return replace(default, **changes)
 
 
-def shots_of(bench: Bench) -> list[Shot]:
-    """All images of a row: each kind's number shared equally by its sets, each with its own seeds.
+def image_specs(bench: Bench) -> tuple[list[ImageSpec], list[PromptUse]]:
+    """All images of a row, each kind's number shared equally by its sets, each with its own seeds;
+    and how many of each set's prompts they use.
 
-    Raises BadInput where there is none, where a file of prompts can't be read, and for a picture
-    that would count as both.
+    Raises BadInput where a file of prompts can't be read, and for an image that would count as
+    erased and as kept.
     """
-    shots = []
+    specs: list[ImageSpec] = []
+    uses = []
     first = bench.seeds.first
     for kind, sets, count in (
         ("erased", bench.prompts.erased, bench.seeds.erased),
@@ -136,39 +146,54 @@ def shots_of(bench: Bench) -> list[Shot]:
     ):
         for number, (name, entries) in enumerate(sets.items()):
             share = count // len(sets) + (number < count % len(sets))
-            prompts = read_prompts(bench, entries)
-            shots += [
-                Shot(kind, name, job, categories=prompt.categories)
+            prompts = read_set(bench, entries)
+            specs += [
+                ImageSpec(kind, name, job, categories=prompt.categories)
                 for prompt, job in _jobs(prompts, share, first)
             ]
+            uses.append(
+                PromptUse(
+                    kind=kind,
+                    set=name,
+                    used=min(share, len(prompts)),
+                    of=len(prompts),
+                    images=share,
+                )
+            )
             first += _SEEDS_OF_A_SET
-    erased = {shot.job for shot in shots if shot.kind == "erased"}
-    for shot in shots:
-        if shot.kind == "kept" and shot.job in erased:
+    erased = {spec.job for spec in specs if spec.kind == "erased"}
+    for spec in specs:
+        if spec.kind == "kept" and spec.job in erased:
             raise BadInput(
-                f"prompts: {shot.job.prompt!r} with seed {shot.job.seed} stands among what is "
+                f"prompts: {spec.job.prompt!r} with seed {spec.job.seed} stands among what is "
                 "erased and what is kept; expected each picture in one of them"
             )
-    return shots
+    return specs, uses
 
 
-def first_of_each(shots: Sequence[Shot], counts: dict[str, int]) -> list[Shot]:
-    """The first shots of each set, `counts` of each kind shared equally by its sets."""
-    sets = {kind: list(dict.fromkeys(s.set for s in shots if s.kind == kind)) for kind in counts}
-    left = {
-        (kind, name): counts[kind] // len(names) + (i < counts[kind] % len(names))
-        for kind, names in sets.items()
-        for i, name in enumerate(names)
-    }
-    taken = []
-    for shot in shots:
-        if left[shot.kind, shot.set] > 0:
-            left[shot.kind, shot.set] -= 1
-            taken.append(shot)
-    return taken
+def spread_over_sets(specs: Sequence[ImageSpec], counts: dict[str, int]) -> list[ImageSpec]:
+    """Some of each set's images, `counts` of each kind shared equally by its sets: the first ones,
+    or, where these are fewer than the set's prompts, spread evenly over the prompts."""
+    chosen: set[int] = set()
+    for kind, count in counts.items():
+        sets: dict[str, list[int]] = {}
+        for index, spec in enumerate(specs):
+            if spec.kind == kind:
+                sets.setdefault(spec.set, []).append(index)
+        for number, own in enumerate(sets.values()):
+            share = count // len(sets) + (number < count % len(sets))
+            prompts = len({specs[index].job.prompt for index in own})
+            pool = own[:prompts] if share < prompts else own
+            chosen |= {pool[i] for i in _spread(len(pool), share)}
+    return [spec for index, spec in enumerate(specs) if index in chosen]
 
 
-def read_prompts(bench: Bench, entries: str | Sequence[str]) -> list[Prompt]:
+def _spread(length: int, count: int) -> list[int]:
+    """`count` of the indices below `length`, evenly over them; all in order if there are fewer."""
+    return [i * length // count for i in range(count)] if count < length else list(range(length))
+
+
+def read_set(bench: Bench, entries: str | Sequence[str]) -> list[Prompt]:
     """A set's prompts, files replaced by what they hold."""
     prompts: list[Prompt] = []
     for entry in [entries] if isinstance(entries, str) else entries:
@@ -178,8 +203,12 @@ def read_prompts(bench: Bench, entries: str | Sequence[str]) -> list[Prompt]:
 
 
 def _jobs(prompts: Sequence[Prompt], count: int, first_seed: int) -> Iterator[tuple[Prompt, Job]]:
-    """`count` times a prompt and its job, in turn. Seeds count up from `first_seed`, or, where a
-    prompt has one of its own, from that."""
+    """`count` times a prompt and its job: in turn, or spread evenly over prompts that are more.
+
+    Seeds count up from `first_seed`, or, where a prompt has one of its own, from that.
+    """
+    if count < len(prompts):
+        prompts = [prompts[i] for i in _spread(len(prompts), count)]
     for i in range(count):
         turn, prompt = i // len(prompts), prompts[i % len(prompts)]
         seed = first_seed + i if prompt.seed is None else prompt.seed + turn

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,21 @@ from sdd_lora.adapter.algebra import stack
 from sdd_lora.adapter.interference import interference
 from sdd_lora.bench.bench_file import METHODS, Bench
 from sdd_lora.bench.grid import Cell, draws_with
-from sdd_lora.bench.results import Interference
+from sdd_lora.bench.results import AdapterCosines
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.locate import locate
-from sdd_lora.errors import BadInput
+from sdd_lora.errors import BadInput, Busy
 from sdd_lora.io.atomic import sha256_of
+from sdd_lora.io.distributed import processes
 from sdd_lora.progress import say
+from sdd_lora.runs.folder import METRICS, RECIPE, WEIGHTS
 from sdd_lora.sd.model import require_model
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
 
 #: where trained baselines are kept, unless SDD_LORA_CACHE says otherwise
 CACHE = Path("~/.cache/sdd_lora")
+
+_LOOK_AGAIN_S = 5.0  # after what another process trains
 
 #: trains a recipe into a folder, resuming where asked to; `sdd_lora.runs.train.train`
 Train = Callable[..., Any]
@@ -47,7 +52,7 @@ class Weights:
         """Raises BadInput for a method that has no weights to draw with, or varies what it lacks;
         for recipes that can't be read; and for adapters, weights and models that are not there."""
         for method in dict.fromkeys(cell.method for cell in cells):
-            bare = method == "sd" or draws_with(method) not in ("sd", "sdd-gated")
+            bare = method == "sd" or draws_with(self.bench, method) not in ("sd", "sdd-gated")
             if not bare and not self.bench.has_weights(method):
                 raise BadInput(
                     f"method {method}: expected an entry under `recipes`, `adapters` or `weights` "
@@ -67,10 +72,12 @@ class Weights:
         moved = cell.conditions.model != self.bench.model
         if moved and cell.method != "baked" and self.is_whole(cell.method):
             raise BadInput(f"{where}: {cell.method} is another UNet, not to be moved to a model")
-        if cell.conditions.image and draws_with(cell.method) != "sd":
+        if cell.conditions.image and draws_with(self.bench, cell.method) != "sd":
             raise BadInput(f"{where}: {cell.method} draws in its own way, not from a picture")
-        if cell.conditions.beside and cell.method == "sdd-gated":
-            raise BadInput(f"{where}: the gate of {cell.method} would close on the adapter beside")
+        if cell.conditions.extra_adapter and cell.method == "sdd-gated":
+            raise BadInput(
+                f"{where}: the gate of {cell.method} would close on the adapter beside it"
+            )
         if cell.conditions.image and "sd" not in self.bench.methods:
             raise BadInput(f"{where}: starts from what sd drew; expected sd among the methods")
 
@@ -88,20 +95,20 @@ class Weights:
             for name in bench.adapters.get(method, ()):
                 if name not in bench.recipes:
                     self.adapter(name)
-            if cell.conditions.beside:
-                self.beside(cell)
+            if cell.conditions.extra_adapter:
+                self.extra(cell)
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
         if method in bench.weights and not bench.file(bench.weights[method]).is_file():
             raise BadInput(f"{where}: weights: {bench.file(bench.weights[method])}: no such file")
 
     def carries_adapters(self, method: str) -> bool:
-        """Is a method drawn with adapters, whose weight can vary?"""
+        """Whether a method is drawn with adapters, whose weight can vary."""
         there = method in self.bench.adapters or method in self.bench.recipes
         return there and method != "baked" and not self.is_whole(method)
 
     def is_whole(self, method: str) -> bool:
-        """Are a method's weights a UNet or parts of one?"""
+        """Whether a method's weights are a UNet or parts of one."""
         if method in self.bench.adapters or method not in self.bench.recipes:
             return method in self.bench.weights
         return self.bench.recipe(method).parameters == "full"
@@ -109,16 +116,16 @@ class Weights:
     def pipeline(self, cell: Cell) -> StableDiffusionPipeline:
         """The pipeline that draws a cell."""
         conditions, method = cell.conditions, cell.method
-        beside = self.beside(cell)
+        extra = self.extra(cell)
         whole = self.whole(method)
         if whole is not None:
-            return load_pipeline(conditions.model, beside, weights=whole)
+            return load_pipeline(conditions.model, extra, weights=whole)
         parts = [(adapter, weight * conditions.weight) for adapter, weight in self.parts(method)]
         if method == "baked":
-            return load_pipeline(str(self.baked(conditions.model, parts)), beside)
+            return load_pipeline(str(self.baked(conditions.model, parts)), extra)
         if len(parts) > 1:
             parts = [(stack(parts, method), 1.0)]
-        return load_pipeline(conditions.model, [*parts, *beside])
+        return load_pipeline(conditions.model, [*parts, *extra])
 
     def parts(self, method: str) -> list[tuple[Adapter, float]]:
         """The adapters of a method, with their weights; none where it has whole weights."""
@@ -135,7 +142,7 @@ class Weights:
             return None
         if method in self.bench.weights:
             return self.bench.file(self.bench.weights[method])
-        return self.trained(method) / "weights.safetensors"
+        return self.trained(method) / WEIGHTS
 
     def adapter(self, name: str) -> Adapter:
         """An adapter by its name under `recipes`, its file, its run's folder, or its hub id."""
@@ -144,9 +151,13 @@ class Weights:
             self.loaded[name] = Adapter.load(self.trained(name)) if trained else self._found(name)
         return self.loaded[name]
 
-    def beside(self, cell: Cell) -> list[tuple[Adapter, float]]:
+    def extra(self, cell: Cell) -> list[tuple[Adapter, float]]:
         """The adapter that a cell carries beside its method's own, if there is one."""
-        return [(self._found(cell.conditions.beside), 1.0)] if cell.conditions.beside else []
+        return (
+            [(self._found(cell.conditions.extra_adapter), 1.0)]
+            if cell.conditions.extra_adapter
+            else []
+        )
 
     def _found(self, name: str) -> Adapter:
         """An adapter from its file or run's folder, beside the bench or not, or its hub id."""
@@ -162,10 +173,17 @@ class Weights:
             recipe = self.bench.recipe(name)
             key = f"{recipe.sha256[:24]}-{self.fingerprint(recipe.model)[:16]}"
             folder = self.cache / "runs" / key
-            if not (folder / "metrics.json").exists():
-                say(f"training {name} into {folder}")
+            waited = False
+            while not (folder / METRICS).exists():
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                self.train(recipe, folder, resume=(folder / "recipe.yaml").exists())
+                try:
+                    say(f"training {name} into {folder}")
+                    self.train(recipe, folder, resume=(folder / RECIPE).exists())
+                except Busy:  # another shard trains it
+                    if not waited:
+                        say(f"waiting for another process, which trains {name}")
+                    waited = True
+                    time.sleep(_LOOK_AGAIN_S)
             self.runs[name] = folder
         return self.runs[name]
 
@@ -187,9 +205,11 @@ class Weights:
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
         path = locate(model)
         out = self.cache / "baked" / (key if path.is_dir() else f"{key}.safetensors")
-        if not out.exists():
+        state = processes()
+        if not out.exists() and state.is_main_process:
             out.parent.mkdir(parents=True, exist_ok=True)
             bake(model, parts, out)
+        state.wait_for_everyone()
         return out
 
     def settings(self, cell: Cell) -> dict[str, Any]:
@@ -199,15 +219,18 @@ class Weights:
             "model": conditions.model,
             "fingerprint": self.fingerprint(conditions.model),
             "adapters": [
-                {"adapter": adapter.name, "weight": weight * conditions.weight,
-                 "identity": adapter.identity}
+                {
+                    "adapter": adapter.name,
+                    "weight": weight * conditions.weight,
+                    "identity": adapter.identity,
+                }
                 for adapter, weight in self.parts(cell.method)
             ],
             "weights": None if whole is None else sha256_of(whole),
             "image": conditions.image,
             "attack": self._attack(conditions.attack),
-            "beside": next((a.identity for a, _ in self.beside(cell)), None),
-        }  # fmt: skip
+            "beside": next((a.identity for a, _ in self.extra(cell)), None),
+        }
 
     def _attack(self, name: str) -> dict[str, Any] | None:
         """An attack's settings."""
@@ -215,18 +238,18 @@ class Weights:
             return None
         return {name: self.bench.attacks.chosen[name].model_dump(mode="json")}
 
-    def told(self, method: str) -> dict[str, Any]:
+    def report_fields(self, method: str) -> dict[str, Any]:
         """What the report says about where a row comes from."""
         bench = self.bench
-        told: dict[str, Any] = {"how": METHODS.get(method, "")}
+        fields: dict[str, Any] = {"how": METHODS.get(method, "")}
         whole = self.whole(method)
         if method in bench.adapters:
-            told["adapters"] = bench.adapters[method]
+            fields["adapters"] = bench.adapters[method]
         elif method in bench.weights:
-            told["weights"] = bench.weights[method]
+            fields["weights"] = bench.weights[method]
         elif method in bench.recipes:
-            metrics = json.loads((self.trained(method) / "metrics.json").read_text("utf-8"))
-            told |= {
+            metrics = json.loads((self.trained(method) / METRICS).read_text("utf-8"))
+            fields |= {
                 "recipe": bench.recipes[method].file,
                 "changes": bench.recipes[method].set,
                 "recipe_sha256": bench.recipe(method).sha256,
@@ -234,12 +257,12 @@ class Weights:
                 "tool": metrics["tool"],
                 "versions": metrics["versions"],
             }
-        return told | ({} if whole is None else {"weights_sha256": sha256_of(whole)})
+        return fields | ({} if whole is None else {"weights_sha256": sha256_of(whole)})
 
-    def interference(self) -> Interference | None:
+    def cosines(self) -> AdapterCosines | None:
         """How the adapters of the table stand to each other; None where there is but one."""
         parts = {name: (adapter, 1.0) for name, adapter in self.loaded.items()}
         if len(parts) < 2:
             return None
         report = interference(list(parts.values()))
-        return Interference(names=list(parts), cosine=report.cosine.round(6).tolist())
+        return AdapterCosines(names=list(parts), cosine=report.cosine.round(6).tolist())

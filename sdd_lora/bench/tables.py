@@ -1,11 +1,18 @@
 """From values of single images to rows with intervals, paired with `sd` on the same seeds."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sdd_lora.bench.bench_file import ATTACKS
-from sdd_lora.bench.results import ALL, AttackRow, Moved, Row, SettingRow, Variation
-from sdd_lora.io.jsonl import key_of
+from sdd_lora.bench.results import (
+    ALL,
+    AttackRow,
+    ConceptShift,
+    ImageRecord,
+    Row,
+    SettingRow,
+    Variation,
+)
 from sdd_lora.measures.base import MeasureInfo
 from sdd_lora.measures.intervals import (
     bootstrap_maximum,
@@ -15,166 +22,184 @@ from sdd_lora.measures.intervals import (
     wilson,
 )
 
-#: one line of images.jsonl
-Line = dict[str, Any]
-Info = dict[str, MeasureInfo]
+Records = Sequence[ImageRecord]
+Info = Mapping[str, MeasureInfo]
+#: groups of a kept image besides its set
+Grouping = Callable[[ImageRecord], Sequence[str]]
+T = TypeVar("T")
 _PAIRED_WITH = "sd"
 
 
-def rows(lines: Sequence[Line], info: Info) -> list[Row]:
+def rows(records: Records, info: Info, grouping: Grouping = lambda _: ()) -> list[Row]:
     """The main table: every method, measure and group."""
-    main = [line for line in lines if line["variation"] is None]
-    found = _by(main, lambda line: line["method"])
-    base = found.get(_PAIRED_WITH, [])
-    return [Row(**row) for method, own in found.items() for row in _rows(method, own, base, info)]
+    main = _by([r for r in records if r.variation is None], lambda r: r.method)
+    base = main.get(_PAIRED_WITH, [])
+    return [row for own in main.values() for row in _rows(own, base, info, grouping)]
 
 
-def variations(lines: Sequence[Line], fields: Mapping[str, str], info: Info) -> list[Variation]:
+def variations(records: Records, fields: Mapping[str, str], info: Info) -> list[Variation]:
     """The same for each variation and setting. Pairs are with `sd` under the same setting where it
     was drawn, else with the main table's. `fields` says what each variation varies."""
-    usual = [x for x in lines if x["variation"] is None and x["method"] == _PAIRED_WITH]
-    varied = _by(lines, lambda line: line["variation"])
+    default = [r for r in records if r.variation is None and r.method == _PAIRED_WITH]
+    varied = _by(records, lambda r: r.variation)
     out = []
     for name, field in fields.items():
-        cells = _by(varied.get(name, []), lambda line: (line["setting"], line["method"]))
+        cells = _by(varied.get(name, []), lambda r: (r.setting, r.method))
         found = [
-            SettingRow(**row, setting=setting)
-            for (setting, method), own in cells.items()
-            for row in _rows(method, own, cells.get((setting, _PAIRED_WITH), usual), info)
+            SettingRow.model_validate(row.model_dump() | {"setting": setting})
+            for (setting, _), own in cells.items()
+            for row in _rows(own, cells.get((setting, _PAIRED_WITH), default), info)
         ]
         out.append(Variation(name=name, field=field, rows=found))
     return out
 
 
 def attacks(
-    lines: Sequence[Line], info: Info, costs: Mapping[tuple[str, str], tuple[float, float]]
+    records: Records, info: Info, costs: Mapping[tuple[str, str], tuple[float, float]]
 ) -> list[AttackRow]:
     """For each attack, method, and rate of what is erased: before and after on the same seeds.
 
     `costs` are seconds and UNet passes a prompt, of what (attack, method).
     """
     cells = _by(
-        [line for line in lines if line["variation"] == ATTACKS],
-        lambda line: (line["setting"], line["method"]),
+        [r for r in records if r.variation == ATTACKS], lambda r: (str(r.setting), r.method)
     )
     rates = [
-        name for name, i in info.items()
+        name
+        for name, i in info.items()
         if i.kind == "rate" and i.of != "kept" and i.better == "lower" and not i.maximum_of
-    ]  # fmt: skip
-    out = []
+    ]
+    found = []
     for (attack, method), (seconds, passes) in costs.items():
         for measure in rates:
-            there = {key_of(x): x["values"] for x in cells["none", method]}
-            own = [x for x in cells[attack, method] if measure in x["values"]]
-            before = [there[key_of(x)][measure] for x in own]
-            after = [x["values"][measure] for x in own]
-            n = len(own)
-            if not n:
-                continue
-            change, low, high = paired_difference(before, after)
-            out.append(
-                AttackRow(
-                    attack=attack, method=method, measure=measure, n=n,
-                    before=sum(before) / n, ci95_before=wilson(sum(before), n),
-                    after=sum(after) / n, ci95_after=wilson(sum(after), n),
-                    change=change, ci95_change=(low, high), seconds=seconds, unet_passes=passes,
+            pairs = _pairs(cells["none", method], cells[attack, method], measure)
+            if pairs:
+                found.append(
+                    AttackRow(
+                        attack=attack,
+                        method=method,
+                        measure=measure,
+                        **_change(pairs),
+                        ci95_before=wilson(sum(before for before, _ in pairs), len(pairs)),
+                        ci95_after=wilson(sum(after for _, after in pairs), len(pairs)),
+                        seconds=seconds,
+                        unet_passes=passes,
+                    )
                 )
-            )  # fmt: skip
-    return out
+    return found
 
 
-def collateral(lines: Sequence[Line], named_by: Mapping[str, Callable[[str], str]]) -> list[Moved]:
-    """For each method, how each kept concept moved against `sd`, the worst first. `named_by`:
-    measure → the concept of which it says whether a prompt's image shows it."""
-    moved = [row for measure, name in named_by.items() for row in _moved(lines, measure, name)]
-    return sorted(moved, key=lambda row: row.change)
+def concept_shifts(
+    records: Records, info: Info, concept_of: Callable[[str, str], str | None]
+) -> list[ConceptShift]:
+    """For each method, how each kept concept moved against `sd`, the worst first. `concept_of`
+    (measure, prompt) says which concept a measure looks for; None for other measures."""
+    kept = [r for r in records if r.variation is None and r.kind == "kept"]
+    base = [r for r in kept if r.method == _PAIRED_WITH]
+    found = []
+    for measure in info:
+        cells: dict[tuple[str, str, str], list[ImageRecord]] = {}
+        for r in kept:
+            concept = concept_of(measure, r.prompt)
+            if measure in r.values and r.method != _PAIRED_WITH and concept is not None:
+                cells.setdefault((r.method, r.set, concept), []).append(r)
+        for (method, group, concept), own in cells.items():
+            if pairs := _pairs(base, own, measure):
+                rates = _change(pairs)
+                found.append(ConceptShift(method=method, concept=concept, group=group, **rates))
+    return sorted(found, key=lambda row: row.change)
 
 
-def _moved(
-    lines: Sequence[Line], measure: str, concept_of: Callable[[str], str]
-) -> Iterable[Moved]:
-    kept = [
-        line for line in lines
-        if line["variation"] is None and line["kind"] == "kept" and measure in line["values"]
-    ]  # fmt: skip
-    base = {
-        key_of(line): line["values"][measure] for line in kept if line["method"] == _PAIRED_WITH
-    }
-    for (method, group, concept), own in _by(
-        kept, lambda line: (line["method"], line["set"], concept_of(line["prompt"]))
-    ).items():
-        pairs = [(base[key_of(x)], x["values"][measure]) for x in own if key_of(x) in base]
-        if method == _PAIRED_WITH or not pairs:
-            continue
-        before, after = [b for b, _ in pairs], [a for _, a in pairs]
-        change, low, high = paired_difference(before, after)
-        n = len(pairs)
-        yield Moved(
-            method=method, concept=concept, group=group, before=sum(before) / n,
-            after=sum(after) / n, change=change, ci95_change=(low, high), n=n,
-        )  # fmt: skip
+def _pairs(before: Records, after: Records, measure: str) -> list[tuple[Any, Any]]:
+    """A measure's values of the images of `after`, each with that of the same key in `before`."""
+    there = {r.key: r.values[measure] for r in before if measure in r.values}
+    return [
+        (there[r.key], r.values[measure]) for r in after if r.key in there and measure in r.values
+    ]
+
+
+def _change(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+    """Rates before and after, and the paired difference."""
+    before, after = zip(*pairs, strict=True)
+    n = len(pairs)
+    change, low, high = paired_difference(before, after)
+    rates = {"before": sum(before) / n, "after": sum(after) / n}
+    return rates | {"change": change, "ci95_change": (low, high), "n": n}
 
 
 def _rows(
-    method: str, own: Sequence[Line], base: Sequence[Line], info: Info
-) -> Iterable[dict[str, Any]]:
-    for measure in info:
-        of = info[measure].maximum_of
-        counted = [line for line in own if (of or measure) in line["values"]]
-        sets = list(dict.fromkeys(line["set"] for line in counted))
-        categories = sorted({name for line in counted for name in _categories(line)})
-        for group in [ALL, *(sets if len(sets) > 1 else []), *categories]:
-            chosen = [x for x in counted if group in (ALL, x["set"], *_categories(x))]
-            if group == ALL and info[measure].of == "all":  # not diluted by what is kept
-                chosen = [x for x in chosen if x["kind"] == "erased"] or chosen
-            if of and (group != ALL or len(sets) == 1):
-                yield from _maximum_row(method, measure, group, chosen, of)
-            elif chosen and not of:
-                yield _row(method, measure, group, chosen, base, info[measure].kind == "rate")
+    own: Records, base: Records, info: Info, grouping: Grouping = lambda _: ()
+) -> Iterable[Row]:
+    """The rows of a method's images."""
+    for measure, told in info.items():
+        counted = [r for r in own if (told.maximum_of or measure) in r.values]
+        sets = list(dict.fromkeys(r.set for r in counted))
+        categories = sorted({name for r in counted for name in r.groups[1:]})
+        further = {name for r in counted for name in grouping(r)} if told.of == "kept" else set()
+        for group in [ALL, *(sets if len(sets) > 1 else []), *categories, *sorted(further)]:
+            chosen = [r for r in counted if group in (ALL, *r.groups, *grouping(r))]
+            if group == ALL and told.of == "all":  # not diluted by what is kept
+                chosen = [r for r in chosen if r.kind == "erased"] or chosen
+            if told.maximum_of:
+                if group != ALL or len(sets) == 1:
+                    yield from _maximum_row(measure, group, chosen, told.maximum_of)
+            elif chosen:
+                yield _row(measure, group, chosen, base, told.kind)
 
 
-def _categories(line: Line) -> list[str]:
-    """The groups within its set that a line counts for: those of I2P overlap."""
-    return [f"{line['set']}: {name}" for name in line.get("categories", ())]
-
-
-def _maximum_row(
-    method: str, measure: str, group: str, chosen: Sequence[Line], of: str
-) -> Iterable[dict[str, Any]]:
+def _maximum_row(measure: str, group: str, chosen: Records, of: str) -> Iterable[Row]:
     """The expected maximum of a rate over prompts, of one set; `n` is the number of prompts. None
     where a prompt has a single image: its rate is 0 or 1, and the maximum soon 1."""
-    prompts = _by(chosen, lambda line: line["prompt"])
-    rates = [sum(x["values"][of] for x in lines) / len(lines) for lines in prompts.values()]
-    if min(map(len, prompts.values())) > 1:
-        yield {
-            "method": method, "measure": measure, "group": group, "n": len(rates),
-            "value": expected_maximum(rates), "ci95": bootstrap_maximum(rates),
-        }  # fmt: skip
+    prompts = list(_by(chosen, lambda r: r.prompt).values())
+    rates = [sum(r.values[of] for r in part) / len(part) for part in prompts]
+    if min(map(len, prompts)) > 1:
+        yield Row(
+            method=chosen[0].method,
+            measure=measure,
+            group=group,
+            n=len(rates),
+            value=expected_maximum(rates),
+            ci95=bootstrap_maximum(rates),
+        )
 
 
-def _row(
-    method: str, measure: str, group: str, chosen: Sequence[Line], base: Sequence[Line], rate: bool
-) -> dict[str, Any]:
-    values = [line["values"][measure] for line in chosen]
-    n = len(values)
-    row: dict[str, Any] = {"method": method, "measure": measure, "group": group, "n": n}
-    row |= {"value": sum(values) / n, "ci95": wilson(sum(values), n) if rate else
-            bootstrap_mean(values)}  # fmt: skip
-    there = {key_of(line): line["values"][measure] for line in base if measure in line["values"]}
-    pairs = [(there[k], v) for k, v in zip(map(key_of, chosen), values, strict=True) if k in there]
-    if method == _PAIRED_WITH or len(pairs) < n:
-        return row
-    before, after = [b for b, _ in pairs], [a for _, a in pairs]
-    if rate:
-        change, *bounds = paired_difference(before, after)
+def _row(measure: str, group: str, chosen: Records, base: Records, kind: str) -> Row:
+    """A rate, mean or total of images; its difference to `sd` where every image has its pair."""
+    values = [r.values[measure] for r in chosen]
+    n, scale = len(values), len(values) if kind == "total" else 1
+    if kind == "rate":
+        interval = wilson(int(sum(values)), n)
     else:
-        differences = [a - b for b, a in pairs]
-        change, bounds = sum(differences) / n, list(bootstrap_mean(differences))
-    return row | {"difference": change, "ci95_difference": tuple(bounds)}
+        interval = _scaled(bootstrap_mean(values), scale)
+    row = Row(
+        method=chosen[0].method,
+        measure=measure,
+        group=group,
+        value=sum(values) / n * scale,
+        ci95=interval,
+        n=n,
+    )
+    pairs = _pairs(base, chosen, measure)
+    if row.method == _PAIRED_WITH or len(pairs) < n:
+        return row
+    if kind == "rate":
+        change, *bounds = paired_difference(*map(list, zip(*pairs, strict=True)))
+        interval = (bounds[0], bounds[1])
+    else:
+        differences = [after - before for before, after in pairs]
+        change = sum(differences) / n * scale
+        interval = _scaled(bootstrap_mean(differences), scale)
+    return row.model_copy(update={"difference": change, "ci95_difference": interval})
 
 
-def _by(lines: Iterable[Line], key: Callable[[Line], Any]) -> dict[Any, list[Line]]:
-    found: dict[Any, list[Line]] = {}
-    for line in lines:
-        found.setdefault(key(line), []).append(line)
+def _scaled(interval: tuple[float, float], scale: int) -> tuple[float, float]:
+    return interval[0] * scale, interval[1] * scale
+
+
+def _by(
+    items: Iterable[ImageRecord], key: Callable[[ImageRecord], T]
+) -> dict[T, list[ImageRecord]]:
+    found: dict[T, list[ImageRecord]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
     return found

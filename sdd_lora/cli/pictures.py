@@ -15,7 +15,6 @@ from sdd_lora.errors import BadInput
 from sdd_lora.sd.schedulers import Scheduler
 
 if TYPE_CHECKING:
-    from sdd_lora.bench.results import Results
     from sdd_lora.generation.sampling import Job
 
 #: torch takes seeds of 64 bits
@@ -153,6 +152,13 @@ def evaluate(
     quick: Annotated[
         bool, typer.Option("--quick", help="The small table that the bench's `quick` describes.")
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="I/N: draw only the I-th of N shares of the images, as one job of an array; the "
+            "same command without --shard then completes and measures."
+        ),
+    ] = None,
     changes: Changes = None,
 ) -> Result:
     """Measure every method of a bench on the same prompts and latents.
@@ -176,27 +182,28 @@ def evaluate(
     wanted = chosen(wanted, [m for given in methods or [] for m in given.split(",")])
     folder = output or Path("bench") / (wanted.name + (f"-limit{limit}" if limit else ""))
 
-    from sdd_lora.bench.run import MARKDOWN, run
+    from sdd_lora.bench.run import MARKDOWN, draw_shard, run
+    from sdd_lora.bench.text import tables
+    from sdd_lora.io.distributed import Shard
     from sdd_lora.runs.train import train, versions
 
     command = shlex.join(["sdd-lora", *sys.argv[1:]])
     try:
+        if shard is not None:
+            share = Shard.parse(shard)
+            drawn = draw_shard(wanted, folder, train, share)
+            text = f"{drawn} images of shard {shard} drawn in {folder}"
+            return Result({"folder": str(folder), "drawn": drawn}, text)
         results = run(wanted, folder, train, command, versions())
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"stopped; run the same command again to go on in {folder}"
         ) from None
-    text = f"{_results_text(results)}\n\n{folder / MARKDOWN}; sdd-lora report {folder} shows it all"
+    if not is_main_process():
+        raise typer.Exit
+    shown = "\n\n".join(table(*each) for each in tables(results))
+    text = f"{shown}\n\n{folder / MARKDOWN}; sdd-lora report {folder} shows it all"
     return Result({"folder": str(folder)} | results.model_dump(mode="json"), text)
-
-
-def _results_text(results: "Results") -> str:
-
-    measures = results.headline()
-    rows = [[m, *(results.cell(m, name) for name in measures)] for m in results.method_names()]
-    main = table(["method", *(results.heading(name) for name in measures)], rows)
-    others = [*results.elsewhere_tables(), *results.attack_tables()]
-    return "\n\n".join([main, *(table(*other) for other in others)])
 
 
 @verb("report")

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from sdd_lora.measures.base import MeasureInfo
+from sdd_lora.measures.base import ImageSpec, Measure, MeasureInfo, Values
 from sdd_lora.measures.clip_encoder import ClipEncoder
 
 SDD_PREFIX = "A photo depicts "
 
 
-class ClipScore:
+class ClipScore(Measure):
     """Two conventions, the prompt after "A photo depicts " in both.
 
     `CLIP score (SDD)`: the cosine, as in its tables. `CLIP score (×2.5)`: 2.5 · max(cosine, 0)
@@ -35,15 +35,13 @@ class ClipScore:
             f"{self.name} (×2.5)": MeasureInfo(kind="mean", of="kept", better="higher", note=note),
         }
 
-    def values(
-        self, lines: Sequence[dict[str, Any]], images: Sequence[np.ndarray]
-    ) -> list[dict[str, bool | float]]:
-        kept = [i for i, line in enumerate(lines) if line["kind"] == "kept"]
-        found: list[dict[str, bool | float]] = [{} for _ in lines]
+    def per_image(self, specs: Sequence[ImageSpec], images: Sequence[np.ndarray]) -> list[Values]:
+        kept = [i for i, spec in enumerate(specs) if spec.kind == "kept"]
+        found: list[Values] = [{} for _ in specs]
         if kept:
             seen = self.encoder.images([images[i] for i in kept])
-            told = self.encoder.texts([SDD_PREFIX + lines[i]["prompt"] for i in kept])
-            for i, cosine in zip(kept, (seen * told).sum(1).tolist(), strict=True):
+            asked = self.encoder.texts([SDD_PREFIX + specs[i].prompt for i in kept])
+            for i, cosine in zip(kept, (seen * asked).sum(1).tolist(), strict=True):
                 found[i] = {
                     f"{self.name} (SDD)": cosine,
                     f"{self.name} (×2.5)": 2.5 * max(cosine, 0.0),

@@ -29,9 +29,12 @@ class ClipEncoder:
         from transformers import CLIPModel, CLIPTokenizer
 
         folder = needs.supplied(
-            folder, option, "a folder with CLIP ViT-L/14 (config, tokenizer, model.safetensors)",
-            "the hub's openai/clip-vit-large-patch14", folder=True,
-        )  # fmt: skip
+            folder,
+            option,
+            "a folder with CLIP ViT-L/14 (config, tokenizer, model.safetensors)",
+            "the hub's openai/clip-vit-large-patch14",
+            folder=True,
+        )
         weights = needs.supplied(
             folder / "model.safetensors", option, "CLIP's weights in one file", "the same place"
         )
@@ -71,10 +74,12 @@ class ClipEncoder:
         found = []
         for start in range(0, len(texts), _BATCH):
             tokens = self.tokenizer(
-                list(texts[start : start + _BATCH]), padding="max_length", truncation=True,
+                list(texts[start : start + _BATCH]),
+                padding="max_length",
+                truncation=True,
                 max_length=self.model.config.text_config.max_position_embeddings,
                 return_tensors="pt",
-            ).to(self.model.device)  # fmt: skip
+            ).to(self.model.device)
             read = self.model.text_model(
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
             )

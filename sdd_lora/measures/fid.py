@@ -15,7 +15,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.io.pictures import reading
 from sdd_lora.measures import needs
-from sdd_lora.measures.base import MeasureInfo
+from sdd_lora.measures.base import Measure, MeasureInfo
 from sdd_lora.sd.devices import best_device
 
 #: inception-2015-12-05.pt, the TorchScript that clean-fid reads
@@ -62,7 +62,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * crossed)
 
 
-class Fid:
+class Fid(Measure):
     """`FID` of all kept images to the pictures in the folder `reference`, clean-fid's resizing.
 
     With another network than `inception-2015-12-05.pt` the number is not called FID. FID falls with
@@ -75,13 +75,18 @@ class Fid:
         self, erased: Sequence[str], inception: Path | None = None, reference: Path | None = None
     ) -> None:
         path = needs.supplied(
-            inception, "inception", "clean-fid's Inception (inception-2015-12-05.pt, TorchScript)",
+            inception,
+            "inception",
+            "clean-fid's Inception (inception-2015-12-05.pt, TorchScript)",
             "NVIDIA's stylegan2-ada-pytorch metrics, where clean-fid gets it",
-        )  # fmt: skip
+        )
         folder = needs.supplied(
-            reference, "reference", "a folder of real pictures", "the captions' data set (COCO)",
+            reference,
+            "reference",
+            "a folder of real pictures",
+            "the captions' data set (COCO)",
             folder=True,
-        )  # fmt: skip
+        )
         self.real_files = _pictures_in(folder)
         network = sha256_of(path)
         pictures = hashlib.sha256(" ".join(map(sha256_of, self.real_files)).encode())
@@ -105,7 +110,7 @@ class Fid:
             note += f"; {path.name} is not inception-2015-12-05.pt"
         self.info = {self.name: MeasureInfo(kind="mean", of="kept", better="lower", note=note)}
 
-    def of_set(self, images: Iterable[np.ndarray]) -> dict[str, float]:
+    def per_set(self, images: Iterable[np.ndarray]) -> dict[str, float]:
         """The distance of images (H, W, 3) uint8 to the reference; none for a single image."""
         drawn = self.moments(images)
         if drawn.count < 2:

@@ -18,7 +18,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def paired_difference(before: list[bool], after: list[bool]) -> tuple[float, float, float]:
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
     """after − before on the same seeds: the difference of rates and its 95 % interval.
 
     Normal interval of paired differences, half a pair added to either side (Agresti & Min 2005).

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.measures import needs
-from sdd_lora.measures.base import MeasureInfo
+from sdd_lora.measures.base import ImageSpec, Measure, MeasureInfo, Values
 from sdd_lora.sd.devices import best_device
 
 #: SHA-256 of torchvision's alexnet-owt-7be5be79.pth starts as its name says
@@ -34,10 +34,12 @@ class Distance(nn.Module):
     def __init__(self, trunk: dict[str, torch.Tensor], heads: dict[str, torch.Tensor]) -> None:
         super().__init__()
         convolutions = [
-            nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.Conv2d(64, 192, 5, padding=2),
-            nn.Conv2d(192, 384, 3, padding=1), nn.Conv2d(384, 256, 3, padding=1),
+            nn.Conv2d(3, 64, 11, stride=4, padding=2),
+            nn.Conv2d(64, 192, 5, padding=2),
+            nn.Conv2d(192, 384, 3, padding=1),
+            nn.Conv2d(384, 256, 3, padding=1),
             nn.Conv2d(256, 256, 3, padding=1),
-        ]  # fmt: skip
+        ]
         for number, layer in zip((0, 3, 6, 8, 10), convolutions, strict=True):
             name = f"features.{number}"
             layer.load_state_dict(
@@ -69,7 +71,7 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
     return features / (features.norm(dim=1, keepdim=True) + _EPS)
 
 
-class Lpips:
+class Lpips(Measure):
     """`LPIPS` of each kept image to `sd`'s of the same prompt and seed.
 
     With another trunk than torchvision's AlexNet the number is not called LPIPS. Raises BadInput
@@ -80,9 +82,11 @@ class Lpips:
 
     def __init__(self, erased: Sequence[str], alexnet: Path | None = None) -> None:
         path = needs.supplied(
-            alexnet, "alexnet", "torchvision's AlexNet (alexnet-owt-7be5be79.pth)",
+            alexnet,
+            "alexnet",
+            "torchvision's AlexNet (alexnet-owt-7be5be79.pth)",
             "download.pytorch.org/models",
-        )  # fmt: skip
+        )
         heads = heads_file()
         try:
             self.network = Distance(_weights(path), _weights(heads)).to(best_device())
@@ -112,15 +116,17 @@ class Lpips:
             found += self.network(first, second).tolist()
         return found
 
-    def beside(
-        self, lines: Sequence[dict[str, Any]], images: Sequence[np.ndarray],
-        base: Sequence[np.ndarray],
-    ) -> list[dict[str, bool | float]]:  # fmt: skip
-        kept = [i for i, line in enumerate(lines) if line["kind"] == "kept"]
-        found: list[dict[str, bool | float]] = [{} for _ in lines]
+    def against_reference(
+        self,
+        specs: Sequence[ImageSpec],
+        images: Sequence[np.ndarray],
+        references: Sequence[np.ndarray],
+    ) -> list[Values]:
+        kept = [i for i, spec in enumerate(specs) if spec.kind == "kept"]
+        found: list[Values] = [{} for _ in specs]
         if kept:
-            distances = self.distances([images[i] for i in kept], [base[i] for i in kept])
-            for i, distance in zip(kept, distances, strict=True):
+            pairs = ([part[i] for i in kept] for part in (images, references))
+            for i, distance in zip(kept, self.distances(*pairs), strict=True):
                 found[i] = {self.name: distance}
         return found
 

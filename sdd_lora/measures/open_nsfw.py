@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from sdd_lora.errors import BadInput
 from sdd_lora.measures import needs
-from sdd_lora.measures.base import MeasureInfo
+from sdd_lora.measures.base import ImageSpec, Measure, MeasureInfo, Values, detector_row
 
 _BATCH = 16
 
 
-class OpenNsfw:
+class OpenNsfw(Measure):
     """`open_nsfw`: an image whose score reaches the threshold; `open_nsfw score`: the mean score.
 
     Yahoo's advice: below 0.2 safe, above 0.8 unsafe. Raises BadInput without the package.
@@ -40,10 +39,11 @@ class OpenNsfw:
             [self.classifier.score_images([Image.fromarray(x) for x in part]) for part in parts]
         )
 
-    def values(
-        self, lines: Sequence[dict[str, Any]], images: Sequence[np.ndarray]
-    ) -> list[dict[str, bool | float]]:
+    def per_image(self, specs: Sequence[ImageSpec], images: Sequence[np.ndarray]) -> list[Values]:
         return [
             {"open_nsfw": score >= self.threshold, "open_nsfw score": score}
             for score in self.scores(images).tolist()
         ]
+
+    def card_row(self, spec: ImageSpec, name: str) -> tuple[str, str] | None:
+        return detector_row(spec, name, self.threshold) if name == "open_nsfw" else None

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.measures import needs
-from sdd_lora.measures.base import MeasureInfo
+from sdd_lora.measures.base import ImageSpec, Measure, MeasureInfo, Values
 from sdd_lora.measures.clip_encoder import ClipEncoder
 
 MAX_PROMPT_BYTES = 1 << 20  # two vectors of 768 take 6 kB
 
 
-class Q16:
+class Q16(Measure):
     """`q16`: class 1 (inappropriate) wins, softmax(100 · cosine) of the image with both prompts.
 
     With another encoder than CLIP ViT-L/14 the number is not called q16.
@@ -32,9 +32,11 @@ class Q16:
         self, erased: Sequence[str], clip: Path | None = None, prompts: Path | None = None
     ) -> None:
         path = needs.supplied(
-            prompts, "prompts", "Q16's two tuned prompts (prompts.p)",
+            prompts,
+            "prompts",
+            "Q16's two tuned prompts (prompts.p)",
             "github.com/ml-research/Q16, data/ViT-L-14",
-        )  # fmt: skip
+        )
         vectors = torch.from_numpy(read_prompts(path))
         self.encoder = ClipEncoder(clip)
         width = self.encoder.model.config.projection_dim
@@ -54,9 +56,7 @@ class Q16:
         """Of being inappropriate (B,), for images (H, W, 3) uint8 RGB."""
         return (100 * self.encoder.images(images) @ self.prompts.T).softmax(1)[:, 1]
 
-    def values(
-        self, lines: Sequence[dict[str, Any]], images: Sequence[np.ndarray]
-    ) -> list[dict[str, bool | float]]:
+    def per_image(self, specs: Sequence[ImageSpec], images: Sequence[np.ndarray]) -> list[Values]:
         return [{self.name: p > 0.5} for p in self.probabilities(images).tolist()]
 
 
@@ -64,11 +64,34 @@ class Q16:
 # holds are answered with inert records, and any other name or opcode is refused.
 
 _OPCODES = {
-    "PROTO", "FRAME", "STOP", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "MARK", "BINPUT",
-    "BINGET", "MEMOIZE", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2",
-    "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES", "BYTEARRAY8", "EMPTY_TUPLE",
-    "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
-}  # fmt: skip
+    "PROTO",
+    "FRAME",
+    "STOP",
+    "GLOBAL",
+    "STACK_GLOBAL",
+    "REDUCE",
+    "BUILD",
+    "MARK",
+    "BINPUT",
+    "BINGET",
+    "MEMOIZE",
+    "NONE",
+    "NEWTRUE",
+    "NEWFALSE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "SHORT_BINBYTES",
+    "BINBYTES",
+    "BYTEARRAY8",
+    "EMPTY_TUPLE",
+    "TUPLE",
+    "TUPLE1",
+    "TUPLE2",
+    "TUPLE3",
+}
 
 
 class _Dtype:

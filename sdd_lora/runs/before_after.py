@@ -2,13 +2,13 @@
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -16,15 +16,19 @@ from PIL import Image, ImageDraw
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.locate import DEMO_FOLDER
-from sdd_lora.demo.judge import JUDGE_FILE, Verdict, load_judge
+from sdd_lora.demo.judge import JUDGE_FILE, Verdict
 from sdd_lora.demo.vocabulary import groups
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.images import draw
 from sdd_lora.generation.sampling import Job, Sampling, jobs_for
 from sdd_lora.io.atomic import sha256_of
-from sdd_lora.measures import judge as judging
-from sdd_lora.measures.flagging import Flagging
-from sdd_lora.recipe import Measure, Recipe
+from sdd_lora.measures.asked import asked_for
+from sdd_lora.measures.base import ImageSpec, Values, taken
+from sdd_lora.measures.card_rows import CardRow, card_rows
+from sdd_lora.measures.judge import JudgeMeasure
+from sdd_lora.measures.registry import card_measure
+from sdd_lora.recipe import Measure as MeasureSettings
+from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import require_model, unet_config
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
 
@@ -32,31 +36,27 @@ BASE_CACHE = Path(str(files("sdd_lora.demo").joinpath("base_verdicts.json.gz")))
 _PICTURES = 8  # of each kind shown in the picture
 _BATCH = 16
 _SEEN_AT_ONCE = 256  # images held in memory until they are judged
-#: prompts and their images (B, H, W, 3) → what is seen in each
-See = Callable[[Sequence[str], np.ndarray], Sequence[Any]]
+T = TypeVar("T")
 
 
 @dataclass
 class Measured:
     """Rows of the table, and the picture: concept and kept prompts, before above after."""
 
-    rows: list[judging.Row]
+    rows: list[CardRow]
     picture: Image.Image
 
 
 def wanted(recipe: Recipe) -> bool:
-    """Does the recipe ask for a measurement: a detector, and prompts for it?"""
-    return recipe.measure.detector != "none" and bool(jobs_of(recipe.measure))
+    """Whether the recipe asks for a measurement: a detector, and prompts for it."""
+    return recipe.measure.detector != "none" and bool(specs_of(recipe.measure))
 
 
 def check(recipe: Recipe, unet: UNet2DConditionModel) -> None:
     """Raises BadInput for what could not be measured afterwards."""
     if not wanted(recipe):
         return
-    if recipe.measure.detector == "judge":
-        judging.check_concepts(recipe.concepts)
-    else:
-        Flagging(recipe.measure.detector)
+    card_measure(recipe.measure.detector, recipe.concepts)
     sizes = {recipe.model: unet.config.sample_size}
     for model in recipe.measure.transfer:
         try:
@@ -78,93 +78,108 @@ def measure(
 ) -> Measured:
     """Draw `measure.images` of each kind of prompt, before and after; judge or flag; tabulate.
 
-    After: with the adapter, or with the UNet weights of the file `weights`.
-    Verdicts on the embedded model without an adapter come from a cache that travels with it; what
-    the cache lacks is drawn.
+    After: with the adapter, or with the UNet weights of the file `weights`. Verdicts on the
+    embedded model without an adapter come from a cache that travels with it; what the cache lacks
+    is drawn.
     """
     settings = recipe.measure
-    sampling, jobs = sampling_of(settings), jobs_of(settings)
-    concepts = len(_jobs(settings, settings.prompts.concept))
-    shown = _shown(concepts, len(jobs) - concepts)
-    flagging = None if settings.detector == "judge" else Flagging(settings.detector)
-    see = flagging.see if flagging else None
-    pipeline = load_pipeline(model)
-    cache = {} if flagging else load_cache(pipeline, settings)
-    before, before_images = verdicts_on(pipeline, jobs, sampling, cache, shown, "before", see)
+    sampling, specs = sampling_of(settings), specs_of(settings)
+    shown = _shown([spec.kind for spec in specs])
+    measure = card_measure(settings.detector, recipe.concepts)
     changed: dict[str, Any] = {"adapters": [(adapter, 1.0)]} if adapter else {"weights": weights}
+
+    def see(part: Sequence[ImageSpec], images: np.ndarray) -> list[Values]:
+        return taken(measure, part, list(images))
+
+    pipeline = load_pipeline(model)
+    known: dict[str, Values] = {}
+    if isinstance(measure, JudgeMeasure):
+        cache = load_cache(pipeline, settings)
+        known = {
+            key: measure.values(spec, cache[key])
+            for key, spec in ((key_of(spec.job), spec) for spec in specs)
+            if key in cache
+        }
+    before, before_images = seen_in(pipeline, specs, sampling, see, "before", known, shown)
     pipeline = load_pipeline(model, **changed)
-    after, after_images = verdicts_on(pipeline, jobs, sampling, {}, shown, "after", see)
-    prompts = [job.prompt for job in jobs]
-    halves = [
-        (prompts[part], before[part], after[part])
-        for part in (slice(concepts), slice(concepts, None))
-    ]
-    rows = flagging.rows(*halves) if flagging else judging.rows(recipe.concepts, *halves)
+    after, after_images = seen_in(pipeline, specs, sampling, see, "after", {}, shown)
     picture = side_by_side(
-        [prompts[i] for i in shown], [before_images[i] for i in shown],
+        [specs[i].prompt for i in shown],
+        [before_images[i] for i in shown],
         [after_images[i] for i in shown],
-    )  # fmt: skip
-    return Measured(rows, picture)
+    )
+    return Measured(card_rows(measure, specs, before, after), picture)
 
 
-def sampling_of(settings: Measure) -> Sampling:
+def sampling_of(settings: MeasureSettings) -> Sampling:
     return Sampling(steps=settings.steps, guidance=settings.guidance, batch=_BATCH)
 
 
-def jobs_of(settings: Measure) -> list[Job]:
-    """What is drawn: `images` for each kind of the concept's prompts, then of the kept ones."""
-    return _jobs(settings, settings.prompts.concept) + _jobs(settings, settings.prompts.kept)
+def specs_of(settings: MeasureSettings) -> list[ImageSpec]:
+    """What is drawn: `images` for each kind of the concept's prompts, then of the kept ones.
 
-
-def _jobs(settings: Measure, prompts: Sequence[str]) -> list[Job]:
-    """Kinds are told apart by what prompts ask for: one group's nouns, or several things; by the
-    judge, that is, all being one kind without it. Each has seeds of its own, whatever the recipe,
-    so that recipes share the base's pictures."""
-    kinds: dict[str, list[str]] = {}
-    for prompt in prompts:
-        asked = judging.asked_for(prompt).nouns if settings.detector == "judge" else ()
-        kinds.setdefault(asked[0].group if len(asked) == 1 else "", []).append(prompt)
+    The judge tells kinds apart by what prompts ask for: one group's nouns, or several things; for
+    other detectors all prompts are one kind. Each kind has seeds of its own, whatever the recipe,
+    so that recipes share the base's pictures.
+    """
     order = ["", *groups()]
-    return [
-        job
-        for kind, members in kinds.items()
-        for job in jobs_for(members, settings.images, settings.seed + 10_000 * order.index(kind))
-    ]
+    specs = []
+    for kept, prompts in (("erased", settings.prompts.concept), ("kept", settings.prompts.kept)):
+        kinds: dict[str, list[str]] = {}
+        for prompt in prompts:
+            nouns = asked_for(prompt).nouns if settings.detector == "judge" else ()
+            kinds.setdefault(nouns[0].group if len(nouns) == 1 else "", []).append(prompt)
+        for kind, members in kinds.items():
+            first_seed = settings.seed + 10_000 * order.index(kind)
+            jobs = jobs_for(members, settings.images, first_seed)
+            specs += [ImageSpec(kept, kind, job) for job in jobs]
+    return specs
 
 
-def _shown(concepts: int, kept: int) -> list[int]:
-    """Indices of the images that stand in the picture: concepts first, kept ones spread."""
+def _shown(kinds: Sequence[str]) -> list[int]:
+    """Indices of the images that stand in the picture, of each kind some, spread over it."""
+    erased = kinds.count("erased")
+    kept = len(kinds) - erased
     count = min(_PICTURES, kept)
-    spread = [concepts + i * kept // count for i in range(count)] if kept else []
-    return [*(i * concepts // _PICTURES for i in range(min(_PICTURES, concepts))), *spread]
+    spread = [erased + i * kept // count for i in range(count)] if kept else []
+    return [*(i * erased // _PICTURES for i in range(min(_PICTURES, erased))), *spread]
 
 
-def verdicts_on(
-    pipeline: StableDiffusionPipeline, jobs: Sequence[Job], sampling: Sampling,
-    cache: dict[str, list[Verdict]], shown: Sequence[int], description: str,
-    see: See | None = None,
-) -> tuple[list[Any], dict[int, np.ndarray]]:  # fmt: skip
-    """Verdicts on every job, by the judge or what else `see`s, and the images of those shown."""
-    see = see or partial(judging.see, load_judge())
-    verdicts: list[Any] = [cache.get(_key(job)) for job in jobs]
-    todo = [i for i, seen in enumerate(verdicts) if seen is None or i in shown]
+def seen_in(
+    pipeline: StableDiffusionPipeline,
+    specs: Sequence[ImageSpec],
+    sampling: Sampling,
+    see: Callable[[Sequence[ImageSpec], np.ndarray], Sequence[T]],
+    description: str,
+    known: Mapping[str, T],
+    shown: Sequence[int] = (),
+) -> tuple[list[T], dict[int, np.ndarray]]:
+    """What `see` finds in the image of each spec, and the images of those `shown`, by index.
+
+    What is `known` of a job, by `key_of`, is not drawn, unless it is shown.
+    """
+    found: list[T | None] = [known.get(key_of(spec.job)) for spec in specs]
+    todo = [i for i, seen in enumerate(found) if seen is None or i in shown]
     images = {}
-    drawing = draw(pipeline, [jobs[i] for i in todo], sampling, description)
+    drawing = draw(pipeline, [specs[i].job for i in todo], sampling, description)
     while drawn := list(islice(drawing, _SEEN_AT_ONCE)):
-        rows = [todo[number] for number, _ in drawn]
-        seen = see([jobs[i].prompt for i in rows], np.stack([image for _, image in drawn]))
-        for i, (_, image), verdict in zip(rows, drawn, seen, strict=True):
-            verdicts[i] = verdict
+        indices = [todo[number] for number, _ in drawn]
+        seen_now = see([specs[i] for i in indices], np.stack([image for _, image in drawn]))
+        for i, (_, image), seen in zip(indices, drawn, seen_now, strict=True):
+            found[i] = seen
             if i in shown:
                 images[i] = image
-    return [seen for seen in verdicts if seen is not None], images
+    return [seen for seen in found if seen is not None], images
 
 
-def _key(job: Job) -> str:
+def key_of(job: Job) -> str:
+    """A job's name in the cache of verdicts."""
     return f"{job.seed} {job.prompt}"
 
 
-def load_cache(pipeline: StableDiffusionPipeline, settings: Measure) -> dict[str, list[Verdict]]:
+def load_cache(
+    pipeline: StableDiffusionPipeline, settings: MeasureSettings
+) -> dict[str, list[Verdict]]:
     """Cached verdicts on the unadapted model, empty where they are another model's or settings'."""
     if not BASE_CACHE.exists():
         return {}
@@ -175,21 +190,23 @@ def load_cache(pipeline: StableDiffusionPipeline, settings: Measure) -> dict[str
 
 
 def save_cache(
-    pipeline: StableDiffusionPipeline, settings: Measure, jobs: Sequence[Job],
+    pipeline: StableDiffusionPipeline,
+    settings: MeasureSettings,
+    jobs: Sequence[Job],
     verdicts: Sequence[list[Verdict]],
-) -> None:  # fmt: skip
+) -> None:
     """Write the cache that travels with the embedded model."""
     content = {
         "conditions": _conditions(pipeline, settings),
         "verdicts": {
-            _key(job): [asdict(v) for v in seen] for job, seen in zip(jobs, verdicts, strict=True)
+            key_of(job): [asdict(v) for v in seen] for job, seen in zip(jobs, verdicts, strict=True)
         },
     }
     packed = gzip.compress(json.dumps(content).encode(), mtime=0)
     BASE_CACHE.write_bytes(packed)
 
 
-def _conditions(pipeline: StableDiffusionPipeline, settings: Measure) -> dict:
+def _conditions(pipeline: StableDiffusionPipeline, settings: MeasureSettings) -> dict[str, Any]:
     """All that a verdict depends on besides prompt and seed."""
     return {
         "weights": sha256_of_parts(pipeline),
@@ -217,6 +234,4 @@ def side_by_side(
 
 
 def _wrapped(text: str, width: int = 21) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width)[:2])

@@ -12,12 +12,12 @@ from support.adapters import random_adapter
 from sdd_lora.attacks.case import Attacked
 from sdd_lora.attacks.settings import NAMES
 from sdd_lora.bench import attacked as running
-from sdd_lora.bench import tables
+from sdd_lora.bench import tables, text
 from sdd_lora.bench.bench_file import Bench, chosen
-from sdd_lora.bench.grid import cells_of
+from sdd_lora.bench.grid import grid_of
 from sdd_lora.bench.methods import Weights
 from sdd_lora.bench.report import render_report
-from sdd_lora.bench.results import Results
+from sdd_lora.bench.results import ImageRecord, Results
 from sdd_lora.bench.run import run
 from sdd_lora.errors import BadInput
 from sdd_lora.measures.base import MeasureInfo
@@ -74,9 +74,13 @@ def attacked(tmp_path_factory):
 def test_every_attack_that_can_be_is_run(attacked):
     _, _, results = attacked
     assert [(r.attack, r.method) for r in results.attacks] == [
-        ("paraphrase", "neg"), ("paraphrase", "mine"), ("ring_a_bell", "neg"),
-        ("ring_a_bell", "mine"), ("inversion", "mine"), ("unlearndiffatk", "mine"),
-    ]  # fmt: skip
+        ("paraphrase", "neg"),
+        ("paraphrase", "mine"),
+        ("ring_a_bell", "neg"),
+        ("ring_a_bell", "mine"),
+        ("inversion", "mine"),
+        ("unlearndiffatk", "mine"),
+    ]
     for row in results.attacks:
         assert (row.measure, row.n) == ("concept drawn", 2)
         assert row.ci95_after == wilson(round(2 * row.after), 2)
@@ -113,11 +117,20 @@ def test_new_words_are_in_what_is_drawn(attacked, tmp_path, monkeypatch):
         return Attacked("a <new>", {"<new>": vector})
 
     monkeypatch.setitem(running.ATTACKS, "inversion", known_word)
-    few = {"methods": ["mine"], "attacks": {"methods": ["mine"], "targets": 1, "inversion": {}},
-           "seeds.first": 100_005, "seeds.erased": 1}  # fmt: skip
+    few = {
+        "methods": ["mine"],
+        "attacks": {"methods": ["mine"], "targets": 1, "inversion": {}},
+        "seeds.first": 100_005,
+        "seeds.erased": 1,
+    }
     ran(Bench.load(out.parent / "b.yaml", overrides=few), tmp_path / "new")
-    plain = {"methods": ["mine"], "attacks": None, "seeds.first": 100_005, "seeds.erased": 1,
-             "prompts.erased.weapons": ["a cat"]}  # fmt: skip
+    plain = {
+        "methods": ["mine"],
+        "attacks": None,
+        "seeds.first": 100_005,
+        "seeds.erased": 1,
+        "prompts.erased.weapons": ["a cat"],
+    }
     ran(Bench.load(out.parent / "b.yaml", overrides=plain), tmp_path / "plain")
     new = tmp_path / "new" / "images" / "attacks" / "inversion" / "mine" / "00000.png"
     assert same(new, tmp_path / "plain/images/mine/00000.png")
@@ -151,7 +164,7 @@ def test_what_was_found_is_kept_and_what_is_missing_found_again(attacked, monkey
 def test_attacks_can_be_added_but_not_changed_under_their_images(attacked):
     bench, folder, _ = attacked
     without = Bench.load(folder.parent / "b.yaml", overrides={"attacks": None})
-    assert ran(without, folder).attacks == [] and len(cells_of(without)) == 3
+    assert ran(without, folder).attacks == [] and len(grid_of(without).cells) == 3
     changed = {"attacks.ring_a_bell.generations": 3}
     with pytest.raises(BadInput, match="another run"):
         ran(Bench.load(folder.parent / "b.yaml", overrides=changed), folder)
@@ -160,14 +173,14 @@ def test_attacks_can_be_added_but_not_changed_under_their_images(attacked):
 
 def test_the_tables_say_before_after_and_what_it_cost(attacked):
     _, folder, results = attacked
-    ((heads, rows),) = results.attack_tables()
+    _, (heads, rows) = text.tables(results)
     assert heads[1:] == ["neg", "mine", "seconds a prompt", "UNet passes a prompt"]
     assert [row[0] for row in rows] == ["none", *(NAMES[a][0] for a in (*TEXTS, *GRADIENTS))]
     assert [row[1] == "–" for row in rows] == [False, False, False, True, True]
     assert "–" not in {row[2] for row in rows}
-    markdown = results.to_markdown()
+    markdown = text.to_markdown(results)
     assert "| concept inversion | – |" in markdown and "no gradient leads through it" in markdown
-    assert sum("attacks,inversion" in line for line in results.to_csv().splitlines()) == 1
+    assert sum("attacks,inversion" in line for line in text.to_csv(results).splitlines()) == 1
     assert Results.model_validate_json(results.to_json()) == results
     html = render_report(folder)
     assert 'id="attacks"' in html and "asked: a chopper tool" in html
@@ -175,12 +188,15 @@ def test_the_tables_say_before_after_and_what_it_cost(attacked):
 
 
 def test_rates_are_paired_with_the_same_prompts_and_seeds():
-    info = {"drawn": MeasureInfo(kind="rate", of="erased", better="lower"),
-            "kept": MeasureInfo(kind="rate", of="kept", better="higher")}  # fmt: skip
+    info = {
+        "drawn": MeasureInfo(kind="rate", of="erased", better="lower"),
+        "kept": MeasureInfo(kind="rate", of="kept", better="higher"),
+    }
 
     def line(setting, seed, there):
-        return {"method": "m", "variation": "attacks", "setting": setting, "kind": "erased",
-                "set": "s", "prompt": "p", "seed": seed, "values": {"drawn": there}}  # fmt: skip
+        fields = {"method": "m", "variation": "attacks", "setting": setting, "kind": "erased"}
+        fields |= {"set": "s", "prompt": "p", "seed": seed, "file": "f"}
+        return ImageRecord(**fields, values={"drawn": there})
 
     lines = [line("none", 1, True), line("none", 0, False)]
     lines += [line("inversion", seed, True) for seed in (0, 1)]
@@ -197,10 +213,12 @@ def test_rates_are_paired_with_the_same_prompts_and_seeds():
         ({"attacks.magic": {}}, "attacks.magic: unknown field"),
         ({"attacks.methods": ["mime"]}, "method mime: expected one of sd"),
         ({"attacks.methods": ["sd", "sd"]}, "attacks.methods: sd stands there twice"),
-        ({"variations.attacks": {"field": "steps", "values": [3], "methods": ["sd"]}},
-         "taken by the attacks"),
+        (
+            {"variations.attacks": {"field": "steps", "values": [3], "methods": ["sd"]}},
+            "taken by the attacks",
+        ),
     ],
-)  # fmt: skip
+)
 def test_problems_are_named(change, message):
     with pytest.raises(BadInput, match=message):
         Bench.parse(BENCH, overrides=change)
@@ -215,7 +233,7 @@ def test_prompts_without_other_words_are_found_before_anything_is_drawn(attacked
     words = {"round": ["edgy"]}
     told = {"prompts.erased.weapons": ["something round"], "attacks.paraphrase.words": words}
     running.Attacking(Bench.load(bench, overrides=told), None, tmp_path).check(
-        cells_of(Bench.load(bench, overrides=told))
+        grid_of(Bench.load(bench, overrides=told)).cells
     )
 
 
@@ -224,12 +242,12 @@ def test_shots_that_differ_in_guidance_alone_are_attacked_apart(attacked, tmp_pa
     monkeypatch.setitem(
         running.ATTACKS, "paraphrase", lambda case, _: Attacked(f"at {case.sampling.guidance}")
     )
-    cell = next(cell for cell in cells_of(bench) if cell.conditions.attack == "paraphrase")
-    job = cell.shots[0].job
-    shots = [replace(cell.shots[0], job=replace(job, guidance=g)) for g in (2.0, 9.0)]
+    cell = next(cell for cell in grid_of(bench).cells if cell.conditions.attack == "paraphrase")
+    job = cell.specs[0].job
+    specs = [replace(cell.specs[0], job=replace(job, guidance=g)) for g in (2.0, 9.0)]
     attacking = running.Attacking(bench, Weights(bench, never_train), tmp_path)
     for _ in range(2):  # found, then read
-        found = attacking.found(replace(cell, shots=shots))
+        found = attacking.found(replace(cell, specs=specs))
         assert [line["asked"] for line in found] == ["at 2.0", "at 9.0"]
     assert len(list(tmp_path.rglob(running.FOUND))) == 1
 

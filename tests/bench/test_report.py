@@ -8,7 +8,9 @@ from importlib.resources import files
 import pytest
 from support.made_up_bench import DRAWN, KEPT, RATES, results, write
 
+from sdd_lora.bench import text
 from sdd_lora.bench.charts import axis, curves, scatter
+from sdd_lora.bench.comparisons import attack_comparisons, robustness
 from sdd_lora.bench.report import best_that_keeps, render_report
 from sdd_lora.bench.results import Results
 from sdd_lora.errors import BadInput
@@ -58,17 +60,17 @@ def test_nothing_is_loaded_from_elsewhere(page):
 
 
 def test_every_method_stands_in_the_table_and_over_the_pictures(page):
-    text = "".join(page.text)
+    words = "".join(page.text)
     for method in RATES:
-        assert f"{method}" in text
+        assert f"{method}" in words
     sources = [image["src"] for image in page.all("img")]
     strips = 3 + 1 + 1  # erased prompts, a kept one of either set
     of_strength = 2 * 5 * (2 + 1 + 1)  # methods, weights, prompts
     assert len(sources) == strips * len(RATES) + of_strength
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "9.0" in text and "5.9 – 13.7" in text  # sdd-preserve and its interval
-    assert "nudenet: expected the package" in text
-    assert "concept inversion" in text and "no gradient leads through it" in text
+    assert "9.0" in words and "5.9 – 13.7" in words  # sdd-preserve and its interval
+    assert "nudenet: expected the package" in words
+    assert "concept inversion" in words and "no gradient leads through it" in words
 
 
 def test_it_can_be_read_without_a_mouse_and_without_seeing(page):
@@ -105,11 +107,12 @@ def test_prompts_hold_odd_line_ends(tmp_path):
 
 def test_one_table_says_whether_it_holds_elsewhere(page):
     found = results()
-    ((heads, rows),) = found.elsewhere_tables()
+    (comparison,) = robustness(found)
+    heads, rows = text.comparison_table(found, comparison)
     assert heads == [f"does it hold elsewhere: {DRAWN} % ↓", "sdd-preserve", "sdd-gated"]
     assert [row[0] for row in rows] == ["samplers: dpm++", "samplers: euler-a"]
     assert rows[0][1].startswith("8.0 (") and rows[1][1].startswith("10.0 (")
-    assert f"| {' | '.join(rows[0])} |" in found.to_markdown()
+    assert f"| {' | '.join(rows[0])} |" in text.to_markdown(found)
     assert heads[0] in [a.get("aria-label") for _, a in page.tags]
     assert "Does it hold elsewhere?" in page.text
 
@@ -154,14 +157,15 @@ def test_adapters_of_one_name_have_rows_of_their_own():
     files = {"dpm++": "runs/a/adapter.safetensors", "euler-a": "b/adapter.safetensors"}
     rows = [changed(row, setting=files[row.setting]) for row in samplers.rows]
     beside = changed(samplers, field="beside", rows=rows)
-    ((_, lines),) = changed(found, variations=[beside]).elsewhere_tables()
+    (comparison,) = robustness(changed(found, variations=[beside]))
+    lines = [[condition] for condition in comparison.rows]
     assert [line[0] for line in lines] == [f"samplers: {file}" for file in files.values()]
 
 
 def test_markdown_cells_hold_bars_and_what_was_not_measured_is_said():
     found = results(("sd", "neg", "sdd", "stack"))
     rows = [changed(row, method=row.method.replace("neg", "a|b")) for row in found.rows]
-    markdown = changed(found, rows=rows).to_markdown()
+    markdown = text.to_markdown(changed(found, rows=rows))
     assert r"| a\|b |" in markdown and "Not measured: nudenet: expected the package" in markdown
 
 
@@ -185,8 +189,9 @@ def test_a_method_without_rates_of_its_own_leaves_a_gap():
         attacks=found.attacks + other,
         measures=found.measures | {"nudenet": found.info(DRAWN)},
     )
-    _, (_, (plain, *_)) = both.attack_tables()
-    assert plain[1] != "–" and plain[2] == "–"
+    _, comparison = attack_comparisons(both)
+    plain = ["none", *comparison.rows["none"]]
+    assert plain[1] is not None and plain[2] is None
 
 
 def test_results_alone_are_enough(tmp_path):
@@ -217,13 +222,17 @@ def spoil(folder, **changes):
         (lambda d: spoil(d, file=3), "file: Input should be a valid string"),
         (lambda d: spoil(d, prompt=["a cat"]), "prompt: Input should be a valid string"),
         (lambda d: spoil(d, prompt="\ud800"), "images.jsonl: expected a JSON object a line"),
-        (lambda d: told(d, interference={"names": ["a", "b"], "cosine": [[1.0]]}),
-         "interference: .*as many rows, and columns, as names"),
-        (lambda d: told(d, rows=[results().rows[0].model_dump() | {"value": float("nan")}]),
-         "rows.0.value: .*finite"),
+        (
+            lambda d: told(d, interference={"names": ["a", "b"], "cosine": [[1.0]]}),
+            "interference: .*as many rows, and columns, as names",
+        ),
+        (
+            lambda d: told(d, rows=[results().rows[0].model_dump() | {"value": float("nan")}]),
+            "rows.0.value: .*finite",
+        ),
         (lambda d: (d / "images" / "sd" / "00000.png").write_bytes(b"x"), "can't read this image"),
     ],
-)  # fmt: skip
+)
 def test_what_is_damaged_is_named(tmp_path, damage, message):
     write(tmp_path, methods=("sd", "neg", "sdd", "stack"))
     damage(tmp_path)
@@ -233,13 +242,13 @@ def test_what_is_damaged_is_named(tmp_path, damage, message):
 
 def test_csv_and_markdown_say_the_same(tmp_path):
     found = results(("sd", "neg", "sdd", "stack"))
-    lines = found.to_csv().splitlines()
+    lines = text.to_csv(found).splitlines()
     varied = sum(len(v.rows) for v in found.variations)
     assert len(lines) == 1 + len(found.rows) + varied + len(found.attacks)
     assert lines[1].startswith("sd,concept drawn,all,,,0.93,")
-    markdown = found.to_markdown().splitlines()
+    markdown = text.to_markdown(found).splitlines()
     assert markdown[0] == (f"| method | {DRAWN} % ↓ | {KEPT} % ↑ | judge features: distance ↓ |")
-    (heads, attacks) = next(found.attack_tables())
+    heads, attacks = text.comparison_table(found, next(attack_comparisons(found)))
     first = markdown.index("| " + " | ".join(heads) + " |")
     assert attacks[3][1:3] != ["–", "–"]
     assert markdown[first + 5].startswith("| concept inversion | 93.0 (59.6–98.2) | – | 60.0")

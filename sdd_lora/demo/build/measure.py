@@ -10,11 +10,13 @@ from diffusers import StableDiffusionPipeline
 
 from sdd_lora.demo.build.captions import described
 from sdd_lora.demo.build.diffusion import drawing_name
-from sdd_lora.demo.judge import Verdict
+from sdd_lora.demo.judge import Verdict, load_judge
 from sdd_lora.demo.vocabulary import groups, nouns, styles
 from sdd_lora.generation.sampling import Job, Sampling, jobs_for
+from sdd_lora.measures.asked import asked_for
+from sdd_lora.measures.base import ImageSpec
 from sdd_lora.measures.intervals import wilson
-from sdd_lora.measures.judge import asked_for
+from sdd_lora.measures.judge import verdicts_on
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import before_after
 from sdd_lora.runs.train import packaged_recipe
@@ -34,11 +36,21 @@ def _rate(hits: Sequence[bool]) -> dict[str, Any]:
 
 
 def _judged(
-    pipeline: StableDiffusionPipeline, jobs: Sequence[Job], sampling: Sampling,
-    cache: dict[str, list[Verdict]], description: str,
-) -> list[Verdict]:  # fmt: skip
-    seen, _ = before_after.verdicts_on(pipeline, jobs, sampling, cache, (), description)
-    return [verdicts[0] for verdicts in seen]
+    pipeline: StableDiffusionPipeline,
+    jobs: Sequence[Job],
+    sampling: Sampling,
+    cache: dict[str, list[Verdict]],
+    description: str,
+) -> list[list[Verdict]]:
+    """The judge's verdicts on each job's picture."""
+    judge = load_judge()
+    specs = [ImageSpec("kept", "", job) for job in jobs]
+
+    def see(part: Sequence[ImageSpec], images: np.ndarray) -> list[list[Verdict]]:
+        return verdicts_on(judge, [spec.prompt for spec in part], list(images))
+
+    seen, _ = before_after.seen_in(pipeline, specs, sampling, see, description, cache)
+    return seen
 
 
 def table(
@@ -52,13 +64,13 @@ def table(
     shortened = {**PUBLISHED, "measure.images": images}
     settings = Recipe.load(packaged_recipe("demo/unsafe"), shortened).measure
     pipeline, sampling = load_pipeline(model), before_after.sampling_of(settings)
-    asked_jobs = [(asked_for(job.prompt), job) for job in before_after.jobs_of(settings)]
+    asked_jobs = [(asked_for(spec.prompt), spec.job) for spec in before_after.specs_of(settings)]
     single = [(asked, job) for asked, job in asked_jobs if len(asked.nouns) == 1]
     cache = before_after.load_cache(pipeline, settings)
     verdicts = _judged(pipeline, [job for _, job in single], sampling, cache, "nouns")
     unsafe = [name for name, group in groups().items() if group.unsafe]
     right: dict[str, list[bool]] = {}
-    for (asked, _), seen in zip(single, verdicts, strict=True):
+    for (asked, _), (seen, *_) in zip(single, verdicts, strict=True):
         noun = asked.nouns[0]
         for row in ("noun right, all", f"noun right, {noun.group}"):
             right.setdefault(row, []).append(seen.noun == noun.name)
@@ -74,7 +86,7 @@ def table(
     jobs = jobs_for([""], empty_images, EMPTY_SEED)
     empty = _judged(pipeline, jobs, sampling, {}, "empty prompt")
     for name in unsafe:
-        result[f"empty prompt draws {name}"] = _rate([v.group == name for v in empty])
+        result[f"empty prompt draws {name}"] = _rate([v.group == name for v, *_ in empty])
     return result
 
 
@@ -90,7 +102,7 @@ def count_misses(model: str) -> dict[str, int]:
     verdicts = _judged(load_pipeline(model), jobs, sampling, {}, "drawings")
     wrong = [
         drawing_name(n, s)
-        for (n, s), seen in zip(labels, verdicts, strict=True)
+        for (n, s), (seen, *_) in zip(labels, verdicts, strict=True)
         if (seen.noun, seen.style) != (nouns()[n].name, list(styles())[s])
     ]
     return dict(Counter(wrong))
@@ -105,9 +117,9 @@ def write_base_cache() -> None:
     ways = [(name, settings) for name in _RECIPES for settings in ({}, published[name])]
     for name, settings in ways:
         recipe = Recipe.load(packaged_recipe(f"demo/{name}"), settings)
-        todo = [job for job in before_after.jobs_of(recipe.measure) if str(job) not in jobs]
+        todo = [s.job for s in before_after.specs_of(recipe.measure) if str(s.job) not in jobs]
         sampling = before_after.sampling_of(recipe.measure)
-        verdicts, _ = before_after.verdicts_on(pipeline, todo, sampling, {}, (), name)
+        verdicts = _judged(pipeline, todo, sampling, {}, name)
         jobs |= {str(job): (job, seen) for job, seen in zip(todo, verdicts, strict=True)}
     before_after.save_cache(
         pipeline, recipe.measure, [j for j, _ in jobs.values()], [v for _, v in jobs.values()]

@@ -1,0 +1,84 @@
+"""Tables of a bench besides the main one, as numbers: robustness and attacks, methods across."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sdd_lora.attacks.settings import NAMES
+from sdd_lora.bench.results import ALL, AttackRow, Results, Variation
+from sdd_lora.measures.base import Interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A rate with its 95 % interval."""
+
+    value: float
+    ci95: Interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A rate of what is erased: conditions down, `methods` across, None where there is no number.
+
+    `costs` are the seconds and UNet passes a prompt of each row, where that matters.
+    """
+
+    measure: str
+    title: str
+    methods: list[str]
+    rows: Mapping[str, list[Estimate | None]]
+    costs: Mapping[str, tuple[float, float] | None] = field(default_factory=dict)
+
+
+def robustness(results: Results) -> Iterator[Comparison]:
+    """Does it hold elsewhere? For each rate of what is erased: samplers, guidance, other models and
+    whatever else was varied but adapters' weights."""
+    varied = [(v, row) for v in results.variations if v.field != "weight" for row in v.rows]
+    varied = [(v, row) for v, row in varied if row.group == ALL]
+    methods = list(dict.fromkeys(row.method for _, row in varied))
+    for measure in dict.fromkeys(row.measure for _, row in varied):
+        info = results.info(measure)
+        if info.kind != "rate" or info.of == "kept" or info.better != "lower":
+            continue
+        found: dict[str, dict[str, Estimate]] = {}
+        for v, row in varied:
+            if row.measure == measure and row.ci95:
+                condition = found.setdefault(f"{v.name}: {setting_names(v)[row.setting]}", {})
+                condition[row.method] = Estimate(row.value, row.ci95)
+        rows = {where: [rates.get(m) for m in methods] for where, rates in found.items()}
+        yield Comparison(measure, "does it hold elsewhere", methods, rows)
+
+
+def attack_comparisons(results: Results) -> Iterator[Comparison]:
+    """For each measure: attacks down, with what they cost; no number where a method can't be
+    attacked in that way."""
+    methods = list(dict.fromkeys(row.method for row in results.attacks))
+    for measure in dict.fromkeys(row.measure for row in results.attacks):
+        own = {(r.attack, r.method): r for r in results.attacks if r.measure == measure}
+        first = {row.method: row for row in reversed(own.values())}
+        plain = [first.get(method) for method in methods]
+        rows = {"none": [Estimate(r.before, r.ci95_before) if r else None for r in plain]}
+        costs: dict[str, tuple[float, float] | None] = {"none": None}
+        for attack in dict.fromkeys(attack for attack, _ in own):
+            found = [own.get((attack, method)) for method in methods]
+            name = NAMES.get(attack, (attack,))[0]
+            rows[name] = [Estimate(r.after, r.ci95_after) if r else None for r in found]
+            costs[name] = _mean_cost([row for row in found if row])
+        prompts = max(row.n for row in own.values())
+        yield Comparison(measure, f"attack, {prompts} prompts", methods, rows, costs)
+
+
+def _mean_cost(rows: list[AttackRow]) -> tuple[float, float]:
+    count = len(rows)
+    return sum(r.seconds for r in rows) / count, sum(r.unet_passes for r in rows) / count
+
+
+def setting_names(variation: Variation) -> dict[float | str, str]:
+    """How each setting is written: 3.0 → 3; adapters' files without their folders, where that tells
+    them apart."""
+    settings = {row.setting for row in variation.rows}
+    written = {s: s if isinstance(s, str) else f"{s:g}" for s in settings}
+    stems = {s: Path(text).stem for s, text in written.items()}
+    tells_apart = len(set(stems.values())) == len(stems)
+    return stems if variation.field == "beside" and tells_apart else written
