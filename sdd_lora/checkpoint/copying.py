@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import BinaryIO
@@ -128,7 +129,8 @@ def _copy_some(source: BinaryIO, target: BinaryIO, start: int, to: int, size: in
 def start_writing(target: BinaryIO, start: int, size: int) -> None:
     """Start write-back now; the kernel would wait until a tenth of the memory is full of it."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(target.fileno(), start, size, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # only a hint, which not every share takes
+            os.posix_fadvise(target.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
 
 def read_at(file: BinaryIO, position: int, size: int) -> bytes:

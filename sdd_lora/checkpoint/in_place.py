@@ -23,7 +23,7 @@ from sdd_lora.checkpoint.plan import BakePlan, FilePlan
 from sdd_lora.checkpoint.undo import require_sole, roll_back
 from sdd_lora.checkpoint.undo_file import require_writable, size_of_undo, write_undo
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.io.atomic import atomic_output, require_space, sync_folder
+from sdd_lora.io.atomic import atomic_output, require_space, sync_file, sync_folder
 
 #: At most so much is edited in memory while the journal goes to the disk.
 _AHEAD_BYTES = 96 << 20
@@ -102,7 +102,7 @@ def _write_record(file: FilePlan, record: BakeRecord, opened: BinaryIO) -> None:
     if inside:
         write_at(opened, 0, head)
     opened.flush()
-    os.fsync(opened.fileno())  # once: until the journal goes, no order matters
+    sync_file(opened.fileno())  # once: until the journal goes, no order matters
     if inside:
         sidecar_of(file.path).unlink(missing_ok=True)
     else:

@@ -7,7 +7,6 @@ its own by size and by samples of the tensors that the change didn't touch.
 """
 
 import json
-import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from sdd_lora.checkpoint.copying import (
 from sdd_lora.checkpoint.history import digest_of_samples, sidecar_of
 from sdd_lora.checkpoint.plan import BakePlan, FilePlan
 from sdd_lora.errors import BadInput
-from sdd_lora.io.atomic import atomic_output, write_text
+from sdd_lora.io.atomic import atomic_output, sync_file, write_text
 from sdd_lora.io.safetensors import (
     Header,
     TensorInfo,
@@ -128,7 +127,7 @@ class UndoFile:
                 self.write_tensors(kept, n, file, head)
                 write_at(file, 0, head)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
                 return
         with atomic_output(path) as target:
             self.rebuild(kept, n, path, target)

@@ -61,7 +61,7 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
         with os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
-            _sync(file.fileno())
+            sync_file(file.fileno())
             if temporary is None:
                 _link(file.fileno(), path)
         if temporary is not None:
@@ -213,7 +213,7 @@ def sync_tree(folder: Path) -> None:
             sync_folder(file)
         elif not file.is_symlink():
             with open(file, "rb") as opened:
-                _sync(opened.fileno())
+                sync_file(opened.fileno())
     sync_folder(folder)
 
 
@@ -226,7 +226,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(descriptor: int) -> None:
+def sync_file(descriptor: int) -> None:
     """Make a file's bytes durable, where its disk can."""
     try:
         os.fsync(descriptor)

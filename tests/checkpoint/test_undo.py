@@ -332,6 +332,30 @@ def test_a_read_only_model_is_refused_before_anything_is_written(
     unbake(model, undo, in_place=True)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="fsync of folders and flock")
+def test_a_share_without_fsync_and_locks(source, folder, tmp_path, monkeypatch):
+    import fcntl
+
+    def without_fsync(descriptor):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    def without_locks(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(os, "fsync", without_fsync)
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    for model in (source, folder):
+        original = contents(model)
+        report = bake(model, [(A, 1.0)], in_place=True)
+        assert contents(model) != original
+        unbake(model, report.undo, in_place=True)
+        assert contents(model) == original
+        out, undo = tmp_path / f"o{model.suffix}", tmp_path / f"undo{model.suffix}"
+        bake(model, [(A, 1.0)], out=out, undo=undo)
+        unbake(out, undo, tmp_path / f"back{model.suffix}")
+        assert list(contents(tmp_path / f"back{model.suffix}").values()) == list(original.values())
+
+
 # Interruptions
 
 
