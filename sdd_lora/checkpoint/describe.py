@@ -50,14 +50,15 @@ class ModelDescription:
 
     `dtypes` counts tensors by storage (safetensors' codes: F16, BF16, F8_E4M3, …) over the UNet's
     and the text encoder's files; `copies` labels the UNet's weight sets, and `unread` names further
-    copies in a folder. `unet_widths` (the four levels) and `context_width` are () and 0 where the
-    family is not SD 1.x.
+    copies in a folder; `code` is what a legacy file's pickle would import, and nobody runs.
+    `unet_widths` (the four levels) and `context_width` are () and 0 where the family is not SD 1.x.
     """
 
     path: Path
     family: str
     layout: Layout
     legacy: bool
+    code: tuple[str, ...]
     dtypes: dict[str, int]
     copies: tuple[str, ...]
     missing: tuple[str, ...]
@@ -138,11 +139,14 @@ def _describe(checkpoint: Checkpoint) -> ModelDescription:
     conv_in = _shape(checkpoint, "conv_in")
     unets = checkpoint.sets_of("unet")
     tensors = [info for header in checkpoint.headers.values() for info in header.tensors.values()]
+    headers = checkpoint.headers.values()
+    pickles = [header for header in headers if isinstance(header, torch_zip.PickleHeader)]
     return ModelDescription(
         path=checkpoint.path,
         family=family,
         layout=checkpoint.layout,
-        legacy=any(torch_zip.is_pickle(file) for file in checkpoint.headers),
+        legacy=bool(pickles),
+        code=tuple(dict.fromkeys(name for header in pickles for name in header.code)),
         dtypes=dict(Counter(info.dtype for info in tensors)),
         copies=tuple(weights.label for weights in unets),
         missing=checkpoint.missing,

@@ -92,6 +92,7 @@ def _checkpoint_data(path: Path, norms: bool) -> dict[str, Any]:
         + (" in structure, of other widths" if found.small else ""),
         "layout": found.layout,
         "legacy_pickle": found.legacy,
+        "code_in_pickle": list(found.code),
         "dtypes": found.dtypes,
         "copies": list(found.copies),
         "ema": found.has_ema,

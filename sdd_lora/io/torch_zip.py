@@ -24,6 +24,20 @@ MAX_NESTING = 4
 #: Names that trainers give to a model's tensors among other things.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params", "unet")
 
+#: Globals by which numbers, arrays and containers are pickled, and nothing else can be.
+_PLAIN_DATA = {
+    "_codecs.encode",
+    "collections.Counter",
+    "collections.defaultdict",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "torch.Size",
+    "torch.device",
+}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED = 1  # a bit of an entry's flags
 
@@ -38,6 +52,11 @@ class PickleHeader(Header):
 
     left_out: tuple[str, ...]
     refused: tuple[str, ...]
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Of `refused`: what a loader that trusts the file would import and run."""
+        return tuple(name for name in self.refused if name not in _PLAIN_DATA)
 
 
 def is_pickle(path: Path) -> bool:

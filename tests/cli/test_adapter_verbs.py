@@ -78,6 +78,19 @@ def test_inspect_tells_adapters_from_checkpoints(ask, call, a, model):
     assert "copies: weights, EMA copy" in text
 
 
+def test_inspect_names_the_code_in_a_pickle(ask, call, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    weight = torch.zeros(320, 4, 3, 3)
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    torch.save({"state_dict": {key: weight}, "callback": Code()}, tmp_path / "m.ckpt")
+    (found,) = ask("inspect", tmp_path / "m.ckpt")["files"]
+    assert found["code_in_pickle"] == [f"{os.system.__module__}.system"]
+    assert "system" in call("inspect", tmp_path / "m.ckpt").out
+
+
 def test_inspect_reads_tensors_on_request(ask, a, b, model):
     adapter, checkpoint = ask("inspect", b, model, "--norms")["files"]
     expected = Adapter.load(b).factors[TO_K].norm()

@@ -83,6 +83,8 @@ def test_nested_state_dicts_open_and_what_stands_beside_them_is_named(tmp_path):
     assert list(header.tensors) == ["w"]
     assert set(header.left_out) == content.keys() - {"state_dict"} | {"step"}
     assert {f"{__name__}.Callback", "collections.defaultdict"} <= set(header.refused)
+    assert f"{__name__}.Callback" in header.code and "collections.defaultdict" not in header.code
+    assert not any(name.startswith(("numpy", "_codecs")) for name in header.code)
 
 
 def with_attribute(tensor):
@@ -157,7 +159,7 @@ def test_code_never_runs(tmp_path, where):
     if where in ("beside", "inside"):
         header = pickles.read_header(tmp_path / "m.ckpt")
         assert list(header.tensors) == ["w"]
-        assert header.refused == ("posix.system",)
+        assert header.refused == header.code == ("posix.system",)
     else:
         with pytest.raises(BadInput):
             pickles.read_header(tmp_path / "m.ckpt")
