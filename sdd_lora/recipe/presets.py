@@ -7,7 +7,7 @@ from sdd_lora.recipe.sections import NOXATTN, Lora
 #: named sets of fields, overridden by what a recipe writes; `paper` is the defaults above
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # Starts where the objective leads (training/closed_form.py), which leaves the training little
+    # Starts where the objective leads (training/init.py), which leaves the training little
     # to do: small steps, and of a trajectory's passes as much use as the demo allows, three
     # latents and three prompts of both kinds each (tests/benchmarks/bench_fewer_passes.py).
     # Untried at full size.
@@ -32,6 +32,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "training": {"iterations": 40},
         "measure": {"detector": "judge", "images": 16, "guidance": 3.0},
+    },
+    # Stable Diffusion 1.5 on a small card; untested on a GPU, its reasons are in recipes/TRIALS.md
+    "sd15": {
+        "objective": {"variant": "reference"},
+        "preserve": {"weight": 4.0},
+        "ema": {"warmup": True},
+        "optimizer": {"weight_decay": 1.0e-4},
+        "training": {"precision": "bf16", "base_precision": "bf16", "gradient_checkpointing": True},
     },
 }
 

@@ -78,9 +78,10 @@ class Recipe(Section):
     training: Training = Training()
     measure: Measure = Measure()
 
-    preset: Literal["paper", "fast", "demo"] = "paper"
+    preset: Literal["paper", "fast", "demo", "sd15"] = "paper"
     """A named set of the fields above, overridden by what is written: `paper` is the defaults,
-    `fast` starts in closed form and needs preserve.prompts, `demo` suits the embedded model."""
+    `fast` starts in closed form and needs preserve.prompts, `demo` suits the embedded model,
+    `sd15` Stable Diffusion 1.5 on a small card."""
 
     @model_validator(mode="before")
     @classmethod

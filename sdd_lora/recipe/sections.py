@@ -72,7 +72,7 @@ class Preserve(Section):
 
     damping: Annotated[Real, Field(ge=0)] = 0.0
     """How much the adapter's to_k and to_v are turned away from these prompts after each quarter of
-    the training, all prompts at once and without a UNet pass (training/directions.py)."""
+    the training, all prompts at once and without a UNet pass (training/init.py)."""
 
 
 class Objective(Section):
@@ -122,7 +122,7 @@ class Lora(Section):
     """Where the factors start. `random`: a change of 0, as in peft. `concepts`: a change of 0, to_k
     and to_v looking where the concepts' embeddings differ most from those of kept prompts and ∅.
     `closed-form`: where the concepts' keys and values are nearest to ∅'s while those of kept
-    prompts stay, weighed by preserve.weight (training/closed_form.py)."""
+    prompts stay, weighed by preserve.weight (training/init.py)."""
 
     @model_validator(mode="after")
     def _init_has_targets(self) -> "Lora":
