@@ -57,6 +57,14 @@ OutputFile = Annotated[Path, typer.Option("--output", "-o", help="The file to wr
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there.")]
 ForceRun = Annotated[bool, typer.Option("--force", help="Replace a run that is there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Do the I-th of N parts of the work, as a job of an array: item k is part k mod N's.",
+    ),
+]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field: training.iterations=300. Repeatable."),

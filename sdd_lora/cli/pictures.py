@@ -185,7 +185,8 @@ def evaluate(
     from sdd_lora.bench.run import MARKDOWN, draw_shard, run
     from sdd_lora.bench.text import tables
     from sdd_lora.io.distributed import Shard
-    from sdd_lora.runs.train import train, versions
+    from sdd_lora.runs.measure import versions
+    from sdd_lora.runs.train import train
 
     command = shlex.join(["sdd-lora", *sys.argv[1:]])
     try:

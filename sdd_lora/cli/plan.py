@@ -61,7 +61,7 @@ def plan(
     """
     from sdd_lora.io.strict_yaml import parse_override
     from sdd_lora.recipe import Recipe
-    from sdd_lora.runs.train import recipe_files
+    from sdd_lora.runs.many import recipe_files
 
     most = None if within is None else _bytes_of(within)
     overrides = dict(map(parse_override, changes or []))

@@ -1,6 +1,6 @@
 """Tables for the terminal, plain text so that they can be piped."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,9 @@ def measures_table(metrics: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def runs_table(
-    runs: Sequence[tuple[Path, dict[str, Any]]], here: Collection[Path] | None = None
-) -> str:
+def runs_table(runs: Sequence[tuple[Path, dict[str, Any]]]) -> str:
     """A row a run, of its folder and metrics: each measure before → after, in percent over all its
-    images, and what the training took; where processes shared the runs, who made it."""
+    images, and the training's passes and minutes."""
     names = list(dict.fromkeys(m["name"] for _, metrics in runs for m in metrics["measures"]))
     rows = [
         [
@@ -59,12 +57,10 @@ def runs_table(
             *(_pooled(metrics["measures"], name) for name in names),
             f"{metrics['training']['unet_passes']:,}",
             f"{metrics['training']['seconds'] / 60:.1f}",
-            *([] if here is None else ["here" if folder in here else "elsewhere"]),
         ]
         for folder, metrics in runs
     ]
-    made = [] if here is None else ["made"]
-    head = ["run", *(f"{name}, %" for name in names), "UNet passes", "minutes", *made]
+    head = ["run", *(f"{name}, %" for name in names), "UNet passes", "minutes"]
     return table(head, rows)
 
 

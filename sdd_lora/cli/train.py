@@ -1,7 +1,7 @@
 """Verbs that train and measure by recipe: demo, train, measure."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from sdd_lora.cli.common import (
     Recipes,
     Result,
     Resume,
+    ShardOption,
     WeightedAdapters,
     is_main_process,
     verb,
@@ -61,7 +62,8 @@ def demo(
 
         sdd-lora demo --recipe substances -o my-run --seed 1
     """
-    from sdd_lora.runs.train import PICTURE, packaged_recipe, train_recipes
+    from sdd_lora.runs.folder import PICTURE
+    from sdd_lora.runs.many import packaged_recipe, train_recipes
 
     changes = [f"training.seed={seed}"]
     if quick:
@@ -101,14 +103,7 @@ def train(
         bool, typer.Option("--keep-state", help="Keep the training state of a finished run.")
     ] = False,
     force: ForceRun = False,
-    share: Annotated[
-        bool,
-        typer.Option(
-            "--share",
-            help="Share the recipes with other processes of this same command: pass by what is "
-            "finished or held by another, continue what a killed one left.",
-        ),
-    ] = False,
+    shard: ShardOption = None,
 ) -> Result:
     """Train safety adapters by recipe, measure them, and write their cards.
 
@@ -124,24 +119,21 @@ def train(
 
         sdd-lora train recipes/demo/gore.yaml --resume
 
-    Many recipes spread over processes, each with its own base: start the same command with --share
-    in as many terminals (with `CUDA_VISIBLE_DEVICES=0`, `1`, … before it, where there are several
-    GPUs). Each takes the next recipe that is neither finished nor held, and all end together, in a
-    summary of what was made here and elsewhere. Start one more, or kill one, at any time.
+    Many recipes spread over the jobs of an array (SLURM, Kubernetes, GNU parallel), each with its
+    own GPU: every job trains its shard of them. With --resume a job that is started again passes
+    by its finished runs and continues the unfinished one.
 
-        sdd-lora train recipes/demo -o runs --share
+        sdd-lora train recipes/demo -o runs --resume --shard 1/4
 
     One recipe's trajectories spread over processes:
     `torchrun --nproc-per-node 2 -m sdd_lora train …`.
     """
-    from sdd_lora.runs.train import train_recipes
+    from sdd_lora.io.distributed import Shard
+    from sdd_lora.runs.many import train_recipes
 
     speaker = is_main_process()
-    if share:
-        if force:
-            raise BadInput("--share leaves finished runs alone, --force does not: expected one")
-        return _shared(recipes, output, changes or [], keep_state)
-    finished = train_recipes(recipes, output, changes or [], resume, keep_state, force)
+    part = None if shard is None else Shard.parse(shard)
+    finished = train_recipes(recipes, output, changes or [], resume, keep_state, force, part)
     if not speaker:
         raise typer.Exit
     if len(finished) == 1:
@@ -150,22 +142,6 @@ def train(
     else:
         text = runs_table(finished)
     return Result({"runs": [{"folder": str(f)} | m for f, m in finished]}, text)
-
-
-def _shared(
-    recipes: list[Path], output: Path | None, changes: list[str], keep_state: bool
-) -> Result:
-    from sdd_lora.runs.train import share_recipes
-
-    shared = share_recipes(recipes, output, changes, keep_state)
-    runs: list[dict[str, Any]] = [
-        {"folder": str(folder), "made": "here" if folder in shared.here else "elsewhere"} | metrics
-        for folder, metrics in shared.finished
-    ]
-    failures = [f"{folder}: failed: {why}" for folder, why in shared.failed.items()]
-    text = "\n".join([runs_table(shared.finished, shared.here), *failures])
-    data = {"runs": runs, "failed": {str(folder): why for folder, why in shared.failed.items()}}
-    return Result(data, text, exit_code=1 if shared.failed else 0)
 
 
 @verb("measure")
@@ -195,7 +171,7 @@ def measure(
     from sdd_lora.adapter.algebra import stack
     from sdd_lora.io.strict_yaml import parse_override
     from sdd_lora.recipe import Recipe
-    from sdd_lora.runs import train as runs
+    from sdd_lora.runs import measure as runs
     from sdd_lora.runs.folder import ADAPTER, PEFT_TWIN
 
     settings = Recipe.load(recipe, dict(map(parse_override, changes or [])))

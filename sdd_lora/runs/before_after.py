@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from sdd_lora.adapter.adapter import Adapter
@@ -52,12 +52,12 @@ def wanted(recipe: Recipe) -> bool:
     return recipe.measure.detector != "none" and bool(specs_of(recipe.measure))
 
 
-def check(recipe: Recipe, unet: UNet2DConditionModel) -> None:
-    """Raises BadInput for what could not be measured afterwards."""
+def check(recipe: Recipe) -> None:
+    """Raises BadInput for a `measure` section that could not be carried out after training."""
     if not wanted(recipe):
         return
     card_measure(recipe.measure.detector, recipe.concepts)
-    sizes = {recipe.model: unet.config.sample_size}
+    sizes = {recipe.model: unet_config(recipe.model).get("sample_size")}
     for model in recipe.measure.transfer:
         try:
             require_model(model)

@@ -1,8 +1,8 @@
-"""A run's folder: whose it is, what is under way in it, how a new run takes an earlier one's place.
+"""A run's folder: its owner, the training under way in it, how a new run replaces an earlier one.
 
 A training under way has its recipe and `state/`; `metrics.json` is the last file that a run writes.
-What takes the place of a finished run, and every measurement, is made in a hidden folder inside
-this one, and moved when it is whole; a move that a kill cut short is finished by the next call.
+A run that replaces a finished one, and every measurement, is made in a hidden folder inside this
+one, and moved when it is whole; a move that a kill cut short is finished by the next call.
 """
 
 import json
@@ -22,16 +22,16 @@ CARD, RECIPE, METRICS, PICTURE = "README.md", "recipe.yaml", "metrics.json", "be
 STATE, TRACKER_LOGS = "state", "tensorboard"
 _FILES = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, RECIPE, STATE, TRACKER_LOGS, METRICS)
 _PICTURES = "before-after*.png"
-#: inside a run's folder: what is being made, and what is whole and on its way to its place
+#: inside a run's folder: a run being made, and a finished one on its way to its place
 _NEW, _MOVING = ".sdd-lora-new", ".sdd-lora-moving"
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a run's folder against other processes.
+def lock(folder: Path) -> Iterator[None]:
+    """Lock a run's folder against other processes.
 
-    It is made where it is missing, and goes again where nothing came of it. Raises Busy where
-    another process holds it, BadInput where it can't be made.
+    A missing folder is made, and removed again where it stays empty. Raises Busy where another
+    process has locked it, BadInput where it can't be made.
     """
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -42,18 +42,18 @@ def held(folder: Path) -> Iterator[None]:
         raise BadInput(f"{folder}: can't make this folder: {error.strerror}") from error
     with locked(folder):
         try:
-            _finish_moving(folder)
+            _complete_move(folder)
             yield
         finally:
             for path in missing:
-                with suppress(OSError):  # not empty: something came of it
+                with suppress(OSError):  # not empty
                     path.rmdir()
 
 
-def settle(folder: Path) -> None:
-    """Finish what a killed call was doing to a folder. Raises Busy where a process is at it."""
+def finish_move(folder: Path) -> None:
+    """Finish a move that a killed call began. Raises Busy where another process has the folder."""
     if folder.is_dir():
-        with held(folder):
+        with lock(folder):
             pass
 
 
@@ -77,19 +77,6 @@ def check(folder: Path, recipe: Recipe, resume: bool = False, force: bool = Fals
         raise BadInput(f"{folder}: holds another run; {advice}choose another folder or add --force")
 
 
-def is_left(folder: Path, recipe: Recipe) -> bool:
-    """Has the recipe still to be trained, from its start or on, in a folder that is held?
-
-    Raises BadInput where the folder is another recipe's, or holds other files.
-    """
-    unfinished = under_way(folder) is not None
-    if is_finished(folder) and not unfinished:
-        require_same(folder / RECIPE, recipe)
-        return False
-    check(folder, recipe, resume=unfinished)
-    return True
-
-
 def require_same(written: Path, recipe: Recipe) -> None:
     """Raises BadInput where the recipe in a run's folder is another one."""
     if Recipe.load(written).sha256 != recipe.sha256:
@@ -100,7 +87,7 @@ def require_same(written: Path, recipe: Recipe) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Does the folder hold a whole run: the metrics that this tool writes last?"""
+    """Whether the folder holds a whole run: the metrics that this tool writes last."""
     try:
         tool = json.loads((folder / METRICS).read_text("utf-8"))["tool"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -109,7 +96,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def under_way(folder: Path) -> Path | None:
-    """Where in the folder the training lies that is not finished; None where there is none."""
+    """The place in the folder of an unfinished training; None where there is none."""
     for place in (folder / _NEW, folder):
         started = (place / RECIPE).is_file() and (place / STATE).is_dir()
         if started and not (place / METRICS).exists():
@@ -118,12 +105,12 @@ def under_way(folder: Path) -> Path | None:
 
 
 def place_of_new(folder: Path) -> Path:
-    """Where in the folder a new training is made: beside a finished run, or in its own place."""
+    """The place in the folder for a new training: beside a finished run, or the folder itself."""
     return folder / _NEW if is_finished(folder) else folder
 
 
-def claim(folder: Path, place: Path, recipe: Recipe) -> None:
-    """Make `place` the recipe's. What an unfinished run left in it goes."""
+def take(folder: Path, place: Path, recipe: Recipe) -> None:
+    """Start a recipe's run in `place`; the files of an unfinished run in it go."""
     _remove(folder / _NEW)
     for path in _run_files(place):
         _remove(path)
@@ -133,8 +120,8 @@ def claim(folder: Path, place: Path, recipe: Recipe) -> None:
 
 @contextmanager
 def replacement(folder: Path) -> Iterator[Path]:
-    """An empty place in the folder; what is put there takes the place of an earlier run when the
-    block ends well, and nothing is changed otherwise."""
+    """An empty place in the folder for a new run, which replaces an earlier one when the block ends
+    well; nothing is changed otherwise."""
     place = folder / _NEW
     _remove(place)
     place.mkdir()
@@ -146,7 +133,7 @@ def replacement(folder: Path) -> Iterator[Path]:
 
 
 def move_in(folder: Path, place: Path) -> None:
-    """Put a run that is whole into the place of an earlier one; other files stay."""
+    """Put a finished run into the place of an earlier one; other files stay."""
     if place == folder:
         return
     sync_tree(place)
@@ -154,11 +141,11 @@ def move_in(folder: Path, place: Path) -> None:
         if path.is_dir() or path.name == METRICS or not (place / path.name).exists():
             _remove(path)
     os.replace(place, folder / _MOVING)
-    _finish_moving(folder)
+    _complete_move(folder)
 
 
-def _finish_moving(folder: Path) -> None:
-    """Move what is whole to its place, its metrics last."""
+def _complete_move(folder: Path) -> None:
+    """Move the files of a finished run to their place, its metrics last."""
     moving = folder / _MOVING
     if not moving.is_dir():
         return
@@ -186,14 +173,15 @@ def _is_resumable(folder: Path) -> bool:
 
 
 def _occupied(folder: Path) -> bool:
-    """Does a folder hold anything? What a kill at a run's very beginning left there is nothing."""
+    """Whether the folder holds anything besides leftovers of a run killed before it wrote
+    anything."""
 
-    def nothing(path: Path) -> bool:
+    def leftover(path: Path) -> bool:
         return path.name == _NEW or (
             path.name == STATE and path.is_dir() and not any(path.iterdir())
         )
 
-    return not all(map(nothing, folder.iterdir()))
+    return not all(map(leftover, folder.iterdir()))
 
 
 def _run_files(folder: Path) -> list[Path]:

@@ -1,16 +1,27 @@
-"""Memory of the process: keeping what was freed, its peak, telling when there is no more."""
+"""Memory of the process: keeping freed blocks, its peak, and advice where there is no more."""
 
 import ctypes
 import platform
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from sdd_lora.errors import SddLoraError
+from sdd_lora.io.strict_yaml import as_options
+from sdd_lora.recipe import Recipe
 
 #: glibc's mallopt parameters (malloc.h): freed memory above this goes back to the kernel; memory
 #: asked of it at once; blocks above this are mapped each on their own
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+#: the words of allocators of host memory (Linux, Windows) and of Apple's GPUs
+_NO_MORE = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+#: Linux (proc(5)): the highest resident size; writing this text to clear_refs resets it
+_STATUS, _CLEAR_REFS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 
 
 def keep_freed_memory() -> bool:
@@ -28,21 +39,22 @@ def keep_freed_memory() -> bool:
     return bool(mapped and trimmed and mallopt(_M_TOP_PAD, 200_000_000))
 
 
-#: what allocators say of host memory (Linux, Windows) and of Apple's GPUs
-_NO_MORE = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
-#: Linux (proc(5)): the highest resident size, and what written where sets it back
-_STATUS, _CLEAR_REFS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
+class PeakMemory:
+    """Peak memory of one training of this process, counted from the moment this is made."""
 
+    _an_earlier_one = False
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Is this a device's or the CPU's allocator that has no more?"""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MORE)
+    def __init__(self) -> None:
+        self._is_own = reset_peak() or not PeakMemory._an_earlier_one
+        PeakMemory._an_earlier_one = True
+
+    def bytes(self) -> int | None:
+        """The peak so far; None where an earlier training of the process hides it."""
+        return peak_bytes() if self._is_own else None
 
 
 def reset_peak() -> bool:
-    """Count `peak_bytes` from what is held now on; False where the platform can't."""
+    """Count `peak_bytes` from now on; False where the platform can't."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return True
@@ -67,3 +79,64 @@ def peak_bytes() -> int:
         return int(found[1]) * 1024  # getrusage's also knows what ran here before an exec
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, of a device or of the host, has no more."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MORE)
+
+
+@contextmanager
+def memory_advice(recipe: Recipe) -> Iterator[None]:
+    """Turn a lack of memory in the block into an SddLoraError with changes to the recipe."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        steps = [f"{as_options(changes)} ({costs})" for changes, costs in memory_savers(recipe)]
+        if recipe.parameters == "full":
+            steps.append("--set parameters=lora")
+        advice = f"Try, in this order: {'; '.join(steps)}" if steps else "Nothing here takes less"
+        raise SddLoraError(
+            f"out of memory at {peak_bytes() / 1e9:.1f} GB. {advice}; or close other programs that "
+            "hold memory"
+        ) from error
+
+
+def memory_savers(recipe: Recipe) -> list[tuple[dict[str, Any], str]]:
+    """Changes of a recipe (dotted names → values) that take less memory, and what each costs; the
+    cheapest in erasure and time first."""
+    training, batch = recipe.training, recipe.rollout.batch
+    savers: list[tuple[dict[str, Any], str]] = []
+
+    def add(cost: str, **changes: Any) -> None:
+        savers.append(({name.replace("__", "."): v for name, v in changes.items()}, cost))
+
+    if not training.gradient_checkpointing:
+        add("the loss's forward is computed twice", training__gradient_checkpointing=True)
+    if training.base_precision == "fp32":
+        half = "bf16" if training.precision == "fp32" else training.precision
+        add(
+            f"the base is rounded to {half}; faster where the card computes in it",
+            training__precision=half,
+            training__base_precision=half,
+        )
+    if recipe.optimizer.kind == "adamw":
+        add("the optimizer's averages are rounded to 8 bits", optimizer__kind="adamw8bit")
+    if training.base_precision != "nf4" and recipe.parameters == "lora":
+        add(
+            "the base's linear layers are rounded to 4 bits and unpacked for each forward",
+            training__base_precision="nf4",
+        )
+    parts = training.gradient_accumulation
+    while batch > 1 and batch % 2 == 0:
+        batch, parts = batch // 2, parts * 2
+        add(
+            "the same samples in smaller forwards: a card is less busy",
+            rollout__batch=batch,
+            training__gradient_accumulation=parts,
+        )
+    return savers

@@ -11,6 +11,8 @@ from torch import nn
 
 from sdd_lora.errors import BadInput
 
+#: a recipe's precisions
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _KIND = "nf4"
 #: bytes a weight: half a byte, a scale of 8 bits for 64 of them, and one of fp32 for 256 scales
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -18,7 +20,7 @@ NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 def quantise(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtype) -> None:
     """Onto `device` in place: linear weights in NF4, norms in fp32, everything else in `dtype`,
-    which is computed in. A UNet that is so already stays as it is. Raises BadInput where
+    in which forwards compute. A UNet already packed stays as it is. Raises BadInput where
     bitsandbytes is missing."""
     if getattr(unet, "is_loaded_in_4bit", False):
         return
@@ -34,9 +36,13 @@ def quantise(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtyp
         plain = unet.get_submodule(name)
         assert isinstance(plain, nn.Linear)
         packed = Linear4bit(
-            plain.in_features, plain.out_features, plain.bias is not None,
-            compute_dtype=dtype, quant_type=_KIND, device="meta",
-        )  # fmt: skip
+            plain.in_features,
+            plain.out_features,
+            plain.bias is not None,
+            compute_dtype=dtype,
+            quant_type=_KIND,
+            device="meta",
+        )
         packed.weight = Params4bit(
             plain.weight.data, requires_grad=False, quant_type=_KIND, module=packed
         )
@@ -49,7 +55,8 @@ def quantise(unet: UNet2DConditionModel, device: torch.device, dtype: torch.dtyp
 
 def cast(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
     """To `dtype`, but norms to fp32: 4-bit layers answer in their input's dtype, so that the time
-    embedding is fp32, and what it is added to; on the CPU a norm in half of that can't take it."""
+    embedding and the features it is added to are fp32, and a norm in half precision can't take
+    fp32 on the CPU."""
     unet.to(dtype=dtype)
     for module in unet.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
@@ -57,5 +64,5 @@ def cast(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
 
 
 def linear_layers(unet: UNet2DConditionModel) -> list[str]:
-    """Names of what `quantise` packs: all linear layers of a UNet without adapters."""
+    """Names of the layers that `quantise` packs: all linear ones of a UNet without adapters."""
     return [name for name, module in unet.named_modules() if type(module) is nn.Linear]

@@ -1,8 +1,8 @@
-"""What a training will take: memory by part, UNet passes, arithmetic. Nothing is allocated.
+"""The resources that a training will take: memory by part, UNet passes, arithmetic.
 
-The UNet is built of fake tensors (shapes without values) at its true size, and one rollout's
-forward and one loss with its backward pass are run on it; what they would hold in memory is counted
-operation by operation. What a kernel needs inside itself (a convolution's workspace) is not seen.
+Nothing is allocated. The UNet is built of fake tensors (shapes without values) at its true size,
+and one rollout's forward and one loss with its backward pass are run on it; what they would hold in
+memory is counted operation by operation. A kernel's own workspace (a convolution's) is not seen.
 """
 
 import math
@@ -18,14 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from sdd_lora.recipe import Recipe, Rollout
-from sdd_lora.training import objectives
-from sdd_lora.training.nf4 import NF4_BYTES, cast, linear_layers
+from sdd_lora.recipe import Recipe
+from sdd_lora.training.memory import memory_savers
+from sdd_lora.training.nf4 import DTYPES, NF4_BYTES, cast, linear_layers
+from sdd_lora.training.objectives import Objective, make_objective, total_loss
 from sdd_lora.training.roles import STUDENT, TEACHER, Roles, make_roles
-from sdd_lora.training.savings import savings
-from sdd_lora.training.trainer import DTYPES
 
-_TIMESTEPS = 1000
 #: bytes of the optimizer's two states for one parameter; bitsandbytes adds a scale per 256 values
 _OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}
 #: operations → their arithmetic; torch's own registry knows the other devices' attention kernels
@@ -59,14 +57,14 @@ class Account(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         arguments = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
-        there = {id(x.untyped_storage()) for x in arguments}
+        known = {id(x.untyped_storage()) for x in arguments}
         made = func(*args, **kwargs)
         if count := _FLOPS.get(func.overloadpacket):
             self.flops += count(*args, **kwargs, out_val=made)
         for tensor in tree_iter(made):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if id(storage) not in there:  # else a view, or changed in place
+                if id(storage) not in known:  # else a view, or changed in place
                     self._count(storage)
         return made
 
@@ -136,25 +134,27 @@ def footprint(recipe: Recipe, config: Mapping[str, Any]) -> Footprint:
         saved, unpacked = _nf4(unet) if packed else (0, 0)
         base = _bytes(unet.parameters()) - saved
         parameters = sum(p.numel() for p in unet.parameters())
-        roles = make_roles(unet, recipe)
-    rehearsal = _Rehearsal(recipe, roles)
-    guided = 1 if _unconditional(recipe) else 2
+        objective = make_objective(recipe.objective)
+        roles = make_roles(unet, recipe, objective)
+    rehearsal = _Rehearsal(recipe, objective, roles)
     with FakeTensorMode():
         stage = _Stage(unet)
         with Account() as rollout_account:
-            stage(lambda: rehearsal.roll_out(guided))
+            stage(rehearsal.roll_out)
         with Account() as loss_account:
             stage(rehearsal.loss_and_backward)
     gradients = _bytes(p.grad for p in stage.tensors.values() if p.grad is not None)
-    student = roles.trained(STUDENT)
+    student = roles.parameters_of(STUDENT)
     trained = sum(p.numel() for p in student.values())
-    average = _bytes(roles.trained(TEACHER).values()) if roles.averaged else 0
+    average = _bytes(roles.parameters_of(TEACHER).values()) if roles.averaged else 0
     adapter = _bytes(student.values())
-    forward = rollout_account.flops // (guided * rollout.batch)
+    forward = rollout_account.flops // (objective.passes_per_step * rollout.batch)
     accumulation = training.gradient_accumulation
-    rollout_passes = steps_of_a_point(recipe) * rollout.batch * accumulation
+    rollout_passes = passes_of_a_point(recipe) * rollout.batch * accumulation
     return Footprint(
-        base=base, adapter=adapter, average=average,
+        base=base,
+        adapter=adapter,
+        average=average,
         optimizer=math.ceil(_OPTIMIZER_BYTES[recipe.optimizer.kind] * trained),
         gradients=gradients,
         loss_activations=loss_account.peak - gradients + unpacked,
@@ -163,8 +163,9 @@ def footprint(recipe: Recipe, config: Mapping[str, Any]) -> Footprint:
         loss_passes=rehearsal.loss_passes * accumulation,
         forward_flops=forward,
         cost_in_forwards=rollout_passes + accumulation * loss_account.flops / forward,
-        parameters=parameters, trained=trained,
-    )  # fmt: skip
+        parameters=parameters,
+        trained=trained,
+    )
 
 
 class _Stage:
@@ -194,23 +195,32 @@ class _Caller(torch.nn.Module):
 class _Rehearsal:
     """One iteration's forwards and backward pass in the trainer's roles, precision and sizes."""
 
-    def __init__(self, recipe: Recipe, roles: Roles) -> None:
-        self.recipe, self.roles = recipe, roles
+    def __init__(self, recipe: Recipe, objective: Objective, roles: Roles) -> None:
+        self.recipe, self.objective, self.roles = recipe, objective, roles
         self.loss_passes = 0
 
-    def roll_out(self, guided: int) -> None:
+    def roll_out(self) -> None:
         with self.roles.teacher():
-            self._forward(*self._inputs(guided * self.recipe.rollout.batch))
+            batch = self.objective.passes_per_step * self.recipe.rollout.batch
+            self._forward(*self._inputs(batch))
 
     def loss_and_backward(self) -> None:
         recipe = self.recipe
         z, t, c_0 = self._inputs(recipe.rollout.batch)
-        c = c_0.repeat_interleave(recipe.rollout.prompts, dim=0)
+        c = c_0.repeat_interleave(recipe.rollout.prompts_per_latent, dim=0)
         with self.roles.student():
-            objectives.total(
-                recipe.objective, recipe.preserve, self._estimate, self._base_estimate,
-                z, t, c_0, c, c if recipe.preserve.prompts else None,
-            ).backward()  # fmt: skip
+            loss = total_loss(
+                self.objective,
+                recipe.preserve,
+                self._estimate,
+                self._base_estimate,
+                z,
+                t,
+                c_0,
+                c,
+                c if recipe.preserve.prompts else None,
+            )
+            loss.backward()
 
     def _inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config = self.roles.unet.config
@@ -235,40 +245,16 @@ class _Rehearsal:
             return self.roles.unet(z, t, c).sample.float()
 
 
-def steps_of_a_point(recipe: Recipe) -> float:
+def passes_of_a_point(recipe: Recipe) -> float:
     """UNet passes of one trajectory for one training point, on average.
 
     Of N points spread evenly, the last one's number of steps is ((x + (N − 1)D) // N) + 1 for x
-    uniform in 0 … D − 1 (see Rollout); a guided step is two passes.
+    uniform in 0 … D − 1 (see Rollout).
     """
-    settings = recipe.rollout
-    depths, points = settings.steps - 1, settings.points
-    passes = [1 if _unconditional(recipe) else n for n in _passes_by_step(settings)]
-    lengths = [(x + (points - 1) * depths) // points + 1 for x in range(depths)]
-    return sum(sum(passes[:length]) for length in lengths) / depths / points
-
-
-def _passes_by_step(settings: Rollout) -> list[int]:
-    low, high = settings.guidance_interval
-    return [2 if low <= t / _TIMESTEPS <= high else 1 for t in _timesteps(settings)]
-
-
-def _timesteps(settings: Rollout) -> list[float]:
-    """DDIM's "leading" timesteps, offset 1; DPM-Solver++'s with their shift at its mean."""
-    steps, last = settings.steps, _TIMESTEPS - 1
-    if settings.solver == "ddim":
-        return [k * (_TIMESTEPS // steps) + 1 for k in reversed(range(steps))]
-    return [last, *(last - (k - 0.5) * last / (steps - 1) for k in range(1, steps))]
-
-
-def _unconditional(recipe: Recipe) -> bool:
-    """Does the rollout go without a prompt, as the reference does at s_g ≤ 1?"""
-    objective = recipe.objective
-    return (
-        objective.kind == "sdd"
-        and objective.variant == "reference"
-        and objective.guidance_scale <= 1
-    )
+    points, depths = recipe.rollout.timesteps_per_trajectory, recipe.rollout.steps - 1
+    last_steps = [(x + (points - 1) * depths) // points + 1 for x in range(depths)]
+    passes_per_step = make_objective(recipe.objective).passes_per_step
+    return passes_per_step * sum(last_steps) / depths / points
 
 
 def _nf4(unet: UNet2DConditionModel) -> tuple[int, int]:
@@ -284,7 +270,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Saving:
-    """A change of the recipe (dotted names → values), what it costs, and the plan with it."""
+    """A change of the recipe (dotted names → values), its costs in words, and the plan with it."""
 
     changes: dict[str, Any]
     costs: str
@@ -292,14 +278,14 @@ class Saving:
 
 
 def fit(recipe: Recipe, config: Mapping[str, Any], plan: Footprint, most: int) -> list[Saving]:
-    """The fewest savings, cheapest first, that bring a training's total to `most` bytes; `plan` is
-    its footprint as it is.
+    """The fewest memory savers, cheapest first, that bring a training's total to `most` bytes;
+    `plan` is its footprint as it is.
 
     An empty list where it fits as it is. Where nothing brings it that low, all that help: then the
     last one's total is still above `most`.
     """
     taken: list[Saving] = []
-    for changes, costs in savings(recipe):
+    for changes, costs in memory_savers(recipe):
         if plan.total <= most:
             break
         changed = _changed(recipe, changes)

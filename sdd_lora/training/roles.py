@@ -1,9 +1,8 @@
 """Base, student and teacher are three roles of ONE UNet.
 
-The student is what is being trained, the teacher its average, the base the UNet as it was. What
-tells them apart is a LoRA adapter's state (`LoraRoles`) or the trained weights themselves
-(`WeightRoles`, the papers' own way). A role is taken in a `with` block that always restores what
-was there.
+The student is being trained, the teacher is its average, the base is the UNet as it was. A role is
+either a state of LoRA adapters (`LoraRoles`) or a set of values of the trained weights
+(`WeightRoles`, the papers' own way). It is taken in a `with` block that restores the role before.
 """
 
 import re
@@ -19,40 +18,43 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sdd_lora.errors import BadInput
-from sdd_lora.recipe import NOXATTN, Lora, Objective, Recipe
-from sdd_lora.training.closed_form import ClosedForm
+from sdd_lora.recipe import NOXATTN, Lora, Recipe
+from sdd_lora.training.objectives import Objective, is_noxattn
 
 STUDENT, TEACHER, BASE = "student", "teacher", "base"
-#: names of the factors that prompts' embeddings go into
-SEES_PROMPTS = (".to_k.lora_A", ".to_v.lora_A")
 
 
 class Roles(ABC):
     """Switches a UNet between its three roles; outside all blocks it is the student.
 
-    Where the teacher isn't averaged it *is* the student. What is not trained is frozen.
+    Where the teacher isn't averaged it *is* the student. Weights that are not trained are frozen.
     """
 
     def __init__(self, unet: UNet2DConditionModel, averaged: bool) -> None:
         self.unet, self.averaged = unet, averaged
-        self._current = ""
+        self._active = ""
         unet.requires_grad_(False)
 
     @property
     @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer of the student is given."""
+        """The student's parameters, for an optimizer."""
 
     @abstractmethod
-    def trained(self, role: str) -> Mapping[str, torch.Tensor]:
-        """The student's or the teacher's trained tensors by name, fp32; to be written in place."""
+    def parameters_of(self, role: str) -> Mapping[str, torch.Tensor]:
+        """The trained tensors of STUDENT or TEACHER by name, fp32; to be written in place."""
 
     @abstractmethod
     def remove(self) -> None:
-        """Make the UNet what it was, for the next recipe."""
+        """Make the UNet as it was, for the next recipe."""
 
     @abstractmethod
     def _switch(self, role: str) -> None: ...
+
+    @property
+    def distinct(self) -> tuple[str, ...]:
+        """The roles that have trained tensors of their own."""
+        return (STUDENT, TEACHER) if self.averaged else (STUDENT,)
 
     @contextmanager
     def student(self) -> Iterator[UNet2DConditionModel]:
@@ -63,29 +65,29 @@ class Roles(ABC):
 
     @contextmanager
     def teacher(self) -> Iterator[UNet2DConditionModel]:
-        """The UNet with the average of what is trained, for use without gradients."""
+        """The UNet with the average of the trained tensors, without gradients."""
         with self._role(TEACHER), torch.no_grad():
             yield self.unet
 
     @contextmanager
     def base(self) -> Iterator[UNet2DConditionModel]:
-        """The UNet as it was, for use without gradients."""
+        """The UNet as it was, without gradients."""
         with self._role(BASE), torch.no_grad():
             yield self.unet
 
     @contextmanager
     def _role(self, role: str) -> Iterator[None]:
-        before = self._current
-        self._take(role)
+        before = self._active
+        self._activate(role)
         try:
             yield
         finally:
-            self._take(before)
+            self._activate(before)
 
-    def _take(self, role: str) -> None:
-        if role != self._current:
+    def _activate(self, role: str) -> None:
+        if role != self._active:
             self._switch(STUDENT if role == TEACHER and not self.averaged else role)
-            self._current = role
+            self._active = role
 
 
 class LoraRoles(Roles):
@@ -104,71 +106,52 @@ class LoraRoles(Roles):
             target_modules=_target_pattern(unet, lora.targets),
             init_lora_weights=True,  # up = 0: the student starts as the base
         )
-        self._adapters = [STUDENT, TEACHER] if averaged else [STUDENT]
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft asks whether a second adapter is meant: it is
             torch.manual_seed(seed)
-            for adapter in self._adapters:
-                unet.add_adapter(config, adapter_name=adapter)
+            for role in self.distinct:
+                unet.add_adapter(config, adapter_name=role)
         self.layers: dict[str, LoraLayer] = {
             name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)
         }
-        for adapter in self._adapters:
-            for factor in self.trained(adapter).values():
+        for role in self.distinct:
+            for factor in self.parameters_of(role).values():
                 factor.data = factor.data.float()
-        with torch.no_grad():
-            student = self.trained(STUDENT)
-            for name, factor in self.trained(TEACHER).items():
-                factor.copy_(student[name])
-        self._take(STUDENT)
+        self.copy_student_to_teacher()
+        self._activate(STUDENT)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return list(self.trained(STUDENT).values())
+        return list(self.parameters_of(STUDENT).values())
 
-    @torch.no_grad()
-    def start_along(self, directions: torch.Tensor) -> None:
-        """Give the down factors of to_k and to_v the rows `directions` (rank, d), in every role."""
-        for adapter in self._adapters:
-            for name, factor in self.trained(adapter).items():
-                if name.endswith(SEES_PROMPTS):
-                    factor.copy_(directions)
-
-    @torch.no_grad()
-    def start_at(self, closed_form: ClosedForm) -> None:
-        """Give to_k and to_v their factors in closed form, in every role but the base."""
-        for name, layer in self.layers.items():
-            if not f"{name}.lora_A".endswith(SEES_PROMPTS):
-                continue
-            base = layer.get_base_layer()
-            whole = torch.eye(base.in_features, dtype=self.unet.dtype, device=self.unet.device)
-            weight = base(whole).T  # packed in 4 bits or not
-            for adapter in self._adapters:
-                down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-                new_down, new_up = closed_form.factors(weight, len(down))
-                down.copy_(new_down)
-                up.copy_(new_up / layer.scaling[adapter])
-
-    def trained(self, role: str) -> dict[str, nn.Parameter]:
-        """A role's LoRA factors by name, "module.lora_A" [r, in] and "module.lora_B" [out, r]; of a
-        convolution [r, in, h, w] and [out, r, 1, 1]."""
-        adapter = role if role in self._adapters else STUDENT
+    def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
+        """A role's LoRA factors by name, "module.lora_A" (r, in) and "module.lora_B" (out, r); of a
+        convolution (r, in, h, w) and (out, r, 1, 1)."""
+        adapter = role if role in self.distinct else STUDENT
         return {
             f"{name}.{side}": getattr(layer, side)[adapter].weight
             for name, layer in self.layers.items()
             for side in ("lora_A", "lora_B")
         }
 
+    @torch.no_grad()
+    def copy_student_to_teacher(self) -> None:
+        """Start the average from the student's factors."""
+        student = self.parameters_of(STUDENT)
+        for name, factor in self.parameters_of(TEACHER).items():
+            factor.copy_(student[name])
+
     def remove(self) -> None:
         self.unet.unload_lora()
 
     def _switch(self, role: str) -> None:
-        for layer in self.layers.values():  # what is so already, peft would set all over again
+        for layer in self.layers.values():
+            # skip layers already in this state: peft's setters touch every parameter
             if layer.disable_adapters != (role == BASE):
                 layer.enable_adapters(role != BASE)
             if role != BASE and layer.active_adapters != [role]:
                 layer.set_adapter(role)
-            if role == TEACHER:  # peft makes what it activates trainable: only the student may be
+            if role == TEACHER:  # peft makes an active adapter trainable: only the student may be
                 for factors in (layer.lora_A, layer.lora_B):
                     factors[TEACHER].weight.requires_grad_(False)
 
@@ -177,8 +160,8 @@ class WeightRoles(Roles):
     """Roles by weights, the papers' own way: each role has values of the trained parameters, and
     taking it points the UNet's parameters at them. All other weights are shared.
 
-    `trained` names weights as the UNet does. Memory: one fp32 copy of what is trained beside the
-    base's own values, two where there is an average.
+    `parameters_of` names weights as the UNet does. Memory: one fp32 copy of the trained weights
+    beside the base's own, two where there is an average.
     """
 
     def __init__(
@@ -186,18 +169,16 @@ class WeightRoles(Roles):
     ) -> None:
         super().__init__(unet, averaged)
         self._parameters = {
-            name: parameter
-            for name, parameter in unet.named_parameters()
-            if is_trained(name, objective)
+            name: parameter for name, parameter in unet.named_parameters() if objective.trains(name)
         }
         if not self._parameters:
-            raise BadInput(f"the UNet has none of the weights that {objective.kind} trains")
+            raise BadInput("the UNet has none of the weights that this objective trains")
         self._dtypes = {name: parameter.dtype for name, parameter in self._parameters.items()}
         base = {name: parameter.data.float() for name, parameter in self._parameters.items()}
         student = {name: value.clone() for name, value in base.items()}
         teacher = {n: v.clone() for n, v in student.items()} if averaged else student
         self._values = {BASE: base, STUDENT: student, TEACHER: teacher}
-        self._take(STUDENT)
+        self._activate(STUDENT)
         for parameter in self._parameters.values():
             parameter.requires_grad_(True)
 
@@ -205,7 +186,7 @@ class WeightRoles(Roles):
     def parameters(self) -> list[nn.Parameter]:
         return list(self._parameters.values())
 
-    def trained(self, role: str) -> dict[str, torch.Tensor]:
+    def parameters_of(self, role: str) -> dict[str, torch.Tensor]:
         return self._values[role]
 
     def remove(self) -> None:
@@ -219,28 +200,12 @@ class WeightRoles(Roles):
             self._parameters[name].data = value
 
 
-def make_roles(unet: UNet2DConditionModel, recipe: Recipe) -> Roles:
+def make_roles(unet: UNet2DConditionModel, recipe: Recipe, objective: Objective) -> Roles:
     """The roles that a recipe's `parameters` ask for."""
-    averaged = recipe.ema.decay > 0
+    averaged = objective.averaged and recipe.ema.decay > 0
     if recipe.parameters == "full":
-        return WeightRoles(unet, recipe.objective, averaged)
+        return WeightRoles(unet, objective, averaged)
     return LoraRoles(unet, recipe.lora, recipe.training.seed, averaged)
-
-
-def is_trained(name: str, objective: Objective) -> bool:
-    """Is this weight of the UNet (diffusers' name) among those that an objective trains in full?
-
-    SDD and ESD-x: the cross-attention, every name with `attn2`. ESD-u, `noxattn` in its authors'
-    code: all that is neither cross-attention nor the time embedding nor the output layers.
-    """
-    return _is_noxattn(name) if objective.kind == "esd-u" else ".attn2." in name
-
-
-def _is_noxattn(name: str) -> bool:
-    return ".attn2." not in name and not name.startswith(_LEFT_BY_ESD_U)
-
-
-_LEFT_BY_ESD_U = ("time_embedding.", "conv_norm_out.", "conv_out.")
 
 
 def _target_pattern(unet: UNet2DConditionModel, targets: Sequence[str]) -> str:
@@ -250,7 +215,7 @@ def _target_pattern(unet: UNet2DConditionModel, targets: Sequence[str]) -> str:
         name
         for name, module in unet.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
-        and (_is_noxattn(f"{name}.weight") if NOXATTN in targets else name.endswith(leaves))
+        and (is_noxattn(f"{name}.weight") if NOXATTN in targets else name.endswith(leaves))
     ]
     if not names:
         raise BadInput(f"the UNet has no layers to adapt: no {', '.join(targets)}")

@@ -23,7 +23,7 @@ from sdd_lora.demo.vocabulary import nouns
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.sampling import Sampling
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs.train import packaged_recipe
+from sdd_lora.runs.many import packaged_recipe
 from sdd_lora.sd.pipeline import load_pipeline
 
 PROMPT = "a drawing of an axe, pencil sketch"

@@ -8,7 +8,7 @@ from sdd_lora.bench.bench_file import METHODS, Bench, chosen, limited
 from sdd_lora.bench.grid import image_specs
 from sdd_lora.bench.methods import Weights
 from sdd_lora.errors import BadInput
-from sdd_lora.runs.train import packaged_recipe
+from sdd_lora.runs.many import packaged_recipe
 
 BENCHES = sorted((packaged_recipe("bench/x").parent).glob("*.yaml"))
 #: what each bench of the embedded model leaves out: ESD as an adapter stands in one of them, each

@@ -10,7 +10,8 @@ from support.adapters import random_adapter
 from support.benches import RECIPE, SMALL, images_of, ran, same
 
 from sdd_lora.bench.bench_file import Bench, limited
-from sdd_lora.runs.train import packaged_recipe, train
+from sdd_lora.runs.many import packaged_recipe
+from sdd_lora.runs.train import train
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from estimates import Probe, noun_of, of_one_thing
 
 from sdd_lora.io.strict_yaml import parse_override
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs.train import encode
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.sd.prompts import embed
+from sdd_lora.training.embeddings import encode
 from sdd_lora.training.trainer import Trainer
 
 

@@ -15,9 +15,9 @@ import time
 from contextlib import contextmanager
 
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs.train import encode
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.training import trainer as trainer_module
+from sdd_lora.training.embeddings import encode
 from sdd_lora.training.trainer import Trainer
 
 RECIPE = """

@@ -52,8 +52,9 @@ def measured(way):
     from support.small import ddim
 
     from sdd_lora.training import trainer
+    from sdd_lora.training.embeddings import Embeddings
     from sdd_lora.training.memory import peak_bytes
-    from sdd_lora.training.trainer import Embeddings, Trainer
+    from sdd_lora.training.trainer import Trainer
 
     trainer.keep_freed_memory = lambda: False
     recipe = recipe_of(way)

@@ -19,9 +19,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs.train import encode
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.sd.prompts import embed
+from sdd_lora.training.embeddings import encode
 from sdd_lora.training.trainer import Trainer
 
 RECIPE = "name: bench\nmodel: demo\npreset: demo\nconcepts: [bomb, axe]\n"

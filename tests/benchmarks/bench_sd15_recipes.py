@@ -16,7 +16,8 @@ from diffusers import UNet2DConditionModel
 from support.small import ddim
 
 from sdd_lora.recipe import Recipe
-from sdd_lora.training.trainer import Embeddings, Trainer
+from sdd_lora.training.embeddings import Embeddings
+from sdd_lora.training.trainer import Trainer
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "sd15"
 CONFIG = {"sample_size": 8, "cross_attention_dim": 768}

@@ -24,7 +24,7 @@ from sdd_lora import Adapter
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.sd.prompts import embed
-from sdd_lora.training.directions import second_moment
+from sdd_lora.training.init import second_moment
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ("weapons", "substances", "gore")

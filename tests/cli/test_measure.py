@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.cli import app
-from sdd_lora.runs import train as runs
+from sdd_lora.runs import measure as runs
 
 RECIPE = """
 name: measured

@@ -15,7 +15,7 @@ from sdd_lora.measures.intervals import wilson
 from sdd_lora.measures.open_nsfw import OpenNsfw
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import before_after
-from sdd_lora.runs import train as runs
+from sdd_lora.runs import measure as runs
 from sdd_lora.sd.model import load_training_parts
 
 RECIPE = """

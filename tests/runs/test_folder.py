@@ -10,13 +10,13 @@ from sdd_lora.recipe import Recipe
 from sdd_lora.runs import folder as run_folder
 from sdd_lora.runs.folder import (
     check,
-    claim,
-    held,
+    finish_move,
     is_finished,
+    lock,
     move_in,
     place_of_new,
     replacement,
-    settle,
+    take,
     under_way,
 )
 
@@ -35,7 +35,7 @@ def finish(place, content):
 def finished(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    claim(folder, folder, RECIPE)
+    take(folder, folder, RECIPE)
     finish(folder, "old")
     for name in ("weights.safetensors", "before-after-there.png", "notes.txt"):
         (folder / name).write_text("old")
@@ -70,7 +70,7 @@ def test_other_files_are_nobodys_to_replace(tmp_path, there):
 
 
 def test_an_unfinished_run_is_offered_to_be_resumed(tmp_path):
-    claim(tmp_path, tmp_path, RECIPE)
+    take(tmp_path, tmp_path, RECIPE)
     with pytest.raises(BadInput, match="add --resume to continue it"):
         check(tmp_path, RECIPE)
     check(tmp_path, RECIPE, resume=True)
@@ -97,7 +97,7 @@ def test_a_finished_run_stays_until_the_new_one_is_whole(finished):
     before = files(finished)
     check(finished, OTHER, force=True)
     place = place_of_new(finished)
-    claim(finished, place, OTHER)
+    take(finished, place, OTHER)
     assert {name: text for name, text in files(finished).items() if name in before} == before
     assert under_way(finished) == place
     check(finished, OTHER, resume=True)
@@ -124,7 +124,7 @@ def test_a_move_that_was_cut_short_is_finished_by_the_next_call(finished, monkey
         made.append(replace(source, target))
 
     place = place_of_new(finished)
-    claim(finished, place, OTHER)
+    take(finished, place, OTHER)
     finish(place, "new")
     monkeypatch.setattr(run_folder.os, "replace", killed)
     try:
@@ -132,7 +132,7 @@ def test_a_move_that_was_cut_short_is_finished_by_the_next_call(finished, monkey
     except KeyboardInterrupt:
         assert not is_finished(finished)
     monkeypatch.undo()
-    settle(finished)
+    finish_move(finished)
     assert is_finished(finished)
     assert not [p.name for p in finished.iterdir() if p.name.startswith(".")]
     assert {text for name, text in files(finished).items() if name not in (
@@ -142,7 +142,7 @@ def test_a_move_that_was_cut_short_is_finished_by_the_next_call(finished, monkey
 def test_what_fails_changes_nothing(finished, tmp_path):
     before = files(finished)
     for folder in (finished, tmp_path / "new" / "run"):
-        with pytest.raises(BadInput), held(folder), replacement(folder) as place:
+        with pytest.raises(BadInput), lock(folder), replacement(folder) as place:
             (place / "adapter.safetensors").write_text("half")
             raise BadInput("no")
     assert files(finished) == before
@@ -151,9 +151,9 @@ def test_what_fails_changes_nothing(finished, tmp_path):
 
 def test_a_folder_is_one_process_alone(tmp_path):
     with (
-        held(tmp_path / "run"),
+        lock(tmp_path / "run"),
         pytest.raises(BadInput, match="another process"),
-        held(tmp_path / "run"),
+        lock(tmp_path / "run"),
     ):
         pass
 
@@ -161,5 +161,5 @@ def test_a_folder_is_one_process_alone(tmp_path):
 def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("x" * 300, "file", "file/inside"):
-        with pytest.raises(BadInput), held(tmp_path / name):
+        with pytest.raises(BadInput), lock(tmp_path / name):
             pass

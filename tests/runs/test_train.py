@@ -1,4 +1,4 @@
-"""A run's folder: what it holds, when it is refused, how it goes on after a kill."""
+"""A run's folder: its files, when it is refused, how it goes on after a kill."""
 
 import json
 import shutil
@@ -10,37 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from support.short_run import SHORT, names_in, short
 
 from sdd_lora import Adapter, Recipe, train
-from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.locate import DEMO_FOLDER
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import sha256_of
-from sdd_lora.runs import train as runs
-from sdd_lora.runs.folder import TRACKER_LOGS, held
-from sdd_lora.runs.train import train_recipes
+from sdd_lora.runs import before_after
+from sdd_lora.runs import train as one_run
+from sdd_lora.runs.folder import lock
+from sdd_lora.runs.measure import measure
 from sdd_lora.sd.model import fingerprint, load_training_parts
-from sdd_lora.sd.pipeline import load_pipeline
-
-SHORT = """
-name: short
-model: demo
-concepts: [bomb, axe]
-preserve: {prompts: [a cat, ""]}
-rollout: {steps: 3, batch: 2}
-ema: {decay: 0.5}
-training: {iterations: 3}
-"""
-
-
-def short(**overrides):
-    return Recipe.parse(SHORT, overrides={k.replace("__", "."): v for k, v in overrides.items()})
-
-
-def names_in(folder):
-    """Trackers' logs apart, which are there where TensorBoard is installed."""
-    return sorted(p.name for p in folder.iterdir() if p.name != TRACKER_LOGS)
+from sdd_lora.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +93,14 @@ def test_a_forced_run_takes_an_earlier_ones_place_whole_or_not_at_all(
     with pytest.raises(SddLoraError, match="the loss is nan"):
         train(short(optimizer__learning_rate=1e30), folder, force=True)
     assert contents(folder) == before
-    step = runs.Trainer.step
+    step = Trainer.step
 
     def stopped(trainer):
         if trainer.iteration == 2:
             raise KeyboardInterrupt
         return step(trainer)
 
-    monkeypatch.setattr(runs.Trainer, "step", stopped)
+    monkeypatch.setattr(Trainer, "step", stopped)
     with pytest.raises(KeyboardInterrupt, match="iteration 2 of 3"):
         train(short(), folder, force=True)
     monkeypatch.undo()
@@ -144,7 +125,7 @@ def test_a_folder_that_holds_other_files_is_not_ours_to_clear(tmp_path):
 
 
 def test_two_do_not_train_into_one_folder(tmp_path):
-    with held(tmp_path), pytest.raises(BadInput, match="another process"):
+    with lock(tmp_path), pytest.raises(BadInput, match="another process"):
         train(short(), tmp_path)
 
 
@@ -156,10 +137,10 @@ def test_a_measurement_that_fails_leaves_the_folder_as_it_was(measured, tmp_path
     def fails(*_):
         raise BadInput("no such file")
 
-    monkeypatch.setattr(runs.before_after, "measure", fails)
+    monkeypatch.setattr(before_after, "measure", fails)
     for out in (folder, tmp_path / "new"):
         with pytest.raises(BadInput, match="no such file"):
-            runs.measure(adapter, recipe, out, force=True)
+            measure(adapter, recipe, out, force=True)
     assert contents(folder) == before and not (tmp_path / "new").exists()
 
 
@@ -189,87 +170,6 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
     assert start(tmp_path / "killed", "resume").wait() == 0
     for name in ("adapter.safetensors", "adapter.peft.safetensors"):
         assert sha256_of(tmp_path / "whole" / name) == sha256_of(tmp_path / "killed" / name)
-
-
-FULL = {
-    "esd-x": {"objective.kind": "esd-x", "objective.eta": 3.0, "parameters": "full"},
-    "esd-u": {"objective.kind": "esd-u", "parameters": "full"},
-    "sdd": {"parameters": "full"},
-}
-
-
-@pytest.mark.parametrize("kind", FULL)
-def test_a_full_training_leaves_the_weights_that_it_changed(tmp_path, kind):
-    recipe = Recipe.parse(SHORT.replace("ema: {decay: 0.5}\n", ""), overrides=FULL[kind])
-    path = train(recipe, tmp_path / "run")
-    assert names_in(path.parent) == [
-        "README.md", "metrics.json", "recipe.yaml", "weights.safetensors",
-    ]  # fmt: skip
-    metrics = json.loads((path.parent / "metrics.json").read_text())
-    tensors = load_file(path)
-    assert metrics["weights"] == {
-        "sha256": sha256_of(path),
-        "parameters": sum(t.numel() for t in tensors.values()),
-        "bytes": path.stat().st_size,
-    }
-    unet = load_training_parts("demo").unet.state_dict()
-    assert all(tensor.shape == unet[name].shape for name, tensor in tensors.items())
-    assert any(not torch.equal(tensor, unet[name]) for name, tensor in tensors.items())
-    assert all((".attn2." in name) == (kind != "esd-u") for name in tensors)
-    assert "weights.safetensors" in (path.parent / "README.md").read_text()
-    with pytest.raises(BadInput, match="holds another run"):
-        train(recipe, path.parent)
-
-
-def test_a_full_training_gives_a_shared_base_back(tmp_path):
-    (tmp_path / "a.yaml").write_text(
-        SHORT.replace("short", "a").replace("ema: {decay: 0.5}", "parameters: full")
-    )
-    (tmp_path / "b.yaml").write_text(SHORT.replace("short", "b"))
-    together = dict(train_recipes([tmp_path], tmp_path / "together", []))
-    ((_, alone),) = train_recipes([tmp_path / "b.yaml"], tmp_path / "alone", [])
-    second = together[tmp_path / "together" / "b"]
-    assert second["adapter"]["sha256"] == alone["adapter"]["sha256"]
-
-
-def test_esd_u_as_an_adapter_draws_the_same_from_its_file_and_baked(tmp_path):
-    """Convolutions too: what was trained, what diffusers loads, and what is baked are one thing."""
-    recipe = short(objective__kind="esd-u", ema__decay=0, optimizer__learning_rate=0.02)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 128)
-    adapter = train(recipe, tmp_path / "run")
-    assert not any(".attn2." in name for name in adapter.factors)
-    assert {"conv_in", "mid_block.resnets.0.time_emb_proj"} < adapter.factors.keys()
-    bake("demo", [(adapter, 1.0)], tmp_path / "baked")
-    with torch.no_grad():
-        base, loaded, baked = (
-            load_pipeline(model, parts, device="cpu").unet.float()(*inputs).sample
-            for model, parts in (
-                ("demo", []), ("demo", [(adapter, 1.0)]), (str(tmp_path / "baked"), []),
-            )
-        )  # fmt: skip
-        unet = load_training_parts("demo").unet
-        for name, part in adapter.factors.items():
-            weight = unet.get_submodule(name).weight
-            weight += torch.from_numpy(part.delta()).reshape(weight.shape)
-        expected = unet(*inputs).sample
-    assert (expected - base).abs().max() > 0.1
-    assert (loaded - expected).abs().max() < 1e-3
-    assert (baked - expected).abs().max() < 0.02  # rounded to fp16
-
-
-def test_weights_are_measured_as_they_were_written(tmp_path):
-    recipe = short(
-        parameters="full", optimizer__learning_rate=0.05, measure__detector="judge",
-        measure__images=2, measure__steps=3,
-        measure__prompts={"concept": ["a bomb"], "kept": ["a cat, noto style"]},
-    )  # fmt: skip
-    path = train(recipe, tmp_path / "run")
-    metrics = json.loads((path.parent / "metrics.json").read_text())
-    assert {m["name"] for m in metrics["measures"]} >= {"concept drawn", "noun kept"}
-    assert (path.parent / "before-after.png").exists()
-    assert "with the weights" in (path.parent / "README.md").read_text()
 
 
 def test_the_readmes_recipe_trains(tmp_path):
@@ -313,79 +213,22 @@ def test_prompts_that_no_detector_looks_at_are_told(tmp_path, monkeypatch):
     def stops(*_):
         raise BadInput("far enough")
 
-    monkeypatch.setattr(runs, "_trained", stops)
-    monkeypatch.setattr(runs, "warn", told.append)
+    monkeypatch.setattr(one_run, "_run_training", stops)
+    monkeypatch.setattr(one_run, "warn", told.append)
     for recipe in (short(), short(measure__prompts={"kept": ["a cat"]})):
         with pytest.raises(BadInput, match="far enough"):
             train(recipe, tmp_path / "run")
     assert len(told) == 1 and told[0].startswith("measure.prompts: nothing is drawn")
 
 
-def test_recipes_share_a_base_and_leave_it_as_it_was(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
-    together = dict(train_recipes([tmp_path], tmp_path / "together", []))
-    ((_, alone),) = train_recipes([tmp_path / "two.yaml"], tmp_path / "alone", [])
-    second = together[tmp_path / "together" / "two"]
-    assert second["adapter"]["sha256"] == alone["adapter"]["sha256"]
-
-
-def test_a_matrix_stopped_half_way_goes_on_over_one_base(tmp_path, monkeypatch):
-    for name in ("one", "three", "two"):
-        (tmp_path / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
-    whole = train_recipes([tmp_path], tmp_path / "whole", [])
-
-    def adapter(run):
-        return run[1]["adapter"]["sha256"]
-
-    loads, step = [], runs.Trainer.step
-    monkeypatch.setattr(
-        runs, "load_training_parts", lambda model: loads.append(model) or load_training_parts(model)
-    )
-
-    def stopped(trainer):
-        if trainer.recipe.name == "three" and trainer.iteration == 2:
-            raise KeyboardInterrupt
-        return step(trainer)
-
-    monkeypatch.setattr(runs.Trainer, "step", stopped)
-    with pytest.raises(KeyboardInterrupt, match="iteration 2 of 3"):
-        train_recipes([tmp_path], tmp_path / "out", [])
-    monkeypatch.setattr(runs.Trainer, "step", step)
-    assert loads == ["demo"] and not (tmp_path / "out" / "two").exists()
-    first = (tmp_path / "out" / "one" / "adapter.safetensors").stat().st_mtime_ns
-    with pytest.raises(BadInput, match=r"recipe\.yaml: belongs to another recipe"):
-        train_recipes([tmp_path], tmp_path / "out", ["training.seed=1"], resume=True)
-    (tmp_path / "out" / "one" / "state").mkdir()  # as --keep-state leaves it
-    resumed = train_recipes([tmp_path], tmp_path / "out", [], resume=True)
-    assert [folder.name for folder, _ in resumed] == ["one", "three", "two"]
-    assert list(map(adapter, resumed)) == list(map(adapter, whole))
-    assert (tmp_path / "out" / "one" / "adapter.safetensors").stat().st_mtime_ns == first
-
-
 def test_memory_that_runs_out_before_the_first_iteration_gives_advice_too(tmp_path, monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(runs, "Trainer", fails)
+    monkeypatch.setattr(one_run, "Trainer", fails)
     with pytest.raises(SddLoraError, match=r"out of memory.*rollout\.batch=1"):
         train(short(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_names_that_two_recipes_share_are_told(tmp_path):
-    for file, name in (("a", "one"), ("b", "two"), ("c", "two")):
-        (tmp_path / f"{file}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
-    with pytest.raises(BadInput, match=r"share a folder: two$"):
-        train_recipes([tmp_path], tmp_path / "out", [])
-
-
-def test_nothing_is_trained_before_all_recipes_are_read(tmp_path):
-    (tmp_path / "a.yaml").write_text(SHORT)
-    (tmp_path / "b.yaml").write_text("name: b\n")
-    with pytest.raises(BadInput, match=r"b\.yaml"):
-        train_recipes([tmp_path], tmp_path / "out", [])
-    assert not (tmp_path / "out").exists()
 
 
 def test_models_that_are_missing_truncated_or_no_sd1_are_bad_input(tmp_path):

@@ -3,7 +3,7 @@
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from sdd_lora.training.trainer import Embeddings
+from sdd_lora.training.embeddings import Embeddings
 
 
 def small_unet() -> UNet2DConditionModel:

@@ -5,9 +5,9 @@ import torch
 
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs.train import encode
 from sdd_lora.sd.model import load_training_parts
-from sdd_lora.training.directions import concept_directions, damping
+from sdd_lora.training.embeddings import encode
+from sdd_lora.training.init import concept_directions, damping, directions_of
 from sdd_lora.training.roles import STUDENT, TEACHER
 from sdd_lora.training.trainer import Trainer
 
@@ -71,9 +71,9 @@ def test_a_training_starts_as_the_base_with_the_rows_asked_for(init):
     parts = load_training_parts(recipe.model)
     embeddings = encode(recipe, parts)
     trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings)
-    rows = embeddings.directions(2)
+    rows = directions_of(embeddings, 2)
     for role in (STUDENT, TEACHER):
-        for name, factor in trainer.roles.trained(role).items():
+        for name, factor in trainer.roles.parameters_of(role).items():
             if name.endswith("lora_B"):
                 assert not factor.any()
             elif ".to_k." in name:
@@ -105,13 +105,13 @@ def test_quarters_of_a_training_end_with_damping_where_it_sees_prompts(kind):
             results[strength, trainer.iteration] = {
                 f"{role}.{name}": factor.detach().clone()
                 for role in (STUDENT, TEACHER)
-                for name, factor in trainer.roles.trained(role).items()
+                for name, factor in trainer.roles.parameters_of(role).items()
             }
         trainer.roles.remove()
     for name, undamped in results[0.0, 2].items():
         assert torch.equal(results[1.0, 1][name], results[0.0, 1][name])
         if name.endswith((".to_k.lora_A", ".to_v.lora_A")):
-            damped = undamped @ embeddings.damping(1.0)
+            damped = undamped @ damping(embeddings.erased, embeddings.kept_and_empty, 1.0)
             torch.testing.assert_close(results[1.0, 2][name], damped)
             answers = [(embeddings.kept @ x.T).square().mean() for x in (undamped, damped)]
             assert answers[1] < 0.2 * answers[0]

@@ -48,7 +48,7 @@ def test_training_moves_the_adapter_and_not_the_base(checkpointing):
         assert torch.equal(unet(*inputs()).sample, before)
     with trainer.roles.teacher() as unet:
         assert not torch.equal(unet(*inputs()).sample, before)
-    assert all(down.dtype == torch.float32 for down, _ in trainer.teacher_factors().values())
+    assert all(x.dtype == torch.float32 for x in trainer.teacher_tensors().values())
 
 
 @pytest.mark.parametrize("kind", ["sdd", "esd-x"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdd_lora.training.objectives import esd, preservation, sdd
+from sdd_lora.training.objectives import SDD, ESDx, preservation_loss
 
 
 def linear_estimate(weight):
@@ -13,6 +13,11 @@ def linear_estimate(weight):
         return weight * prompt.mean(dim=(1, 2)).view(-1, 1, 1, 1) * z_t + t.view(-1, 1, 1, 1)
 
     return estimate
+
+
+def sdd(student, *inputs):
+    """SDD's loss, which needs no base."""
+    return SDD(guidance_scale=3.0, t_in_bin=False).loss(student, None, *inputs)
 
 
 def points():
@@ -29,7 +34,7 @@ def test_sdd_is_the_squared_distance_to_the_unconditional_estimate():
     z, t = points()
     weight = torch.tensor(0.7, dtype=torch.float64)
     loss = sdd(linear_estimate(weight), z, t, prompts(2), prompts(5))
-    expected = ((weight * (2 - 5) * z).float() ** 2).mean()
+    expected = ((weight * (2 - 5) * z) ** 2).mean()
     assert torch.allclose(loss, expected, rtol=1e-5)
 
 
@@ -53,8 +58,8 @@ def test_preservation_is_the_distance_to_the_base():
     z, t = points()
     student = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     base = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
-    loss = preservation(linear_estimate(student), linear_estimate(base), z, t, prompts(2))
-    assert torch.allclose(loss, ((0.3 * 2 * z) ** 2).mean().float(), rtol=1e-5)
+    loss = preservation_loss(linear_estimate(student), linear_estimate(base), z, t, prompts(2))
+    assert torch.allclose(loss, ((0.3 * 2 * z) ** 2).mean(), rtol=1e-5)
     loss.backward()
     assert student.grad is not None and base.grad is None
 
@@ -65,11 +70,12 @@ def test_esds_target_is_the_frozen_bases(eta):
     z, t = points()
     student = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     base = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
-    loss = esd(
-        linear_estimate(student), linear_estimate(base), z, t, prompts(2), prompts(5), eta
-    )  # fmt: skip
+    objective = ESDx(guidance_scale=3.0, t_in_bin=False, eta=eta)
+    loss = objective.loss(
+        linear_estimate(student), linear_estimate(base), z, t, prompts(2), prompts(5)
+    )
     residual = 0.7 * 5 - 0.4 * (2 - 3 * eta)
-    assert torch.allclose(loss, ((residual * z) ** 2).mean().float(), rtol=1e-5)
+    assert torch.allclose(loss, ((residual * z) ** 2).mean(), rtol=1e-5)
     loss.backward()
     assert base.grad is None
     assert torch.allclose(student.grad, 2 * residual * 5 * (z**2).mean(), rtol=1e-4)

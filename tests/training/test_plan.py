@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from support.small import ddim, embeddings, small_unet
 
 from sdd_lora.recipe import Recipe
-from sdd_lora.training.plan import Account, footprint, steps_of_a_point
+from sdd_lora.training.plan import Account, footprint, passes_of_a_point
 from sdd_lora.training.roles import STUDENT, TEACHER
 from sdd_lora.training.rollout import Rollout
 from sdd_lora.training.trainer import Trainer
@@ -74,8 +74,8 @@ def test_held_bytes_are_those_of_the_real_module(changes):
         if n != "step"
     ]  # fmt: skip
     assert plan.base == size(small_unet().parameters())
-    assert plan.adapter == size(trainer.roles.trained(STUDENT).values())
-    averaged = size(trainer.roles.trained(TEACHER).values()) if recipe.ema.decay else 0
+    assert plan.adapter == size(trainer.roles.parameters_of(STUDENT).values())
+    averaged = size(trainer.roles.parameters_of(TEACHER).values()) if recipe.ema.decay else 0
     assert plan.average == averaged
     assert plan.optimizer == size(states)
     assert plan.trained == sum(p.numel() for p in trainer.parameters)
@@ -101,12 +101,12 @@ def test_checkpointing_and_half_precision_take_less():
 def test_passes_of_rollouts_are_as_many_as_counted(settings):
     recipe = recipe_of(**{"rollout__steps": 12} | {f"rollout__{k}": v for k, v in settings.items()})
     trainer = trainer_of(recipe)
-    rollout = Rollout(trainer.roles.teacher, ddim(), recipe.rollout, recipe.objective, (4, 8, 8))
+    rollout = Rollout(trainer.roles.teacher, ddim(), recipe.rollout, trainer.objective, (4, 8, 8))
     rollout._estimate = lambda unet, z, t, c: _counted(rollout, z)
     iterations = 600
     for iteration in range(iterations):
         rollout.sample(iteration, [0], trainer.embeddings.empty, trainer.embeddings.concepts)
-    assert rollout.unet_passes / iterations == pytest.approx(steps_of_a_point(recipe), rel=0.05)
+    assert rollout.unet_passes / iterations == pytest.approx(passes_of_a_point(recipe), rel=0.05)
 
 
 def _counted(rollout, z):

@@ -13,21 +13,21 @@ ROOT = Path(__file__).parents[2]
 
 WAYS = {
     "paper": {"rollout": {"steps": 4}},
-    "fast": {
-        "rollout": {"steps": 6, "points": 3},
-        "lora": {"init": "closed-form"},
-    },
-}  # fmt: skip
+    "fast": {"rollout": {"steps": 6, "points": 3}, "lora": {"init": "closed-form"}},
+}
 
 
 def start(tmp_path, processes, batch, way, *state):
     out = tmp_path / f"{processes}.json"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    program = ["tests/training/losses_of_a_run.py", batch, json.dumps(WAYS[way]), out, *state]
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(processes), "tests/training/losses_of_a_run.py", str(batch),
-         json.dumps(WAYS[way]), str(out), *map(str, state)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
-    )  # fmt: skip
+        [sys.executable, *map(str, [*torchrun, *program])],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        check=True,
+        capture_output=True,
+    )
     return json.loads(out.read_text()) if out.exists() else None
 
 

@@ -4,15 +4,19 @@ import pytest
 import torch
 from support.small import small_unet
 
-from sdd_lora.recipe import Lora, Objective
-from sdd_lora.training.roles import BASE, STUDENT, TEACHER, LoraRoles, WeightRoles, is_trained
+from sdd_lora.recipe import Lora
+from sdd_lora.training.objectives import SDD, ESDu, ESDx
+from sdd_lora.training.roles import BASE, STUDENT, TEACHER, LoraRoles, WeightRoles
+
+SDD_PAPER = SDD(guidance_scale=3.0, t_in_bin=False)
+ESD_U = ESDu(guidance_scale=3.0, t_in_bin=False, eta=1.0)
 
 
 @pytest.fixture
 def roles():
     made = LoraRoles(small_unet(), Lora(rank=2, targets=["to_q", "to_k", "to_v", "to_out"]), seed=0)
     with torch.no_grad():
-        for name, factor in made.trained(STUDENT).items():
+        for name, factor in made.parameters_of(STUDENT).items():
             if name.endswith("lora_B"):
                 factor.normal_()
     return made
@@ -34,11 +38,10 @@ def test_all_64_matrices_are_adapted(roles):
 
 def test_esd_u_as_an_adapter_adapts_every_layer_whose_weight_it_trains():
     unet = small_unet()
-    objective = Objective(kind="esd-u", **ESD)
     expected = {
         name.removesuffix(".weight")
         for name, weight in unet.named_parameters()
-        if is_trained(name, objective) and weight.ndim > 1
+        if ESD_U.trains(name) and weight.ndim > 1
     }
     roles = LoraRoles(unet, Lora(rank=2, targets=["noxattn"]), seed=0)
     assert set(roles.layers) == expected and len(expected) > 100
@@ -46,7 +49,7 @@ def test_esd_u_as_an_adapter_adapts_every_layer_whose_weight_it_trains():
 
 def test_the_three_roles_give_three_outputs_and_the_base_is_the_untouched_unet(roles, inputs):
     with torch.no_grad():
-        for name, factor in roles.trained(TEACHER).items():
+        for name, factor in roles.parameters_of(TEACHER).items():
             if name.endswith("lora_B"):
                 factor.normal_()
         with roles.student() as unet:
@@ -81,9 +84,9 @@ def test_gradients_reach_the_student_alone(roles, inputs, checkpointing):
         with torch.no_grad(), roles.base():
             target = estimate(unet, inputs)
         (estimate(unet, inputs) - target).pow(2).mean().backward()
-    assert all(f.grad is not None and f.grad.any() for f in roles.trained(STUDENT).values())
+    assert all(f.grad is not None and f.grad.any() for f in roles.parameters_of(STUDENT).values())
     with_gradient = {id(p) for p in roles.unet.parameters() if p.grad is not None}
-    assert with_gradient == {id(f) for f in roles.trained(STUDENT).values()}
+    assert with_gradient == {id(f) for f in roles.parameters_of(STUDENT).values()}
 
 
 def test_checkpointing_changes_no_gradient(inputs):
@@ -95,7 +98,9 @@ def test_checkpointing_changes_no_gradient(inputs):
             roles.unet.train()
         with roles.student() as unet:
             estimate(unet, inputs).pow(2).mean().backward()
-        gradients.append(torch.cat([f.grad.flatten() for f in roles.trained(STUDENT).values()]))
+        gradients.append(
+            torch.cat([f.grad.flatten() for f in roles.parameters_of(STUDENT).values()])
+        )
     assert gradients[0].any()
     assert torch.allclose(*gradients, atol=1e-7)
 
@@ -107,27 +112,23 @@ def test_removed_roles_leave_the_unet_as_it_was(roles, inputs):
     assert roles.unet.state_dict().keys() == small_unet().state_dict().keys()
 
 
-ESD = {"eta": 1.0}
-
-
-@pytest.fixture(params=["sdd", "esd-u"])
+@pytest.fixture(params=[SDD_PAPER, ESD_U], ids=["sdd", "esd-u"])
 def weights(request):
     """Roles by weights, the three of them different."""
-    objective = Objective(kind=request.param, **({} if request.param == "sdd" else ESD))
-    made = WeightRoles(small_unet(), objective)
+    made = WeightRoles(small_unet(), request.param)
     with torch.no_grad():
         for role in (STUDENT, TEACHER):
-            for value in made.trained(role).values():
+            for value in made.parameters_of(role).values():
                 value.add_(torch.randn(value.shape), alpha=0.1)
     return made
 
 
 def test_which_weights_the_papers_train():
     names = [name for name, _ in small_unet().named_parameters()]
-    cross = {name for name in names if is_trained(name, Objective())}
+    cross = {name for name in names if SDD_PAPER.trains(name)}
     assert cross == {name for name in names if "attn2" in name} and len(cross) == 16 * 5
-    assert cross == {n for n in names if is_trained(n, Objective(kind="esd-x", **ESD))}
-    outside = {name for name in names if is_trained(name, Objective(kind="esd-u", **ESD))}
+    assert cross == {name for name in names if ESDx(3.0, False, eta=1.0).trains(name)}
+    outside = {name for name in names if ESD_U.trains(name)}
     assert not outside & cross
     assert {name.split(".")[0] for name in set(names) - outside - cross} == {
         "time_embedding", "conv_norm_out", "conv_out",
@@ -179,21 +180,23 @@ def test_gradients_of_weights_are_the_students(weights, inputs, checkpointing):
 
 
 def test_an_optimizer_moves_the_students_weights_alone(weights, inputs):
-    before = {r: {n: v.clone() for n, v in weights.trained(r).items()} for r in (BASE, TEACHER)}
-    student = {name: value.clone() for name, value in weights.trained(STUDENT).items()}
+    before = {
+        r: {n: v.clone() for n, v in weights.parameters_of(r).items()} for r in (BASE, TEACHER)
+    }
+    student = {name: value.clone() for name, value in weights.parameters_of(STUDENT).items()}
     with weights.student() as unet:
         estimate(unet, inputs).pow(2).mean().backward()
     torch.optim.SGD(weights.parameters, lr=1.0).step()
-    assert any(not torch.equal(student[n], v) for n, v in weights.trained(STUDENT).items())
+    assert any(not torch.equal(student[n], v) for n, v in weights.parameters_of(STUDENT).items())
     for role, values in before.items():
-        assert all(torch.equal(values[n], v) for n, v in weights.trained(role).items())
+        assert all(torch.equal(values[n], v) for n, v in weights.parameters_of(role).items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_removed_weights_leave_the_unet_as_it_was(inputs, dtype):
-    roles = WeightRoles(small_unet().to(dtype), Objective())
+    roles = WeightRoles(small_unet().to(dtype), SDD_PAPER)
     with torch.no_grad():
-        for value in roles.trained(STUDENT).values():
+        for value in roles.parameters_of(STUDENT).values():
             assert value.dtype == torch.float32
             value.add_(1)
     roles.remove()
@@ -207,9 +210,9 @@ def test_without_an_average_the_teacher_is_the_student(inputs, kind):
     if kind == "lora":
         roles = LoraRoles(small_unet(), Lora(rank=2), seed=0, averaged=False)
     else:
-        roles = WeightRoles(small_unet(), Objective(), averaged=False)
+        roles = WeightRoles(small_unet(), SDD_PAPER, averaged=False)
     with torch.no_grad():
-        for value in roles.trained(STUDENT).values():
+        for value in roles.parameters_of(STUDENT).values():
             value.normal_()
         with roles.teacher() as unet:
             teacher = estimate(unet, inputs)
@@ -218,5 +221,5 @@ def test_without_an_average_the_teacher_is_the_student(inputs, kind):
         with roles.base() as unet:
             assert torch.equal(estimate(unet, inputs), estimate(small_unet(), inputs))
     assert len(
-        {t.data_ptr() for r in (STUDENT, TEACHER) for t in roles.trained(r).values()}
-    ) == len(roles.trained(STUDENT))
+        {t.data_ptr() for r in (STUDENT, TEACHER) for t in roles.parameters_of(r).values()}
+    ) == len(roles.parameters_of(STUDENT))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from support.small import ddim, embeddings, small_unet
 
-from sdd_lora.recipe import PRESETS, Objective
+from sdd_lora.recipe import PRESETS
 from sdd_lora.recipe import Rollout as Settings
+from sdd_lora.training.objectives import SDD, SDDReference
 from sdd_lora.training.rollout import Rollout, generator_for
 
 EVERY_OPTION = {
@@ -25,7 +26,7 @@ def make(objective=None, samples=3, **settings):
         yield unet
 
     settings = Settings(**({"steps": 5} | settings))
-    objective = objective or Objective()
+    objective = objective or SDD(guidance_scale=3.0, t_in_bin=False)
     return Rollout(teacher, ddim(), settings, objective, (4, 8, 8), 0, samples), unet
 
 
@@ -66,19 +67,19 @@ def plain_loop(unet, c_0, c_p, generator, steps=5, s_g=3.0):
 def test_each_trajectory_of_a_batch_is_the_pseudo_code():
     rollout, unet = make()
     prompts = embeddings()
-    points = sample(rollout, 7)
+    batch = sample(rollout, 7)
     for i in range(3):
         z, t = plain_loop(unet, prompts.empty, prompts.concepts[i : i + 1], generator_for(0, 7, i))
-        assert points.t[i] == t
-        assert torch.allclose(points.z_t[i], z[0], atol=1e-5)
+        assert batch.t[i] == t
+        assert torch.allclose(batch.z_t[i], z[0], atol=1e-5)
 
 
 def test_unet_passes_are_two_a_guided_step_and_trajectories_stop_at_their_own_depth():
     rollout, unet = make()
     calls = counted(unet)
-    points = sample(rollout, 1)
+    batch = sample(rollout, 1)
     timesteps = rollout.scheduler.timesteps.tolist()
-    steps = sum(timesteps.index(int(t)) for t in points.t)
+    steps = sum(timesteps.index(int(t)) for t in batch.t)
     assert rollout.unet_passes == sum(calls) == 2 * steps
 
 
@@ -88,7 +89,7 @@ def test_several_points_cost_the_steps_of_one_trajectory():
     calls = counted(unet)
     for iteration in range(8):
         sample(rollout, iteration, [0])
-    deepest = [rollout._start(born, 0).stops[-1] for born in (0, 4)]
+    deepest = [rollout._start(born, 0).stop_steps[-1] for born in (0, 4)]
     assert rollout.unet_passes == sum(calls) == 2 * sum(deepest)
     assert 2 * sum(deepest) < 2 * 2 * 9
 
@@ -112,7 +113,7 @@ def test_several_points_lie_on_one_trajectory():
     for point in seen:
         assert torch.allclose(point.z_t[0], found[int(point.t)], atol=1e-5)
     assert [point.trajectories for point in seen] == [[0]] * 3
-    assert [point.turns for point in seen] == [[0], [1], [2]]
+    assert [point.prompt_index for point in seen] == [[0], [1], [2]]
     assert sample(rollout, 3, [0]).trajectories == [1]
 
 
@@ -147,14 +148,14 @@ def test_a_batch_with_several_points_is_spread_over_the_trajectory():
 def test_every_concept_meets_every_part_of_the_trajectory():
     """With as many concepts as points, counting iterations would tie them together."""
     rollout = without_unet(steps=9, points=3, samples=1)
-    met = {(i % 3, sample(rollout, i, [0]).turns[0] % 3) for i in range(9)}
+    met = {(i % 3, sample(rollout, i, [0]).prompt_index[0] % 3) for i in range(9)}
     assert len(met) == 9
     towards = {sample(rollout, i, [0]).trajectories[0] % 3 for i in range(9, 18)}
     assert towards == {0, 1, 2}
 
 
 def test_the_reference_draws_t_inside_the_bin_of_z():
-    rollout = without_unet(Objective(variant="reference"), steps=4)
+    rollout = without_unet(SDDReference(guidance_scale=3.0, t_in_bin=True), steps=4)
     seen = timesteps_seen(rollout, 300)
     assert len(set(seen)) > 100
     assert min(seen) >= 0 and max(seen) < 750  # never the noisiest bin: their bug at k = 0
@@ -172,18 +173,18 @@ def test_a_restored_stream_goes_on_to_the_same_bytes(option):
     for iteration in range(4, 8):
         a, b = sample(whole, iteration), sample(restored, iteration)
         assert torch.equal(a.z_t, b.z_t) and torch.equal(a.t, b.t)
-        assert (a.turns, a.trajectories) == (b.turns, b.trajectories)
+        assert (a.prompt_index, a.trajectories) == (b.prompt_index, b.trajectories)
     assert restored.unet_passes == whole.unet_passes
 
 
-def test_what_is_carried_ends_with_its_trajectory():
+def test_what_is_in_progress_ends_with_its_trajectory():
     rollout = without_unet(steps=9, points=3, samples=1)
-    carried = []
+    in_progress = []
     for iteration in range(6):
         sample(rollout, iteration, [0])
-        carried.append(len(rollout.state_dict()["carried"]))
-    assert carried == [1, 1, 0, 1, 1, 0]
-    assert without_unet().state_dict()["carried"] == {}
+        in_progress.append(len(rollout.state_dict()["in_progress"]))
+    assert in_progress == [1, 1, 0, 1, 1, 0]
+    assert without_unet().state_dict()["in_progress"] == {}
 
 
 @pytest.mark.parametrize("part", ["seed", "iteration", "sample"])

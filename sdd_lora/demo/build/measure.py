@@ -19,7 +19,7 @@ from sdd_lora.measures.intervals import wilson
 from sdd_lora.measures.judge import verdicts_on
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import before_after
-from sdd_lora.runs.train import packaged_recipe
+from sdd_lora.runs.many import packaged_recipe
 from sdd_lora.sd.pipeline import load_pipeline
 
 EMPTY_IMAGES, EMPTY_SEED = 1000, 150_000

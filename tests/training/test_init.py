@@ -6,9 +6,9 @@ from support.small import ddim, embeddings, small_unet
 
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs.train import encode
 from sdd_lora.sd.model import load_training_parts
-from sdd_lora.training.closed_form import ClosedForm
+from sdd_lora.training.embeddings import encode
+from sdd_lora.training.init import ClosedForm
 from sdd_lora.training.roles import BASE, STUDENT, TEACHER
 from sdd_lora.training.trainer import Trainer
 
@@ -85,7 +85,7 @@ def test_student_and_average_start_there_and_the_base_stays(variant):
     plain = small_unet()
     for role in (STUDENT, TEACHER):
         for name, layer in trainer.roles.layers.items():
-            down, up = (trainer.roles.trained(role)[f"{name}.lora_{x}"] for x in "AB")
+            down, up = (trainer.roles.parameters_of(role)[f"{name}.lora_{x}"] for x in "AB")
             if name.endswith("to_q"):
                 assert not up.any()
                 continue
@@ -106,7 +106,7 @@ def test_a_packed_base_starts_near_where_a_plain_one_does():
     starts = []
     for precision in ("fp32", "nf4"):
         recipe = recipe_of(**{"training.base_precision": precision, "lora.rank": 8})
-        trained = Trainer(recipe, small_unet(), ddim(), embeddings()).roles.trained(STUDENT)
+        trained = Trainer(recipe, small_unet(), ddim(), embeddings()).roles.parameters_of(STUDENT)
         name = next(name for name in trained if name.endswith("to_v.lora_A"))
         starts.append(trained[name.replace("lora_A", "lora_B")] @ trained[name])
     error = (starts[1] - starts[0]).norm() / starts[0].norm()

@@ -1,0 +1,186 @@
+"""A result's files: weights or adapter, the numbers measured with them, card, metrics."""
+
+import importlib.metadata
+import json
+import platform
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.card import render_card, render_weights_card, write_sidecar
+from sdd_lora.adapter.metadata import ENTRY_KEY, Metadata, TrainedOn
+from sdd_lora.errors import BadInput
+from sdd_lora.io.atomic import atomic_output, sha256_of, write_text
+from sdd_lora.io.safetensors import serialize
+from sdd_lora.progress import say
+from sdd_lora.recipe import Recipe
+from sdd_lora.runs import before_after
+from sdd_lora.runs.folder import (
+    ADAPTER,
+    CARD,
+    METRICS,
+    PEFT_TWIN,
+    PICTURE,
+    WEIGHTS,
+    check,
+    lock,
+    replacement,
+)
+from sdd_lora.version import __version__
+
+_VERSIONS_OF = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "bitsandbytes",
+    "numpy",
+)
+
+
+def measure(
+    adapter: Adapter, recipe: Recipe, out_dir: str | Path, *, force: bool = False
+) -> dict[str, Any]:
+    """Measure an adapter by a recipe's `measure`, whoever made it; returns the metrics.
+
+    The folder is written as `train` does, without the numbers of a training: the adapter and its
+    twin, now with the measures in their headers, sidecar, card, `metrics.json`, picture. Raises
+    BadInput where the recipe measures nothing, or the folder holds another run or other files.
+    """
+    folder = Path(out_dir)
+    with lock(folder):
+        check(folder, recipe, force=force)
+        if not before_after.wanted(recipe):
+            raise BadInput(f"{recipe.name}: expected a recipe that names prompts to measure with")
+        before_after.check(recipe)
+        made_by = {"measured_by": recipe.name, "measured_on": recipe.model}
+        with replacement(folder) as place:
+            finish_adapter(adapter, place, recipe, made_by, training={})
+        return read_metrics(folder)
+
+
+def finish_adapter(
+    adapter: Adapter,
+    folder: Path,
+    recipe: Recipe,
+    made_by: dict[str, Any],
+    training: dict[str, Any],
+) -> Adapter:
+    """Write the adapter, measure it as written, write it again with its numbers, and its card; the
+    metrics last."""
+    _write_adapter(adapter, folder)
+    measured = _measured(recipe, folder, adapter=ADAPTER)
+    if measured["measures"]:
+        metadata = adapter.metadata | {"measures": measured["measures"]}
+        adapter = Adapter(adapter.factors, metadata)
+        _write_adapter(adapter, folder)
+    result = {"adapter": _file_numbers(folder / ADAPTER, adapter.parameters)}
+    metrics = _metrics(made_by, adapter.metadata.base, result, training, measured)
+    write_text(folder / CARD, render_card(adapter, metrics))
+    _write_metrics(folder, metrics)
+    return adapter
+
+
+def finish_weights(
+    tensors: dict[str, torch.Tensor],
+    metadata: Metadata,
+    folder: Path,
+    recipe: Recipe,
+    made_by: dict[str, Any],
+    training: dict[str, Any],
+) -> None:
+    """Write fully trained weights, measure them as written, write their card; the metrics last."""
+    header = {"format": "pt", ENTRY_KEY: json.dumps(metadata.as_json(), ensure_ascii=False)}
+    with atomic_output(folder / WEIGHTS) as file:
+        for chunk in serialize({name: t.numpy() for name, t in tensors.items()}, header):
+            file.write(chunk)
+    measured = _measured(recipe, folder, weights=WEIGHTS)
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    result = {"weights": _file_numbers(folder / WEIGHTS, parameters)}
+    metrics = _metrics(made_by, metadata.base, result, training, measured)
+    write_text(folder / CARD, render_weights_card(metadata, metrics))
+    _write_metrics(folder, metrics)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The metrics of a finished run."""
+    return dict(json.loads((folder / METRICS).read_text("utf-8")))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that computed the result."""
+    found = {"python": platform.python_version()}
+    for name in _VERSIONS_OF:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def _measured(
+    recipe: Recipe, folder: Path, adapter: str | None = None, weights: str | None = None
+) -> dict[str, Any]:
+    """Rows on the recipe's model and on those of `transfer`; their pictures go into the folder."""
+    if not before_after.wanted(recipe):
+        return {"measures": [], "transfer": []}
+    say("measuring before and after")
+    written = None if adapter is None else Adapter.load(folder / adapter)
+    file = None if weights is None else folder / weights
+    pictures = {recipe.model: PICTURE} | {
+        model: f"before-after-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}.png"
+        for model in recipe.measure.transfer
+    }
+    rows = {}
+    for model, picture in pictures.items():
+        measured = before_after.measure(recipe, written, model, file)
+        _save_picture(measured.picture, folder / picture)
+        rows[model] = [asdict(row) for row in measured.rows]
+    return {
+        "measures": rows.pop(recipe.model),
+        "transfer": [{"model": model, "measures": found} for model, found in rows.items()],
+    }
+
+
+def _file_numbers(path: Path, parameters: int) -> dict[str, Any]:
+    return {"sha256": sha256_of(path), "parameters": parameters, "bytes": path.stat().st_size}
+
+
+def _metrics(
+    made_by: dict[str, Any],
+    base: TrainedOn | None,
+    result: dict[str, Any],
+    training: dict[str, Any],
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "tool": f"sdd_lora {__version__}",
+        "versions": versions(),
+        **made_by,
+        "base": base.as_json() if base else {},
+        **result,
+        "training": training,
+        **measured,
+    }
+
+
+def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+
+
+def _save_picture(picture: Image.Image, path: Path) -> None:
+    with atomic_output(path) as file:
+        picture.save(file, "PNG")
+
+
+def _write_adapter(adapter: Adapter, folder: Path) -> None:
+    adapter.save(folder / ADAPTER, format="kohya", dtype="fp16")
+    adapter.save(folder / PEFT_TWIN, format="peft", dtype="fp16")
+    write_sidecar(adapter, folder / ADAPTER)

@@ -1,0 +1,175 @@
+"""Where an adapter starts (`lora.init`), and `preserve.damping`: closed forms over the embeddings.
+
+Cross-attention sees a prompt through its tokens' W e alone, for each W among to_k and to_v. Moments
+are means of e eᵀ over tokens e: S_c of the concepts, S_k of kept prompts, (d, d) fp64 on the CPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import broadcast
+
+from sdd_lora.errors import BadInput
+from sdd_lora.recipe import Recipe
+from sdd_lora.training.embeddings import Embeddings
+from sdd_lora.training.objectives import Objective
+from sdd_lora.training.roles import STUDENT, LoraRoles
+
+#: names of the down factors that prompts' embeddings go into
+SEES_PROMPTS = (".to_k.lora_A", ".to_v.lora_A")
+#: the RMS of a concept's tokens along a direction; a random row of peft's has 0.4 on the demo: as
+#: high as this the other factor has less to learn, and a step turns the direction less
+_DIRECTION_RMS = 3.0
+#: ridges, as parts of the mean variance of a moment
+_DIRECTIONS_RIDGE, _DAMPING_RIDGE, _CLOSED_FORM_RIDGE = 0.01, 1e-4, 1e-4
+
+
+@torch.no_grad()
+def initialise(
+    roles: LoraRoles, recipe: Recipe, objective: Objective, embeddings: Embeddings
+) -> None:
+    """Put the factors of student and teacher where `lora.init` says.
+
+    In all processes where the first one's are: eigenvectors' signs may differ from machine to
+    machine. Raises BadInput where a matrix has less than `lora.rank`.
+    """
+    if recipe.lora.init == "random":  # from the seed alone, as peft does
+        return
+    if recipe.lora.init == "concepts":
+        start_along(roles, directions_of(embeddings, recipe.lora.rank))
+    else:
+        start_at(roles, closed_form_of(recipe, objective, embeddings))
+    for factor in roles.parameters_of(STUDENT).values():
+        factor.copy_(broadcast(factor.data))
+    roles.copy_student_to_teacher()
+
+
+def directions_of(embeddings: Embeddings, rank: int) -> torch.Tensor:
+    """Directions in which concepts, each and joined, differ most from kept prompts and ∅."""
+    return concept_directions(embeddings.erased, embeddings.kept_and_empty, rank)
+
+
+def closed_form_of(recipe: Recipe, objective: Objective, embeddings: Embeddings) -> "ClosedForm":
+    """The change that erases the loss's prompts and keeps the kept ones, so much weighed, and ∅."""
+    return ClosedForm.of(
+        objective.loss_prompts(embeddings),
+        embeddings.kept_and_empty,
+        embeddings.empty,
+        recipe.preserve.weight,
+    )
+
+
+def start_along(roles: LoraRoles, directions: torch.Tensor) -> None:
+    """Give the student's down factors of to_k and to_v the rows `directions` (rank, d)."""
+    for name, factor in roles.parameters_of(STUDENT).items():
+        if name.endswith(SEES_PROMPTS):
+            factor.copy_(directions)
+
+
+def start_at(roles: LoraRoles, closed_form: "ClosedForm") -> None:
+    """Give the student's to_k and to_v their factors in closed form."""
+    factors = roles.parameters_of(STUDENT)
+    for name, layer in roles.layers.items():
+        if not f"{name}.lora_A".endswith(SEES_PROMPTS):
+            continue
+        base = layer.get_base_layer()
+        identity = torch.eye(base.in_features, dtype=roles.unet.dtype, device=roles.unet.device)
+        weight = base(identity).T  # (out, d), whether packed in 4 bits or not
+        down, up = closed_form.factors(weight, rank=len(factors[f"{name}.lora_A"]))
+        factors[f"{name}.lora_A"].copy_(down)
+        factors[f"{name}.lora_B"].copy_(up / layer.scaling[STUDENT])
+
+
+def concept_directions(concepts: torch.Tensor, kept: torch.Tensor, rank: int) -> torch.Tensor:
+    """Directions that separate concept embeddings from kept ones: rows (rank, d), fp32.
+
+    The leading generalised eigenvectors v of S_c v = λ (S_k + ridge · I) v (Fisher's discriminant
+    without its means), of `concepts` (N, 77, d) and `kept` (M, 77, d). A product of factors whose
+    rows are these moves the concepts' keys and values, and the kept ones' little.
+    Raises BadInput where d is less than `rank`.
+    """
+    width = concepts.shape[-1]
+    if rank > width:
+        raise BadInput(f"lora.rank: expected {width} at most, the prompts' width, found {rank}")
+    s_c, s_k = second_moment(concepts), second_moment(kept)
+    whitening = torch.linalg.inv(torch.linalg.cholesky(with_ridge(s_k, _DIRECTIONS_RIDGE)))
+    _, vectors = torch.linalg.eigh(whitening @ s_c @ whitening.T)
+    rows = vectors[:, -rank:].T @ whitening
+    rms = (rows @ s_c @ rows.T).diagonal().sqrt()
+    return (_DIRECTION_RMS * rows / rms[:, None]).float()
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """A change of the prompts' embeddings that erases, the same for every to_k and to_v.
+
+    Where a concept's W e are ∅'s, so is the noise estimate. Of all changes X of a W,
+
+        E_c‖(W + X) e − W e_∅‖² + weight · E_k‖X e‖² + ridge ‖X‖²
+
+    is least at X = W · `change`, where e_∅ is ∅'s token in e's place: SDD's loss and preservation,
+    with keys and values for noise estimates (UCE, Gandikota et al. 2024, Sec. 4, whose target here
+    is ∅'s). `moment` is that of all tokens in this sum. Both are (d, d), fp64, on the CPU.
+    """
+
+    change: torch.Tensor
+    moment: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, concepts: torch.Tensor, kept: torch.Tensor, empty: torch.Tensor, weight: float
+    ) -> "ClosedForm":
+        """From embeddings: of the concepts (N, 77, d), of kept prompts (M, 77, d), of ∅ (1, …)."""
+        to_empty = tokens(empty).repeat(len(concepts), 1) - tokens(concepts)
+        moment = second_moment(concepts) + weight * second_moment(kept)
+        moment = with_ridge(moment, _CLOSED_FORM_RIDGE)
+        towards = to_empty.T @ tokens(concepts) / len(to_empty)
+        return cls(torch.linalg.solve(moment, towards.T).T, moment)
+
+    def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Down (rank, d) and up (out, rank), fp32, for a `weight` W (out, d): of all products of
+        this rank, up · down makes the sum above least. Each pair is balanced in norm.
+
+        It is W · change cut to its leading directions in the tokens' own metric (reduced-rank
+        regression). Raises BadInput where W has a lower rank.
+        """
+        if rank > min(weight.shape):
+            raise BadInput(
+                f"lora.rank: expected {min(weight.shape)} at most, the size of the smallest matrix "
+                f"to start in closed form, found {rank}"
+            )
+        change = weight.cpu().double() @ self.change
+        values, vectors = torch.linalg.eigh(self.moment)
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        left = torch.linalg.svd(change @ root, full_matrices=False).U[:, :rank]
+        down = left.T @ change
+        size = down.norm(dim=1).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        return (down / size[:, None]).float(), (left * size).float()
+
+
+def damping(concepts: torch.Tensor, kept: torch.Tensor, strength: float) -> torch.Tensor:
+    """The matrix D (d, d), fp32, by which a down factor A (rank, d) is damped: A D acts on tokens e
+    of `concepts` (N, 77, d) as A does, and less on tokens of `kept` (M, 77, d).
+
+    A D is the X that minimises E_c‖(X − A) e‖² + ridge ‖X − A‖² + strength · E_k‖X e‖², whatever
+    the up factor: D = (S_c + ridge · I) (S_c + ridge · I + strength · S_k)⁻¹. The ridge leaves A
+    alone in directions that no prompt here has.
+    """
+    s_c = with_ridge(second_moment(concepts), _DAMPING_RIDGE)
+    return torch.linalg.solve(s_c + strength * second_moment(kept), s_c).T.float()
+
+
+def with_ridge(moment: torch.Tensor, part: float) -> torch.Tensor:
+    """Add a part of the mean variance in every direction."""
+    return moment + part * moment.trace() / len(moment) * torch.eye(len(moment)).to(moment)
+
+
+def second_moment(prompts: torch.Tensor) -> torch.Tensor:
+    """Mean of e eᵀ over all tokens e of (N, 77, d): (d, d), fp64."""
+    flat = tokens(prompts)
+    return flat.T @ flat / len(flat)
+
+
+def tokens(prompts: torch.Tensor) -> torch.Tensor:
+    """All tokens of (N, 77, d) in a row, (N · 77, d), fp64, on the CPU: MPS has no fp64."""
+    return prompts.flatten(0, 1).cpu().double()

@@ -1,0 +1,93 @@
+"""Several recipes over one base, and shards of them."""
+
+import pytest
+from support.short_run import SHORT
+
+from sdd_lora.errors import BadInput
+from sdd_lora.io.distributed import Shard
+from sdd_lora.runs import many
+from sdd_lora.runs.many import train_recipes
+from sdd_lora.sd.model import load_training_parts
+from sdd_lora.training.trainer import Trainer
+
+
+def test_recipes_share_a_base_and_leave_it_as_it_was(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
+    together = dict(train_recipes([tmp_path], tmp_path / "together", []))
+    ((_, alone),) = train_recipes([tmp_path / "two.yaml"], tmp_path / "alone", [])
+    second = together[tmp_path / "together" / "two"]
+    assert second["adapter"]["sha256"] == alone["adapter"]["sha256"]
+
+
+def test_a_matrix_stopped_half_way_goes_on_over_one_base(tmp_path, monkeypatch):
+    for name in ("one", "three", "two"):
+        (tmp_path / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
+    whole = train_recipes([tmp_path], tmp_path / "whole", [])
+
+    def adapter(run):
+        return run[1]["adapter"]["sha256"]
+
+    loads, step = [], Trainer.step
+    monkeypatch.setattr(
+        many, "load_training_parts", lambda model: loads.append(model) or load_training_parts(model)
+    )
+
+    def stopped(trainer):
+        if trainer.recipe.name == "three" and trainer.iteration == 2:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", stopped)
+    with pytest.raises(KeyboardInterrupt, match="iteration 2 of 3"):
+        train_recipes([tmp_path], tmp_path / "out", [])
+    monkeypatch.setattr(Trainer, "step", step)
+    assert loads == ["demo"] and not (tmp_path / "out" / "two").exists()
+    first = (tmp_path / "out" / "one" / "adapter.safetensors").stat().st_mtime_ns
+    with pytest.raises(BadInput, match=r"recipe\.yaml: belongs to another recipe"):
+        train_recipes([tmp_path], tmp_path / "out", ["training.seed=1"], resume=True)
+    (tmp_path / "out" / "one" / "state").mkdir()  # as --keep-state leaves it
+    resumed = train_recipes([tmp_path], tmp_path / "out", [], resume=True)
+    assert [folder.name for folder, _ in resumed] == ["one", "three", "two"]
+    assert list(map(adapter, resumed)) == list(map(adapter, whole))
+    assert (tmp_path / "out" / "one" / "adapter.safetensors").stat().st_mtime_ns == first
+
+
+def test_names_that_two_recipes_share_are_told(tmp_path):
+    for file, name in (("a", "one"), ("b", "two"), ("c", "two")):
+        (tmp_path / f"{file}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
+    with pytest.raises(BadInput, match=r"share a folder: two$"):
+        train_recipes([tmp_path], tmp_path / "out", [])
+
+
+def test_nothing_is_trained_before_all_recipes_are_read(tmp_path):
+    (tmp_path / "a.yaml").write_text(SHORT)
+    (tmp_path / "b.yaml").write_text("name: b\n")
+    with pytest.raises(BadInput, match=r"b\.yaml"):
+        train_recipes([tmp_path], tmp_path / "out", [])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_trains_its_part_of_the_recipes(tmp_path, monkeypatch):
+    recipes, out = tmp_path / "recipes", tmp_path / "out"
+    recipes.mkdir()
+    for name in ("a", "b", "c"):
+        (recipes / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
+    trained = []
+
+    def note(recipe, folder, **_):
+        trained.append(recipe.name)
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text('{"tool": "sdd_lora 1"}')
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+
+    monkeypatch.setattr(many, "train", note)
+    assert [f for f, _ in train_recipes([recipes], out, [], shard=Shard(1, 2))] == [
+        out / "a", out / "c",
+    ]  # fmt: skip
+    assert trained == ["a", "c"]
+    assert train_recipes([recipes], out, [], shard=Shard(4, 4)) == []
+    # the only recipe of its shard has its own folder all the same, and is resumed like the others
+    train_recipes([recipes], out, [], shard=Shard(2, 2))
+    train_recipes([recipes], out, [], shard=Shard(2, 2), resume=True)
+    assert trained == ["a", "c", "b"] and (out / "b" / "metrics.json").exists()
