@@ -44,11 +44,11 @@ class Rollout:
     excludes the last index. `concepts[i % …]` means the outer counter. An objective with `t_in_bin`
     draws t uniformly inside the bin of DDPM timesteps that z_t stands for.
 
-    `points` = N > 1: a trajectory goes on in the next iteration, through N points spread evenly
-    over its timesteps at a random offset, so that every t is as frequent as with one. The samples
-    of a batch are at different points of N, so that a batch covers the range of t. Each step is the
-    teacher's of that iteration: the oldest step of a trajectory comes from a teacher N − 1 updates
-    old.
+    `timesteps_per_trajectory` = N > 1: a trajectory goes on in the next iteration, through N points
+    spread evenly over its timesteps at a random offset, so that every t is as frequent as with one.
+    The samples of a batch are at different points of N, so that a batch covers the range of t. Each
+    step is the teacher's of that iteration: the oldest step of a trajectory comes from a teacher
+    N − 1 updates old.
 
     `unet_passes` counts samples through the UNet, two a guided step.
     """
