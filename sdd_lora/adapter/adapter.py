@@ -24,6 +24,7 @@ from sdd_lora.adapter.metadata import ENTRY_KEY, MergedPart, Metadata, is_edited
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import atomic_folder, atomic_output, require_replaceable
 from sdd_lora.io.safetensors import data_sha256, header_of, open_input, read_tensor, serialize
+from sdd_lora.io.torch_zip import is_pickle
 from sdd_lora.progress import warn
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def adapter_file(source: str | Path) -> Path:
         raise BadInput(f"{path}: no adapter in this folder; expected {expected}")
     if path.exists():
         return path
-    if path.suffix in (".safetensors", *PICKLES) or not hub.is_hub_id(str(source)):
+    if path.suffix.lower() in (".safetensors", *PICKLES) or not hub.is_hub_id(str(source)):
         raise BadInput(f"{path}: no such file; expected an adapter, a run's folder or a hub id")
     return hub.download_adapter(str(source))
 
@@ -252,7 +253,7 @@ def is_adapter_folder(path: Path) -> bool:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], str]:
     """Tensors, the header's metadata, and the SHA-256 of the bytes after the header."""
-    if path.suffix.lower() in PICKLES:
+    if is_pickle(path):
         return _read_pickle(path), {}, ""
     with open_input(path) as file:
         header = header_of(file, str(path))
@@ -266,7 +267,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open_input(path) as file:  # by its name alone, torch takes it for safetensors
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes are a program that may stumble over anything
         raise BadInput(
             f"{path}: not read: it is broken, or holds more than tensors, which is not executed "

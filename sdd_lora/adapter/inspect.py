@@ -9,12 +9,12 @@ from pathlib import Path
 
 from sdd_lora import sd1 as names
 from sdd_lora.adapter import formats
-from sdd_lora.adapter.adapter import PICKLES
 from sdd_lora.adapter.alphas import scalar
 from sdd_lora.adapter.factors import require_alpha
 from sdd_lora.adapter.metadata import Metadata, is_edited
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import DTYPES, Header, header_of, open_input, read_tensor
+from sdd_lora.io.torch_zip import is_pickle
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def describe_adapter(path: Path) -> AdapterDescription:
 
     A legacy pickle has no header and is refused.
     """
-    if path.suffix.lower() in PICKLES:
+    if is_pickle(path):
         raise BadInput(f"{path}: a legacy pickle, without a header; sdd-lora convert it first")
     with open_input(path) as file:
         header = header_of(file, str(path))

@@ -143,9 +143,9 @@ def bake(
 
 
 def _require_suffix(out: Path, model: Path) -> None:
-    if model.is_file() and out.suffix != ".safetensors":
+    if model.is_file() and out.suffix.lower() != ".safetensors":
         raise BadInput(f"{out}: expected an output named *.safetensors")
-    if model.is_dir() and out.suffix in MODEL_SUFFIXES:
+    if model.is_dir() and out.suffix.lower() in MODEL_SUFFIXES:
         raise BadInput(
             f"{out}: the model is a folder, and so is what is written; expected a folder's name"
         )

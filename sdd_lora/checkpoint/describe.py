@@ -13,6 +13,7 @@ from sdd_lora.checkpoint.layout import (
     TensorLocation,
     WeightSet,
     open_checkpoint,
+    plain_key,
 )
 from sdd_lora.checkpoint.prediction import Prediction, prediction_of
 from sdd_lora.errors import BadInput
@@ -27,6 +28,10 @@ FAMILIES = {
     "flux": "Flux",
     "controlnet": "a ControlNet",
     "adapter": "an adapter (LoRA), not a model",
+    "lora-inside": "a model with LoRA layers in it (peft's base_layer); call unload_lora_weights() "
+    "after fuse_lora() and save it again",
+    "quantised": "a quantised model (bitsandbytes), to which nothing can be added; use the model "
+    "that it was made from",
     "other-unet": "a UNet of another structure",
     "unknown": "no diffusion model that this tool knows",
 }
@@ -37,6 +42,8 @@ _TO_K = re.compile(
 )
 #: Keys that only another family has, the surest first.
 _MARKS = (
+    ("lora-inside", re.compile(r"\.base_layer\.")),
+    ("quantised", re.compile(r"\.quant_state\.bitsandbytes__|\.weight\.absmax$|\.SCB$")),
     ("adapter", re.compile(r"lora_|\.lora[._]|_lora\.")),
     ("controlnet", re.compile(r"^(control_model|controlnet_|input_hint_block|zero_convs)")),
     ("flux", re.compile(r"(^|\.)double_blocks\.|(^|\.)single_transformer_blocks\.")),
@@ -109,11 +116,11 @@ def open_sd1(path: Path) -> Checkpoint:
 def family_of(checkpoint: Checkpoint) -> str:
     """A key of FAMILIES: by block structure first, then by widths."""
     shapes = {
-        key: info.shape
+        plain_key(key): info.shape
         for header in checkpoint.headers.values()
         for key, info in header.tensors.items()
-        if not key.startswith("model_ema.")
     }
+    shapes = {key: shape for key, shape in shapes.items() if not key.startswith("model_ema.")}
     for family, mark in _MARKS:
         if any(mark.search(key) for key in shapes):
             return family

@@ -17,7 +17,7 @@ from sdd_lora import sd1
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.algebra import require_one_size
 from sdd_lora.adapter.factors import low_rank
-from sdd_lora.checkpoint.layout import Checkpoint, TensorLocation, open_checkpoint
+from sdd_lora.checkpoint.layout import Checkpoint, TensorLocation, open_checkpoint, plain_key
 from sdd_lora.errors import BadInput
 from sdd_lora.progress import progress, warn
 
@@ -177,6 +177,7 @@ def canonical_parameter(key: str, of_text_encoder: bool = False) -> str | None:
 
     None for what belongs to neither the UNet nor the text encoder.
     """
+    key = plain_key(key)
     for prefix in (sd1.LDM_TEXT_PREFIX, sd1.TEXT_PREFIX):
         if key.startswith(prefix):
             key, of_text_encoder = key.removeprefix(prefix), True

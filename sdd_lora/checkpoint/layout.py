@@ -36,6 +36,8 @@ _WHOLE_MODELS = (".safetensors", ".ckpt")
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 _UNREAD = ("*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.pb")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
+#: Levels that DataParallel and torch.compile add to the names of a model that is saved inside them.
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,11 @@ class Checkpoint:
         return as_array(data, self.info(location))
 
 
+def plain_key(key: str) -> str:
+    """A tensor's key without the levels of wrappers: `module.`, `_orig_mod.`."""
+    return _WRAPPERS.sub("", key)
+
+
 def component_of(module: str) -> Component:
     return "text_encoder" if sd1.is_text(module) else "unet"
 
@@ -120,7 +127,7 @@ def read_any_header(path: Path) -> Header:
 
 def _open_file(path: Path) -> Checkpoint:
     header = read_any_header(path)
-    keys = header.tensors
+    keys = {plain_key(key) for key in header.tensors}
     for prefix in (sd1.LDM_UNET_PREFIX, sd1.LDM_UNET_PREFIX.removeprefix("model."), ""):
         if f"{prefix}input_blocks.0.0.weight" in keys:
             return _ldm_checkpoint(path, header, prefix)
@@ -138,31 +145,33 @@ def _ldm_checkpoint(path: Path, header: Header, prefix: str) -> Checkpoint:
     text: dict[str, TensorLocation] = {}
     second_text: dict[str, TensorLocation] = {}
     emas: list[dict[str, TensorLocation]] = [{} for _ in EMA]
-    for key in header.tensors:
+    stored = {plain_key(key): key for key in header.tensors}
+    for key, own_key in stored.items():
         module = key.removesuffix(".weight")
         if module == key:
             continue
+        location = TensorLocation(path, own_key)
         if key.startswith(sd1.LDM_TEXT_PREFIX):
             module = _text_module(module.removeprefix(sd1.LDM_TEXT_PREFIX))
             # some merges hold the text encoder twice, with and without `text_model`
-            (second_text if module in text else text)[module] = TensorLocation(path, key)
+            (second_text if module in text else text)[module] = location
         elif key.startswith(prefix):
             try:
                 module = sd1.from_ldm(module.removeprefix(prefix))
             except KeyError:
                 continue
-            unet[module] = TensorLocation(path, key)
+            unet[module] = location
             canonical = sd1.LDM_UNET_PREFIX + key.removeprefix(prefix)
             for locations, spelling in zip(emas, sd1.ema_keys(canonical), strict=True):
-                if spelling in header.tensors:
-                    locations[module] = TensorLocation(path, spelling)
+                if spelling in stored:
+                    locations[module] = TensorLocation(path, stored[spelling])
     found = [
         WeightSet("unet", "weights", unet),
         *(WeightSet("unet", label, ema, True) for label, ema in zip(EMA, emas, strict=True)),
         WeightSet("text_encoder", "weights", text),
         WeightSet("text_encoder", "weights in other names", second_text),
     ]
-    has_vae = any(key.startswith(_LDM_VAE_PREFIX) for key in header.tensors)
+    has_vae = any(key.startswith(_LDM_VAE_PREFIX) for key in stored)
     missing = _absent(unet=bool(unet), vae=has_vae, text_encoder=bool(text))
     sets = tuple(weights for weights in found if weights.locations)
     return Checkpoint(path, "ldm", {path: header}, sets, missing)
@@ -268,8 +277,9 @@ def _diffusers_locations(headers: dict[Path, Header], prefix: str) -> dict[str, 
     locations: dict[str, TensorLocation] = {}
     for file, header in headers.items():
         for key in header.tensors:
-            if key.startswith(prefix) and key.endswith(".weight"):
-                module = key.removeprefix(prefix).removesuffix(".weight")
+            plain = plain_key(key)
+            if plain.startswith(prefix) and plain.endswith(".weight"):
+                module = plain.removeprefix(prefix).removesuffix(".weight")
                 if module in locations:
                     other = locations[module].file.name
                     raise BadInput(f"{file}: {key}: stands in {other} as well")
@@ -290,12 +300,13 @@ def _weight_files(
     for file in sorted(folder.glob("*")):
         bare = _SHARD.sub("", file.name)
         stem, _, rest = bare.partition(".")
-        if stem in stems and file.suffix in found:
+        suffix = file.suffix.lower()
+        if stem in stems and suffix in found:
             variant = rest.removesuffix(file.suffix.removeprefix(".")).strip(".")
             sharded = "sharded " if bare != file.name else ""
             label = f"{sharded}variant {variant}" if variant else f"{sharded}weights"
-            found[file.suffix].setdefault(label, []).append(file)
-        elif file.suffix.lower() in _WEIGHTS and _holds_unet(file):
+            found[suffix].setdefault(label, []).append(file)
+        elif suffix in _WEIGHTS and _holds_unet(file):
             others.append(file)
     _check_indices(folder)
     unread = sorted(file for pattern in _UNREAD for file in folder.glob(pattern)) + others

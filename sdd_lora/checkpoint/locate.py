@@ -57,15 +57,36 @@ def local(model: str | Path) -> Path | None:
         return EMBEDDED[name]
     path = named(Path(model))
     if path.exists():
-        return path
-    if path.suffix in MODEL_SUFFIXES or name.count("/") != 1 or path.is_absolute():
+        return _snapshot(path)
+    if path.suffix.lower() in MODEL_SUFFIXES or name.count("/") != 1 or path.is_absolute():
         raise BadInput(f"{name}: no such file or folder, and no hub id (owner/name) either")
     return None
 
 
 def locate_file(file: Path) -> Path:
     """FILE of a verb that takes adapters as well: what is there of that name, or else a MODEL."""
-    return file if file.exists() else locate(file.as_posix())
+    return _snapshot(file) if file.exists() else locate(file.as_posix())
+
+
+def _snapshot(path: Path) -> Path:
+    """The model in a hub cache's folder of a repository, `models--owner--name`; else the path.
+
+    Raises BadInput where it holds several snapshots and doesn't say which of them is `main`.
+    """
+    snapshots = path / "snapshots"
+    if not snapshots.is_dir() or (path / "model_index.json").exists():
+        return path
+    main = path / "refs" / "main"
+    if main.is_file():
+        snapshot = snapshots / main.read_text(encoding="utf-8").strip()
+        if snapshot.is_dir():
+            return snapshot
+    found = sorted(folder for folder in snapshots.iterdir() if folder.is_dir())
+    if len(found) != 1:
+        raise BadInput(
+            f"{path}: a hub cache's folder; give one of its {len(found)} models in {snapshots}"
+        )
+    return found[0]
 
 
 def require_new_output(output: Path, model: Path, force: bool) -> None:
@@ -98,7 +119,7 @@ def _is_model_file(file: Path) -> bool:
         return file.name in _FILES_BESIDE_COMPONENTS or file.name.startswith(
             "diffusion_pytorch_model"
         )
-    return file.parts[0] in _COMPONENT_FOLDERS and file.suffix in _COMPONENT_SUFFIXES
+    return file.parts[0] in _COMPONENT_FOLDERS and file.suffix.lower() in _COMPONENT_SUFFIXES
 
 
 def named(path: Path) -> Path:

@@ -11,7 +11,13 @@ from sdd_lora.adapter.algebra import Weighted
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.checkpoint.copying import Segment, merged
 from sdd_lora.checkpoint.history import BakedAdapter, BakeRecord, history_of
-from sdd_lora.checkpoint.layout import Checkpoint, TensorLocation, WeightSet, component_of
+from sdd_lora.checkpoint.layout import (
+    Checkpoint,
+    TensorLocation,
+    WeightSet,
+    component_of,
+    plain_key,
+)
 from sdd_lora.checkpoint.rounding import Rounding
 from sdd_lora.errors import BadInput
 from sdd_lora.io import torch_zip
@@ -210,7 +216,8 @@ def _file_plan(
 ) -> FilePlan:
     header = checkpoint.headers[path]
     in_order = sorted(edits, key=lambda key: header.tensors[key].start)
-    dropped = [key for key in header.tensors if ema == "drop" and key.startswith("model_ema.")]
+    emas = (key for key in header.tensors if plain_key(key).startswith("model_ema."))
+    dropped = emas if ema == "drop" else ()
     return FilePlan(
         path,
         header,

@@ -102,8 +102,9 @@ def _files_to_lock(model: Path) -> list[Path]:
     """All that a change may touch, in one order; a file of two names once."""
     if not model.is_dir():
         return [model]
-    found = sorted({*model.glob("*.safetensors"), *model.glob("*/*.safetensors")})
-    stats = [(path.stat(), path) for path in found if path.is_file()]
+    found = sorted([*model.glob("*"), *model.glob("*/*")])
+    named = (path for path in found if path.suffix.lower() == ".safetensors")
+    stats = [(path.stat(), path) for path in named if path.is_file()]
     return list({(stat.st_dev, stat.st_ino): path for stat, path in stats}.values())
 
 

@@ -44,6 +44,23 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+#: First bytes of files that are often saved under safetensors' name, what they are and the remedy.
+#: They count where the eight bytes would be too large a length of a header.
+_WEB_PAGE = "a web page, such as a login page; log in and download the file again"
+_OTHER_KINDS = (
+    (b"version ", "a Git LFS pointer, not the file; run `git lfs pull`, or download it again"),
+    (b"<!DOCTY", _WEB_PAGE),
+    (b"<!docty", _WEB_PAGE),
+    (b"<html", _WEB_PAGE),
+    (b"<HTML", _WEB_PAGE),
+    (b"<?xml", _WEB_PAGE),
+    (b'{"', "JSON text, such as a server's error message; download the file again"),
+    (b"GGUF", "GGUF, which is quantised; use the safetensors that it was made from"),
+    (b"PK\3\4", "a torch file or a zip; name it .ckpt, or unpack it"),
+    (b"7z\xbc\xaf", "an archive; unpack it"),
+    (b"Rar!", "an archive; unpack it"),
+    (b"\x1f\x8b\x08", "an archive; unpack it"),
+)
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -170,6 +187,9 @@ def _header_length(prefix: bytes, size: int, where: str) -> int:
     if len(prefix) < 8:
         raise BadInput(f"{where}: truncated: {size} bytes; a safetensors file has at least 8")
     length = int.from_bytes(prefix, "little")
+    kind = next((kind for start, kind in _OTHER_KINDS if prefix.startswith(start)), None)
+    if kind is not None and length > min(MAX_HEADER_BYTES, size):
+        raise BadInput(f"{where}: expected safetensors, found {kind}")
     if length > MAX_HEADER_BYTES:
         raise BadInput(
             f"{where}: not a safetensors file, or a hostile one: its header would be {length:,} "

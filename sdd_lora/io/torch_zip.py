@@ -62,7 +62,9 @@ class PickleHeader(Header):
 def is_pickle(path: Path) -> bool:
     """Whether a file is a zip or a bare pickle, by its first bytes and not by its name."""
     with open_input(path) as file:
-        start = file.read(4)
+        start = file.read(9)
+    if start[4:] == b"\0\0\0\0{":  # of safetensors: a length, and its header
+        return False
     return start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
 
 
