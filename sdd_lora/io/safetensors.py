@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from sdd_lora.errors import BadInput
+from sdd_lora.io.sniff import HEAD_BYTES, is_pickle, require_weights
 
 #: The library's own limit. A full SD 1.x file with EMA copies needs 0.3 MB; training tags may take
 #: tens.
@@ -44,23 +45,6 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-#: First bytes of files that are often saved under safetensors' name, what they are and the remedy.
-#: They count where the eight bytes would be too large a length of a header.
-_WEB_PAGE = "a web page, such as a login page; log in and download the file again"
-_OTHER_KINDS = (
-    (b"version ", "a Git LFS pointer, not the file; run `git lfs pull`, or download it again"),
-    (b"<!DOCTY", _WEB_PAGE),
-    (b"<!docty", _WEB_PAGE),
-    (b"<html", _WEB_PAGE),
-    (b"<HTML", _WEB_PAGE),
-    (b"<?xml", _WEB_PAGE),
-    (b'{"', "JSON text, such as a server's error message; download the file again"),
-    (b"GGUF", "GGUF, which is quantised; use the safetensors that it was made from"),
-    (b"PK\3\4", "a torch file or a zip; name it .ckpt, or unpack it"),
-    (b"7z\xbc\xaf", "an archive; unpack it"),
-    (b"Rar!", "an archive; unpack it"),
-    (b"\x1f\x8b\x08", "an archive; unpack it"),
-)
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -105,13 +89,14 @@ def header_of(file: BinaryIO, where: str) -> Header:
     """`read_header` for an open file, from its beginning; `where` names it in errors."""
     size = file.seek(0, 2)
     file.seek(0)
-    prefix = file.read(8)
-    return header_from_bytes(prefix + file.read(_header_length(prefix, size, where)), size, where)
+    length = _header_length(file.read(HEAD_BYTES), size, where)
+    file.seek(0)
+    return header_from_bytes(file.read(8 + length), size, where)
 
 
 def header_from_bytes(head: bytes, size: int, where: str) -> Header:
     """`header_of` from the header's own bytes, prefix included, of a file of `size` bytes."""
-    length = _header_length(head[:8], size, where)
+    length = _header_length(head[:HEAD_BYTES], size, where)
     entries = _parse(head[8 : 8 + length], where)
     metadata = entries.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -183,13 +168,15 @@ def _order(tensors: Mapping[str, np.ndarray]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
-def _header_length(prefix: bytes, size: int, where: str) -> int:
-    if len(prefix) < 8:
+def _header_length(head: bytes, size: int, where: str) -> int:
+    require_weights(head, where)
+    if is_pickle(head):
+        raise BadInput(
+            f"{where}: torch's own format (a pickle), not safetensors; `sdd-lora convert` it first"
+        )
+    if len(head) < 8:
         raise BadInput(f"{where}: truncated: {size} bytes; a safetensors file has at least 8")
-    length = int.from_bytes(prefix, "little")
-    kind = next((kind for start, kind in _OTHER_KINDS if prefix.startswith(start)), None)
-    if kind is not None and length > min(MAX_HEADER_BYTES, size):
-        raise BadInput(f"{where}: expected safetensors, found {kind}")
+    length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise BadInput(
             f"{where}: not a safetensors file, or a hostile one: its header would be {length:,} "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd_lora.errors import BadInput
+from sdd_lora.io import sniff
 from sdd_lora.io.safetensors import Header, open_input
 from sdd_lora.io.torch_pickle import Call, PickledTensor, unpickle
 
@@ -62,10 +63,7 @@ class PickleHeader(Header):
 def is_pickle(path: Path) -> bool:
     """Whether a file is a zip or a bare pickle, by its first bytes and not by its name."""
     with open_input(path) as file:
-        start = file.read(9)
-    if start[4:] == b"\0\0\0\0{":  # of safetensors: a length, and its header
-        return False
-    return start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
+        return sniff.is_pickle(file.read(sniff.HEAD_BYTES))
 
 
 def read_header(path: Path) -> PickleHeader:
@@ -76,7 +74,9 @@ def read_header(path: Path) -> PickleHeader:
     models.
     """
     with open_input(path) as file:
-        if file.read(2) != b"PK":
+        head = file.read(sniff.HEAD_BYTES)
+        sniff.require_weights(head, str(path))
+        if head[:2] != b"PK":
             raise BadInput(
                 f"{path}: expected a zip as torch has written since 1.6, found a bare pickle; "
                 "load it with a torch you trust it to, and save it again"

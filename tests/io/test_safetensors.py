@@ -26,6 +26,7 @@ BAD = {
     "an empty file": (b"", "truncated: 0 bytes"),
     "seven bytes": (b"1234567", "truncated"),
     "a web page": (b"<!DOCTYPE html><html>", "a web page"),
+    "a pickle": (b"\x80\2}q\0.", "pickle"),
     "a header of a terabyte": (file_of({}, length=1 << 40), "not a safetensors file, or a hostile"),
     "a header longer than the file": (file_of({}, length=999), "truncated: the header needs 1,007"),
     "no JSON": (file_of(b"{{{"), "its header is no JSON"),

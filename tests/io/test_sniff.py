@@ -1,0 +1,67 @@
+"""What a file is shows in its content, whatever it is called, and the error names the remedy."""
+
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import save_file
+
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.checkpoint.layout import read_any_header
+from sdd_lora.errors import BadInput
+from sdd_lora.io import safetensors, torch_zip
+from sdd_lora.io.safetensors import serialize
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 132\n"
+
+
+def picture(path):
+    Image.new("RGB", (2, 2)).save(path, format="PNG")
+
+
+FOREIGN = {
+    "a git-LFS pointer": (LFS, "git lfs pull"),
+    "a web page": (b"<!DOCTYPE html><html><title>Log in</title>", "web page.*token"),
+    "a web page after spaces": (b"\n \n<HTML lang=en>", "web page"),
+    "an answer": (b'{"error":"Unauthorized","message":"log in"}', "server's error"),
+    "GGUF": (b"GGUF\3\0\0\0" + bytes(64), "GGUF.*safetensors"),
+    "gzip": (gzip.compress(b"weights"), "unpack"),
+    "a picture": (picture, "picture"),
+    "nothing": (b"", "empty"),
+}
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.ckpt", "m.bin", "M.SAFETENSORS"])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_is_no_weights_is_named_with_the_remedy(tmp_path, case, name):
+    content, remedy = FOREIGN[case]
+    path = tmp_path / name
+    content(path) if callable(content) else path.write_bytes(content)
+    for read in (read_any_header, Adapter.load, safetensors.read_header, torch_zip.read_header):
+        with pytest.raises(BadInput, match=f"(?s)^{path}: .*{remedy}") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["m.ckpt", "m.SAFETENSORS", "m.pt", "m"])
+def test_safetensors_are_read_under_any_name(tmp_path, name):
+    save_file({"a.w": np.ones(2, np.float32)}, tmp_path / name)
+    assert list(read_any_header(tmp_path / name).tensors) == ["a.w"]
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.SAFETENSORS", "m"])
+def test_torch_files_are_read_under_any_name(tmp_path, name):
+    torch.save({"a.w": torch.ones(2)}, tmp_path / name)
+    assert list(read_any_header(tmp_path / name).tensors) == ["a.w"]
+
+
+@pytest.mark.parametrize("length", [640, 0x4B50, 0x8B1F + 1, 0x227B])
+def test_a_header_whose_length_looks_like_another_file_is_read(tmp_path, length):
+    _, header, *rest = serialize({"a": np.ones(2, np.float32)}, {})
+    header = header.ljust(length)
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header + b"".join(rest))
+    assert not torch_zip.is_pickle(path)
+    assert list(read_any_header(path).tensors) == ["a"]
