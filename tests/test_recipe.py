@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from support.recipe_reference import README, renewed
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.strict_yaml import parse_override
@@ -149,6 +151,7 @@ def test_earlier_names_of_fields_are_read_and_hashed_alike():
     old, new = (Recipe.parse(text % names) for names in NAMES)
     assert old == new and old.sha256 == new.sha256 and old.content() == new.content()
     assert (new.rollout.timesteps_per_trajectory, new.rollout.prompts_per_latent) == (2, 4)
+    assert (new.rollout.points, new.rollout.prompts) == (2, 4)
     assert "timesteps_per_trajectory: 2" in old.to_yaml() and "points" not in old.to_yaml()
     assert list(new.content()["rollout"]) == [
         "solver", "steps", "points", "prompts", "batch", "guidance_interval",
@@ -311,6 +314,29 @@ def test_a_field_may_stand_beside_what_is_merged_into_its_section():
 def test_a_half_precision_base_needs_that_precision():
     with pytest.raises(BadInput, match="needs precision bf16 too"):
         Recipe.parse(MINIMAL + "training: {base_precision: bf16}\n")
+
+
+def test_every_field_has_a_reference_and_the_readme_holds_it():
+    text = README.read_text("utf-8")
+    assert renewed(text) == text, "run: python tests/support/recipe_reference.py"
+    written = yaml.safe_load(Recipe.parse(MINIMAL).to_yaml())
+    for path in leaves(written):
+        assert f"- `{path}` (" in text
+    assert "guidance_interval" not in text
+
+
+def leaves(fields, above=""):
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}"
+
+
+def test_the_complete_recipe_of_the_readme_is_one():
+    text = README.read_text("utf-8").partition("```yaml\n")[2].partition("```")[0]
+    recipe = Recipe.parse(text, folder=README.parent)
+    assert recipe.preset == "demo" and len(recipe.preserve.prompts) > 100
 
 
 TO_TRAIN = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "bench")

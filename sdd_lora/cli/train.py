@@ -85,6 +85,14 @@ def demo(
     return Result({"folder": str(folder)} | metrics, text)
 
 
+def _print_reference(wanted: bool) -> None:
+    if wanted:
+        from sdd_lora.recipe.reference import reference
+
+        print(reference(), end="")
+        raise typer.Exit
+
+
 @verb("train")
 def train(
     recipes: Recipes,
@@ -104,6 +112,15 @@ def train(
     ] = False,
     force: ForceRun = False,
     shard: ShardOption = None,
+    help_recipe: Annotated[
+        bool,
+        typer.Option(
+            "--help-recipe",
+            is_eager=True,
+            callback=_print_reference,
+            help="Print what each field of a recipe means, and exit.",
+        ),
+    ] = False,
 ) -> Result:
     """Train safety adapters by recipe, measure them, and write their cards.
 
