@@ -28,7 +28,11 @@ _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "guidance": (int, float),
     "width": (int,),
     "height": (int,),
+    "steps": (int,),
+    "negative_prompt": (str,),
 }
+#: settings of later versions, left out at these values, so that older folders go on
+_LEFT_OUT = {"negative_prompt": "", "clip_skip": 1}
 _IMAGE = re.compile(r"\d{5,}\.png")
 
 
@@ -94,7 +98,8 @@ def take_settings(folder: Path, sampling: Sampling, settings: dict[str, Any]) ->
     """Write what all images of a folder have in common: `settings` (model, adapters) and the
     sampling, but for the batch, which changes no image. Raises BadInput where others are there."""
     path = folder / SETTINGS
-    wanted = settings | {k: v for k, v in asdict(sampling).items() if k != "batch"}
+    common = {k: v for k, v in asdict(sampling).items() if k != "batch"}
+    wanted = settings | {k: v for k, v in common.items() if _LEFT_OUT.get(k) != v}
     if not path.exists():
         write_text(path, json.dumps(wanted, indent=2, ensure_ascii=False))
         return

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sdd_lora.generation.prompt_files import Prompt
 from sdd_lora.sd.schedulers import Scheduler
@@ -17,13 +16,16 @@ class Job:
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
+    steps: int | None = None
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How images are drawn; `method` is one of the method ids, `concept` what it works against.
 
-    Width and height count pixels, a multiple of 8; None is the model's own size.
+    Width and height count pixels, a multiple of 8; None is the model's own size. `clip_skip` counts
+    as user interfaces do: 1 takes the text encoder's last layer, 2 the one before.
     """
 
     steps: int = 25
@@ -34,15 +36,17 @@ class Sampling:
     batch: int = 8
     width: int | None = None
     height: int | None = None
+    negative_prompt: str = ""
+    clip_skip: int = 1
 
     def for_job(self, job: Job) -> "Sampling":
         """With what the job has of its own."""
-        own: dict[str, Any] = {
-            "guidance": job.guidance,
-            "width": job.width,
-            "height": job.height,
-        }
+        own = {name: getattr(job, name) for name in _JOBS_OWN}
         return replace(self, **{name: value for name, value in own.items() if value is not None})
+
+
+#: fields of a job that win over the sampling's
+_JOBS_OWN = ("guidance", "width", "height", "steps", "negative_prompt")
 
 
 def jobs_for(prompts: Sequence[str], count: int, first_seed: int) -> list[Job]:
@@ -56,6 +60,6 @@ def jobs_of(prompts: Sequence[Prompt], images: int, first_seed: int) -> list[Job
     jobs = []
     for number, prompt in enumerate(prompts):
         start = first_seed + number * images if prompt.seed is None else prompt.seed
-        own = (prompt.guidance, prompt.width, prompt.height)
-        jobs += [Job(prompt.text, start + k, *own) for k in range(images)]
+        own = {name: getattr(prompt, name) for name in _JOBS_OWN}
+        jobs += [Job(prompt.text, start + k, **own) for k in range(images)]
     return jobs

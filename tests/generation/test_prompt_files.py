@@ -73,12 +73,13 @@ def test_shapes(tmp_path, name, text, expected):
         ("a.csv", "prompt,seed\na cat,1.5\n", "line 2: seed"),
         ("a.csv", "prompt,seed\na cat,9223372036854775808\n", "line 2: seed"),
         ("a.csv", "prompt,guidance\na cat,nan\n", "line 2: guidance: expected a number"),
-        ("a.csv", "prompt,width\na cat,500\n", "width: expected a multiple of 8, .*found 500"),
-        ("a.csv", "prompt,height\na cat,80000000\n", "height: .* up to 8192 pixels, found 8000"),
+        ("a.csv", "prompt,sd_image_width\na cat,500\n", "width: expected a multiple .*found 500"),
+        ("a.csv", "prompt,seed\na cat,2.35E+09\n", "line 2: seed: .*lost its last digits"),
+        ("a.csv", "prompt,steps\na cat,0\n", "line 2: steps: expected 1 to 999, found 0"),
         ("a.json", '[{"prompt": "x", "categories": {"hate": 1}}]', "categories: expected names"),
         ("a.json", '[{"prompt": "x", "categories": ["\\ud800"]}]', "categories: expected names"),
         ("a.csv", 'prompt,categories\nx,"[\'hate\', \'harm\']"\n', "line 2: categories: expected"),
-        ("a.csv", "prompt,seed\n ,1\n", "line 2: expected a prompt"),
+        ("a.csv", "prompt,seed\n ,1\n", "expected prompts, found none"),
         ("a.csv", "prompt,seed,sd_seed\na,1,2\n", "sd_seed and seed|seed and sd_seed"),
         ("a.csv", 'prompt,seed\na cat,1\n"a dog,2\n', "line 3: no valid CSV"),
         ("a.json", '{"a": 1}', "expected a list of prompts"),
@@ -93,12 +94,81 @@ def test_shapes(tmp_path, name, text, expected):
         ("a.jsonl", '"x"\n{', "line 2: no valid JSON"),
         ("a.txt", " \n", "expected prompts, found none"),
         ("a.txt", "a cat".encode("utf-16"), "save it as UTF-8"),
-        ("a.xlsx", "x", r"ends in \.txt, \.csv, \.json, \.jsonl"),
+        ("a.xlsx", "x", r"ends in \.txt, \.csv, \.tsv, \.json, \.jsonl"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_its_line(tmp_path, name, text, message):
     with pytest.raises(BadInput, match=message):
         read(tmp_path, name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt;seed\na cat, asleep;7\n"),
+        ("a.csv", "sep=;\r\nprompt;seed\r\na cat, asleep;7\r\n"),
+        ("a.csv", "prompt\tseed\na cat, asleep\t7\n"),
+        ("a.tsv", "seed\tprompt\n7\ta cat, asleep\n"),
+        ("a.csv", 'seed,"prompt"\n7,"a cat, asleep"\n'),
+    ],
+)
+def test_columns_stand_between_commas_semicolons_or_tabs(tmp_path, name, text):
+    assert read(tmp_path, name, text) == [Prompt("a cat, asleep", 7)]
+
+
+def test_lines_are_counted_behind_a_sep_line(tmp_path):
+    with pytest.raises(BadInput, match="line 4: seed"):
+        read(tmp_path, "a.csv", "sep=;\nprompt;seed\na;1\nb;x\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.csv", "prompt,Wish\n0,a cat\n"), ("a.tsv", "Wish\tn\na cat\t1\n"),
+     ("a.jsonl", '{"Wish": "a cat", "prompt": 3}\n')],
+)  # fmt: skip
+def test_an_odd_column_is_named(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    assert read_prompts(path, "Wish") == [Prompt("a cat")]
+    with pytest.raises(BadInput, match="column named Wishes, found"):
+        read_prompts(path, "Wishes")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.csv", "prompt,seed\na cat,1\n,2\n"),
+     ("a.json", '[{"prompt": "a cat", "seed": 1}, {"prompt": NaN, "seed": 2}]')],
+)  # fmt: skip
+def test_a_blank_prompt_is_the_empty_prompt_and_said_once(tmp_path, name, text, caplog):
+    assert read(tmp_path, name, text) == [Prompt("a cat", 1), Prompt("", 2)]
+    assert caplog.text.count("1 of 2 prompts are blank") == 1
+
+
+def test_a_photographs_size_is_not_the_images(tmp_path, caplog):
+    text = "caption,width,height\na cat,640,480\na dog,640,427\n"
+    assert read(tmp_path, "coco.csv", text) == [Prompt("a cat"), Prompt("a dog")]
+    assert caplog.text.count("widths and heights are not used") == 1
+
+
+def test_steps_and_negative_prompts_are_used_and_other_columns_named_once(tmp_path, caplog):
+    text = "prompt,negative_prompt,steps,scheduler\na cat,a dog,30,ddim\na bus,,,lms\n"
+    assert read(tmp_path, "a.csv", text) == [
+        Prompt("a cat", steps=30, negative_prompt="a dog"), Prompt("a bus"),
+    ]  # fmt: skip
+    assert caplog.text.count("not used: scheduler") == 1
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a cat <lora:x:1>", "a (cat:1.3) asleep", "a cat --n 4", "# my cats"]
+)
+def test_other_tools_syntax_is_named_once(tmp_path, prompt, caplog):
+    assert read(tmp_path, "a.txt", f"a (small) cat - asleep\n{prompt}\n")[1].text == prompt
+    assert caplog.text.count("1 of 2 prompts hold other tools' syntax") == 1
+
+
+def test_plain_prompts_are_not_taken_for_other_tools_syntax(tmp_path, caplog):
+    read(tmp_path, "a.txt", "a cat (2019) - f/1.4, #art\na well-known dog: 3:1 <3\n")
+    assert not caplog.text
 
 
 def test_a_missing_file_is_bad_input(tmp_path):

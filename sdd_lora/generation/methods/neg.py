@@ -1,5 +1,7 @@
 """SD+NEG: the concept as negative prompt."""
 
+from dataclasses import replace
+
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -14,4 +16,6 @@ def sample(
     sampling: Sampling,
 ) -> torch.Tensor:
     """Latents (B, 4, h, w), one a prompt."""
-    return sd.sample(pipeline, prompts, generators, sampling, negative_prompt=sampling.concept)
+    negative = ", ".join(filter(None, (sampling.concept, sampling.negative_prompt)))
+    own = replace(sampling, negative_prompt=negative)
+    return sd.sample(pipeline, prompts, generators, own)

@@ -3,7 +3,7 @@
 import torch
 from diffusers import StableDiffusionPipeline
 
-from sdd_lora.generation.guided import size_of
+from sdd_lora.generation.guided import layers_skipped, size_of
 from sdd_lora.generation.sampling import Sampling
 
 
@@ -12,7 +12,6 @@ def sample(
     prompts: list[str],
     generators: list[torch.Generator],
     sampling: Sampling,
-    negative_prompt: str | None = None,
 ) -> torch.Tensor:
     """Latents (B, 4, h, w), one a prompt."""
     # left out where nothing is said: an image-to-image pipeline takes its image's size
@@ -21,10 +20,11 @@ def sample(
         size = dict(zip(("width", "height"), size_of(pipeline, sampling), strict=True))
     return pipeline(
         prompts,
-        negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
+        negative_prompt=[sampling.negative_prompt] * len(prompts),
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance,
         generator=generators,
+        clip_skip=layers_skipped(sampling),
         output_type="latent",
         **size,
     ).images
