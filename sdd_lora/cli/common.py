@@ -71,6 +71,12 @@ Changes = Annotated[
 ]
 Name = Annotated[str | None, typer.Option("--name", help="Its name [default: that of the output].")]
 Dtype = Literal["fp16", "bf16", "fp32"]
+Precision = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--precision", help="Number format to draw in [default: fp16 on CUDA, else fp32]."
+    ),
+]
 StoredDtype = Annotated[
     Dtype | None, typer.Option("--dtype", help="How to store it [default: as in FILE].")
 ]

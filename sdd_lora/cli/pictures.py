@@ -4,77 +4,146 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sdd_lora.cli.common import Changes, Model, Result, is_main_process, verb, weighted
+from sdd_lora.cli.common import Changes, Model, Precision, Result, is_main_process, verb, weighted
 from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
 from sdd_lora.sd.schedulers import Scheduler
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
     from sdd_lora.generation.sampling import Job
 
 #: torch takes seeds of 64 bits
 _SEEDS = 2**63
 
 
+# options of generate
+_ImageFolder = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for images and manifest.")
+]
+_TypedPrompts = Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")]
+_PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File of prompts: .txt (one a line), .csv, .tsv, .json or .jsonl (I2P's, COCO's and "
+        "ESD's columns are known); its seeds, guidance, sizes, steps and negative prompts are used."
+    ),
+]
+_Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Adapter file or run folder, with an optional weight: a.safetensors:0.8. Repeatable.",
+        metavar="A[:w]",
+    ),
+]
+_Weights = Annotated[
+    Path | None,
+    typer.Option(help="A UNet's weights, whole or partial, instead of the model's."),
+]
+_Method = Annotated[
+    str,
+    typer.Option(
+        help="How to draw: sd (as is), neg (--concept as negative prompt), sld-weak, "
+        "sld-medium, sld-strong, sld-max, sega, or sdd-gated (every --adapter by the prompt's "
+        "similarity to --concept)."
+    ),
+]
+_Concept = Annotated[
+    str,
+    typer.Option(help="What --method works against; for sdd-gated several, with commas."),
+]
+_Images = Annotated[int, typer.Option(help="Images a prompt.", min=1)]
+_Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Seed of the first image; the others count up [default: the file's, else 0].",
+        min=0,
+    ),
+]
+_Steps = Annotated[
+    int | None,
+    typer.Option(help="Sampling steps [default: the file's, else 25].", min=1, max=999),
+]
+_Guidance = Annotated[
+    float | None,
+    typer.Option(help="Classifier-free guidance scale [default: the file's, else 7.5]."),
+]
+_Width = Annotated[
+    int | None, typer.Option(help="Pixels [default: the file's, else the model's own].")
+]
+_Height = Annotated[
+    int | None, typer.Option(help="Pixels [default: the file's, else the model's own].")
+]
+_NegativePrompt = Annotated[
+    str | None, typer.Option(help="Guided away from [default: the file's, else nothing].")
+]
+_ClipSkip = Annotated[
+    int,
+    typer.Option(help="1: the text encoder's last layer; 2: the one before; …", min=1),
+]
+_Sampler = Annotated[Scheduler, typer.Option(help="Sampler.")]
+_Column = Annotated[
+    str | None, typer.Option(help="The column of --prompts that holds them, if oddly named.")
+]
+_Vae = Annotated[
+    str | None,
+    typer.Option(help="Another VAE: a model's, or in its own folder or file.", metavar="MODEL"),
+]
+_Prediction = Annotated[
+    Literal["epsilon", "v_prediction"] | None,
+    typer.Option(help="What the UNet predicts, where the model's files don't say."),
+]
+_Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, … [default: the best there is].")
+]
+_Shard = Annotated[
+    str | None,
+    typer.Option(
+        help="Draw part I of N, beside others; a last call without it merges all.",
+        metavar="I/N",
+    ),
+]
+_Batch = Annotated[int, typer.Option(help="Images drawn at once; changes no image.", min=1)]
+
+
 @verb("generate")
 def generate(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for images and manifest.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Repeatable.")] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of prompts: .txt (one a line), .csv, .json or .jsonl (I2P's, COCO's and "
-            "ESD's columns are known); its seeds, guidance and sizes are used."
-        ),
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Adapter file or run folder, with an optional weight: a.safetensors:0.8. "
-            "Repeatable.",
-            metavar="A[:w]",
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="A UNet's weights, whole or partial, instead of the model's."),
-    ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="How to draw: sd (as is), neg (--concept as negative prompt), sld-weak, "
-            "sld-medium, sld-strong, sld-max, sega, or sdd-gated (every --adapter by the prompt's "
-            "similarity to --concept)."
-        ),
-    ] = "sd",
-    concept: Annotated[
-        str,
-        typer.Option(help="What --method works against; for sdd-gated several, with commas."),
-    ] = "",
-    images: Annotated[int, typer.Option(help="Images a prompt.", min=1)] = 1,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="Seed of the first image; the others count up. Not for prompts with their own.",
-            min=0,
-        ),
-    ] = 0,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1, max=999)] = 25,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
-    width: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the model's own if left out.")] = None,
-    scheduler: Annotated[Scheduler, typer.Option(help="Sampler.")] = "ddim",
-    batch: Annotated[int, typer.Option(help="Images drawn at once; changes no image.", min=1)] = 8,
+    output: _ImageFolder,
+    prompt: _TypedPrompts = None,
+    prompts: _PromptFile = None,
+    adapter: _Adapters = None,
+    weights: _Weights = None,
+    method: _Method = "sd",
+    concept: _Concept = "",
+    images: _Images = 1,
+    seed: _Seed = None,
+    steps: _Steps = None,
+    guidance: _Guidance = None,
+    width: _Width = None,
+    height: _Height = None,
+    negative_prompt: _NegativePrompt = None,
+    clip_skip: _ClipSkip = 1,
+    scheduler: _Sampler = "ddim",
+    column: _Column = None,
+    vae: _Vae = None,
+    prediction: _Prediction = None,
+    precision: Precision = None,
+    device: _Device = None,
+    shard: _Shard = None,
+    batch: _Batch = 8,
 ) -> Result:
     """Draw images, each a function of its prompt, its seed and the settings alone.
 
-    Run again with the same settings, it draws what is missing and nothing else.
+    Run again with the same settings, it draws what is missing and nothing else. Options that are
+    typed win over the columns of a file of prompts.
 
     Examples:
 
@@ -86,42 +155,88 @@ def generate(
 
     Several processes share the images: `torchrun --nproc-per-node 2 -m sdd_lora generate …`.
     """
-    from sdd_lora.generation.prompt_files import Prompt, read_prompts
+    from sdd_lora.generation.prompt_files import Prompt, read_prompts, warn_of_foreign_syntax
+    from sdd_lora.io.distributed import Shard
 
-    texts = [*map(Prompt, prompt or []), *(read_prompts(prompts) if prompts else [])]
+    own_shard = Shard.parse(shard) if shard is not None else None
+    warn_of_foreign_syntax(prompt or [], "--prompt")
+    texts = [*map(Prompt, prompt or []), *(read_prompts(prompts, column) if prompts else [])]
     if not texts:
         raise BadInput("no prompt: give --prompt TEXT or --prompts FILE")
-    adapters = [weighted(a) for a in adapter or []]
-
     from sdd_lora.generation.images import check_sampling
     from sdd_lora.generation.images import generate as draw_images
     from sdd_lora.generation.sampling import Sampling, jobs_of
-    from sdd_lora.io.atomic import sha256_of
-    from sdd_lora.sd.pipeline import load_adapters, load_pipeline, sha256_of_parts
 
-    sampling = Sampling(
-        steps, guidance, scheduler, method, concept, batch, width=width, height=height
+    typed = _given(  # wins over the columns of a file
+        steps=steps, guidance=guidance, width=width, height=height, negative_prompt=negative_prompt
     )
-    jobs = jobs_of(texts, images, seed)
-    _check_numbers(guidance, jobs)
+    sampling = Sampling(
+        **typed,
+        scheduler=scheduler,
+        method=method,
+        concept=concept,
+        batch=batch,
+    )
+    replaced: dict[str, Any] = dict.fromkeys([*typed, *_given(seed=seed)])
+    jobs = jobs_of([replace(text, **replaced) for text in texts], images, seed or 0)
+    _check_numbers(sampling.guidance, jobs)
     check_sampling(sampling, jobs)
     speaker = is_main_process()
-    loaded = load_adapters(adapters)
-    pipeline = load_pipeline(model, loaded, weights=weights)
+    pipeline, settings = _load(
+        model, adapter or [], weights, vae, prediction, precision, device, clip_skip
+    )
+    drawn = draw_images(pipeline, jobs, sampling, output, settings, own_shard)
+    if not speaker:
+        raise typer.Exit
+    total = len(jobs if own_shard is None else own_shard.take(jobs))
+    of_shard = f"; shard {shard} is done, a last call without --shard merges all" if shard else ""
+    text = f"{drawn} images drawn, {total} in {output}{of_shard}"
+    return Result({"folder": str(output), "images": total, "drawn": drawn}, text)
+
+
+def _load(
+    model: str,
+    adapters: Sequence[str],
+    weights: Path | None,
+    vae: str | None,
+    prediction: str | None,
+    precision: str | None,
+    device: str | None,
+    clip_skip: int,
+) -> "tuple[StableDiffusionPipeline, dict[str, Any]]":
+    """The pipeline of generate's options, and what images depend on besides the sampling."""
+    from sdd_lora.io.atomic import sha256_of
+    from sdd_lora.sd.devices import DTYPES, device_named
+    from sdd_lora.sd.pipeline import load_adapters, load_pipeline, sha256_of_parts
+
+    named = [weighted(adapter) for adapter in adapters]
+    loaded = load_adapters(named)
+    pipeline = load_pipeline(
+        model,
+        loaded,
+        dtype=None if precision is None else DTYPES[precision],
+        device=device_named(device),
+        weights=weights,
+        vae=vae,
+        prediction=prediction,
+        clip_skip=clip_skip,
+    )
     settings = {
         "model": model,
         "parts": sha256_of_parts(pipeline),
         "adapters": [
-            {"adapter": name, "weight": w, "identity": a.identity}
-            for (name, w), (a, _) in zip(adapters, loaded, strict=True)
+            {"adapter": name, "weight": weight, "identity": adapter.identity}
+            for (name, weight), (adapter, _) in zip(named, loaded, strict=True)
         ],
         "weights": None if weights is None else sha256_of(weights),
     }
-    drawn = draw_images(pipeline, jobs, sampling, output, settings)
-    if not speaker:
-        raise typer.Exit
-    text = f"{drawn} images drawn, {len(jobs)} in {output}"
-    return Result({"folder": str(output), "images": len(jobs), "drawn": drawn}, text)
+    own = _given(precision=precision, prediction=prediction)
+    return pipeline, settings | own | ({"clip_skip": clip_skip} if clip_skip > 1 else {})
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were typed."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _check_numbers(guidance: float, jobs: "Sequence[Job]") -> None:

@@ -44,10 +44,8 @@ def _denoise_one(
     """Latents (1, 4, h, w); the initial noise and the steps are those of the pipeline. Without
     guidance, at 1 or less, nothing is guided away, as in diffusers."""
     device, scheduler = pipeline.device, pipeline.scheduler
-    skip = layers_skipped(sampling)
-    negative = sampling.negative_prompt
-    text, empty = pipeline.encode_prompt(prompt, device, 1, True, negative, clip_skip=skip)
-    concept, _ = pipeline.encode_prompt(sampling.concept, device, 1, False, clip_skip=skip)
+    text, empty = pipeline.encode_prompt(prompt, device, 1, True, sampling.negative_prompt)
+    concept, _ = pipeline.encode_prompt(sampling.concept, device, 1, False)
     embeddings = torch.cat([empty, text, concept])  # (3, 77, d)
     scheduler.set_timesteps(sampling.steps, device=device)
     width, height = size_of(pipeline, sampling)
@@ -68,8 +66,3 @@ def size_of(pipeline: StableDiffusionPipeline, sampling: Sampling) -> tuple[int,
     """Width and height in pixels; a side that the sampling leaves open is the model's own."""
     own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     return sampling.width or own, sampling.height or own
-
-
-def layers_skipped(sampling: Sampling) -> int | None:
-    """The text encoder's last layers that are left out, as diffusers counts them."""
-    return sampling.clip_skip - 1 or None

@@ -32,7 +32,7 @@ _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
     "negative_prompt": (str,),
 }
 #: settings of later versions, left out at these values, so that older folders go on
-_LEFT_OUT = {"negative_prompt": "", "clip_skip": 1}
+_LEFT_OUT = {"negative_prompt": ""}
 _IMAGE = re.compile(r"\d{5,}\.png")
 
 
@@ -99,7 +99,7 @@ def take_settings(folder: Path, sampling: Sampling, settings: dict[str, Any]) ->
     sampling, but for the batch, which changes no image. Raises BadInput where others are there."""
     path = folder / SETTINGS
     common = {k: v for k, v in asdict(sampling).items() if k != "batch"}
-    wanted = settings | {k: v for k, v in common.items() if _LEFT_OUT.get(k) != v}
+    wanted = settings | {k: v for k, v in common.items() if (k, v) not in _LEFT_OUT.items()}
     if not path.exists():
         write_text(path, json.dumps(wanted, indent=2, ensure_ascii=False))
         return

@@ -24,8 +24,7 @@ class Job:
 class Sampling:
     """How images are drawn; `method` is one of the method ids, `concept` what it works against.
 
-    Width and height count pixels, a multiple of 8; None is the model's own size. `clip_skip` counts
-    as user interfaces do: 1 takes the text encoder's last layer, 2 the one before.
+    Width and height count pixels, a multiple of 8; None is the model's own size.
     """
 
     steps: int = 25
@@ -37,7 +36,6 @@ class Sampling:
     width: int | None = None
     height: int | None = None
     negative_prompt: str = ""
-    clip_skip: int = 1
 
     def for_job(self, job: Job) -> "Sampling":
         """With what the job has of its own."""

@@ -2,6 +2,8 @@
 
 import torch
 
+from sdd_lora.errors import BadInput
+
 #: `--precision` → the dtype of a model's weights while it draws
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -11,6 +13,20 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of this name, such as cuda:1; the best one where it is None. Raises BadInput for
+    one that this machine or this build of torch lacks."""
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise BadInput(f"--device {name}: can't be used here: {first:.200}") from None
+    return device
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -1,31 +1,31 @@
 """The parts of an SD 1.x model: from the embedded one, a folder, one file, or a hub id."""
 
 import hashlib
-import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdd_lora.checkpoint.copying import as_array, read_bytes
-from sdd_lora.checkpoint.describe import ModelDescription, describe_model, require_sd1
-from sdd_lora.checkpoint.locate import DEMO_FOLDER, local
+from sdd_lora.checkpoint.describe import ModelDescription, require_sd1
+from sdd_lora.checkpoint.layout import read_any_header
+from sdd_lora.checkpoint.locate import local
 from sdd_lora.errors import BadInput
-from sdd_lora.io import torch_zip as pickles
-from sdd_lora.io.safetensors import open_input, serialize
+from sdd_lora.sd.single_file import (
+    SD15_FOLDER,
+    configuration_of,
+    load_single_file,
+    load_vae_file,
+    read_config,
+)
 
-#: the UNet of SD 1.x where it differs from diffusers' defaults
-SD1_UNET = {"sample_size": 64, "cross_attention_dim": 768}
 SD1_CHANNELS = 4
 
 
@@ -60,16 +60,54 @@ def load_training_parts(model: str) -> TrainingParts:
     """
     pipeline = _pipeline(model, torch.float32, vae=None)
     return TrainingParts(
-        pipeline.tokenizer, pipeline.text_encoder, pipeline.unet,
-        ddim(pipeline), fingerprint(pipeline.unet),
-    )  # fmt: skip
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        pipeline.unet,
+        ddim(pipeline),
+        fingerprint(pipeline.unet),
+    )
 
 
-def load_base_pipeline(model: str, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """A diffusers pipeline of a MODEL, without safety checker, with a DDIM scheduler."""
-    pipeline = _pipeline(model, dtype)
+def load_base_pipeline(
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+    prediction: str | None = None,
+) -> StableDiffusionPipeline:
+    """A diffusers pipeline of a MODEL, without safety checker, with a DDIM scheduler.
+
+    `vae` is a MODEL or a file whose VAE takes the place of the model's; `prediction` is epsilon or
+    v_prediction, where the model's files say nothing of it, or the wrong thing.
+    """
+    pipeline = _pipeline(model, dtype, **({} if vae is None else {"vae": load_vae(vae, dtype)}))
     pipeline.scheduler = ddim(pipeline)
+    if prediction is not None:
+        pipeline.scheduler.register_to_config(prediction_type=prediction)
     return pipeline
+
+
+def load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE of a MODEL, of a VAE's own folder or hub id, or of one file. Raises BadInput where
+    there is none."""
+    path = local(name)
+    try:
+        if path is not None and path.is_file():
+            return load_vae_file(path, dtype)
+        folder, options = str(path or name), {"torch_dtype": dtype}
+        if path is not None:
+            subfolder = "vae" if (path / "vae").is_dir() else None
+            return AutoencoderKL.from_pretrained(
+                folder, subfolder=subfolder, local_files_only=True, **options
+            )
+        try:
+            return AutoencoderKL.from_pretrained(folder, subfolder="vae", **options)
+        except OSError:
+            return AutoencoderKL.from_pretrained(folder, **options)
+    except BadInput:
+        raise
+    except Exception as error:
+        first = " ".join(str(error).split())[:300]
+        raise BadInput(f"{name}: expected a VAE, can't load one: {first}") from error
 
 
 def ddim(pipeline: StableDiffusionPipeline) -> DDIMScheduler:
@@ -98,44 +136,56 @@ def require_model(model: str, **parts: Any) -> tuple[Path, ModelDescription]:
 def unet_config(model: str) -> dict[str, Any]:
     """A MODEL's UNet configuration, as diffusers has it; nothing is downloaded or loaded.
 
-    A hub id is taken for SD 1.x itself, as is every single file of its widths. Raises BadInput for
+    A hub id is taken for SD 1.x itself. Raises BadInput for
     what is no Stable Diffusion 1.x.
     """
     path = local(model)
     if path is None:
-        return dict(SD1_UNET)
-    _require_text_to_image(path)
-    if path.is_file():
-        source = _configuration_for(path).get("config")
-        if source is None:
-            return dict(SD1_UNET)
-        path = Path(source)
-    config: dict[str, Any] = json.loads((path / "unet" / "config.json").read_text("utf-8"))
-    return config
+        return read_config(SD15_FOLDER, "unet")
+    found = _require_text_to_image(path)
+    return read_config(configuration_of(found.unet_widths) if path.is_file() else path, "unet")
 
 
 def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPipeline:
     path, found = require_model(model, **parts)
-    options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None} | parts
+    _require_parts(found, parts)
     try:
         if path.is_file():
-            with _of_tensors_alone(path) as plain:
-                return StableDiffusionPipeline.from_single_file(
-                    str(plain), **_configuration_for(path), **options,
-                    disable_mmap=plain != path,  # else it could not be removed everywhere
-                )  # fmt: skip
-        return StableDiffusionPipeline.from_pretrained(
-            path, requires_safety_checker=False, feature_extractor=None, local_files_only=True,
-            variant=_variant(found), **options,
-        )  # fmt: skip
+            pipeline = load_single_file(path, configuration_of(found.unet_widths), dtype, **parts)
+        else:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                path,
+                torch_dtype=dtype,
+                safety_checker=None,
+                requires_safety_checker=False,
+                feature_extractor=None,
+                local_files_only=True,
+                variant=_variant(found),
+                **parts,
+            )
+    except BadInput:
+        raise
     except Exception as error:
         first = " ".join(str(error).split())[:300]
-        if path.is_file() and "config" not in _configuration_for(path):
-            first = (
-                "a single file holds no tokenizer and no configuration, and SD 1.5's could not be "
-                f"had from the hub; go online once, or give a diffusers folder ({first})"
-            )
         raise BadInput(f"{path}: can't load it: {first}") from error
+    # a tokenizer's own limit may be missing, or another than the text encoder's positions
+    positions = pipeline.text_encoder.config.max_position_embeddings
+    pipeline.tokenizer.model_max_length = positions
+    return pipeline
+
+
+def _require_parts(found: ModelDescription, parts: dict[str, Any]) -> None:
+    """Raises BadInput, with the way out, for parts that a model lacks."""
+    if "text_encoder" in found.missing:
+        raise BadInput(
+            f"{found.path}: holds no text encoder; give a whole model, and this file with --weights"
+            " where it holds a UNet"
+        )
+    if "vae" in found.missing and "vae" not in parts:
+        raise BadInput(
+            f"{found.path}: holds no VAE, which makes images of latents; give one with --vae: a "
+            "model that has one, or a VAE's own file"
+        )
 
 
 def _require_text_to_image(path: Path) -> ModelDescription:
@@ -146,11 +196,23 @@ def _require_text_to_image(path: Path) -> ModelDescription:
             f"{path}: expected a text-to-image model, whose UNet takes {SD1_CHANNELS} channels, "
             f"found {kind} with {found.in_channels}"
         )
+    if _takes_guidance_embedding(found):
+        raise BadInput(
+            f"{path}: a latent consistency model (LCM), whose UNet takes the guidance as an "
+            "embedding (time_cond_proj_dim); expected a plain SD 1.x model, or one with LCM-LoRA"
+        )
     return found
 
 
+def _takes_guidance_embedding(found: ModelDescription) -> bool:
+    """Whether a distilled UNet has an input for the guidance scale."""
+    return any(
+        "cond_proj.weight" in k for f in found.unet_files for k in read_any_header(f).tensors
+    )
+
+
 def _has_tokenizer(folder: Path) -> bool:
-    """Without these, transformers would make an empty one."""
+    """Whether a folder holds a tokenizer; of none, transformers would make an empty one."""
     whole = (folder / "tokenizer.json").is_file()
     return whole or all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
 
@@ -159,26 +221,6 @@ def _variant(found: ModelDescription) -> str | None:
     """Which weights of a folder to load, where it has none without a variant's name."""
     labels = [label.removeprefix("sharded ") for label in found.copies]
     return None if "weights" in labels else labels[0].removeprefix("variant ")
-
-
-@contextmanager
-def _of_tensors_alone(path: Path) -> Iterator[Path]:
-    """A single file that diffusers reads: a legacy one that holds other objects too (a trainer's
-    callbacks), which torch rightly refuses, as a temporary file of the model's tensors."""
-    header = pickles.read_header(path) if pickles.is_pickle(path) else None
-    if header is None or not header.refused:
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "model.safetensors"
-        with open_input(path) as file, open(plain, "wb") as output:
-            tensors = {
-                key: as_array(read_bytes(file, header, key), info)
-                for key, info in header.tensors.items() if not key.startswith("model_ema.")
-            }  # fmt: skip
-            output.writelines(serialize(tensors, {"format": "pt"}))
-        del tensors
-        yield plain
 
 
 def _download(model: str, **parts: Any) -> Path:
@@ -194,12 +236,3 @@ def _download(model: str, **parts: Any) -> Path:
             "a .safetensors file, or `demo` (the embedded model)"
         ) from error
     return Path(folder)
-
-
-def _configuration_for(path: Path) -> dict[str, Any]:
-    """A single file's configuration and tokenizer: the embedded model's where the UNet is of its
-    size; SD 1.5's, which diffusers takes from the hub, otherwise."""
-    small = json.loads((DEMO_FOLDER / "unet" / "config.json").read_text("utf-8"))
-    if describe_model(path).unet_widths != tuple(small["block_out_channels"]):
-        return {}
-    return {"config": str(DEMO_FOLDER), "local_files_only": True}

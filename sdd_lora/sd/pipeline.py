@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.errors import BadInput
@@ -21,18 +22,26 @@ def load_adapters(named: Sequence[tuple[str, float]]) -> list[tuple[Adapter, flo
 
 
 def load_pipeline(
-    model: str, adapters: Sequence[tuple[Adapter, float]] = (),
-    dtype: torch.dtype | None = None, device: str | torch.device | None = None,
+    model: str,
+    adapters: Sequence[tuple[Adapter, float]] = (),
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
     weights: str | Path | None = None,
-) -> StableDiffusionPipeline:  # fmt: skip
+    vae: str | None = None,
+    prediction: str | None = None,
+    clip_skip: int = 1,
+) -> StableDiffusionPipeline:
     """A `StableDiffusionPipeline` of MODEL; the adapters are live, not merged.
 
-    `weights` is a file of a UNet's weights, whole or partial, that take the place of the model's.
-    The device is CUDA, MPS or the CPU, whichever there is; the dtype fp16 on CUDA, else fp32.
-    Raises BadInput for a model that is no SD 1.x and for adapters or weights that don't fit it.
+    `weights` is a file of a UNet's weights, whole or partial, that take the place of the model's;
+    `vae` a MODEL or file whose VAE does. `prediction` is epsilon or v_prediction where the model's
+    files don't say. `clip_skip` counts as user interfaces do: 1 takes the text encoder's last
+    layer, 2 the one before. The device is CUDA, MPS or the CPU, whichever there is; the dtype fp16
+    on CUDA, else fp32. Raises BadInput for a model that is no SD 1.x and for adapters or weights
+    that don't fit it.
     """
     device = torch.device(device) if device is not None else best_device()
-    pipeline = load_base_pipeline(model, dtype or default_dtype(device))
+    pipeline = load_base_pipeline(model, dtype or default_dtype(device), vae, prediction)
     pipeline.set_progress_bar_config(disable=True)
     if weights is not None:
         apply_weights(pipeline.unet, Path(weights))
@@ -43,7 +52,20 @@ def load_pipeline(
         pipeline.load_lora_weights(tensors, adapter_name=name)
     if adapters:
         pipeline.set_adapters(names, [weight for _, weight in adapters])
+    _skip_last_layers(pipeline.text_encoder, clip_skip - 1)
     return pipeline.to(device)
+
+
+def _skip_last_layers(text_encoder: CLIPTextModel, count: int) -> None:
+    """Take the last layers from a text encoder; its final norm stays. Raises BadInput where no
+    layer would be left."""
+    encoder = getattr(text_encoder, "text_model", text_encoder).encoder  # flat in transformers 5
+    if not 0 <= count < len(encoder.layers):
+        most = len(encoder.layers)
+        raise BadInput(
+            f"clip skip: expected 1 to {most}, the text encoder's layers, found {count + 1}"
+        )
+    encoder.layers = encoder.layers[: len(encoder.layers) - count]
 
 
 def sha256_of_parts(pipeline: StableDiffusionPipeline) -> str:

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
+
+from sdd_lora.cli.common import app
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = """case_number,prompt,evaluation_seed,evaluation_guidance
@@ -110,3 +113,48 @@ def test_bad_input_is_one_line(tmp_path, arguments, message):
     )  # fmt: skip
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def invoke(*arguments):
+    found = CliRunner().invoke(app, ["generate", "demo", *map(str, arguments)])
+    assert found.exit_code == 0, found.output
+    return found
+
+
+def test_typed_options_win_over_the_files_columns(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(
+        "prompt,seed,guidance,steps,negative_prompt,sd_image_width\na cat,5,4,9,a dog,192\n"
+    )
+    own, typed = tmp_path / "own", tmp_path / "typed"
+    invoke("--prompts", path, "-o", own)
+    assert manifest(own) == [
+        {"file": "00000.png", "prompt": "a cat", "seed": 5, "guidance": 4.0, "width": 192,
+         "steps": 9, "negative_prompt": "a dog"}
+    ]  # fmt: skip
+    invoke("--prompts", path, "-o", typed, "--steps", 2, "--guidance", 3, "--seed", 8,
+           "--width", 64, "--negative-prompt", "a bus")  # fmt: skip
+    assert manifest(typed) == [{"file": "00000.png", "prompt": "a cat", "seed": 8}]
+    settings = json.loads((typed / "settings.json").read_text())
+    expected = {"steps": 2, "guidance": 3, "width": 64, "negative_prompt": "a bus"}
+    assert {name: settings[name] for name in expected} == expected
+    assert Image.open(typed / "00000.png").width == 64
+
+
+def test_precision_clip_skip_and_negative_prompt_change_the_image_and_are_recorded(tmp_path):
+    common = ("--prompt", "a bomb, fluent style", "--steps", 3)
+    invoke(*common, "-o", tmp_path / "plain")
+    plain = images(tmp_path / "plain")["00000.png"]
+    for name, value in (("precision", "bf16"), ("clip_skip", 2), ("negative_prompt", "a bomb")):
+        invoke(*common, f"--{name.replace('_', '-')}", value, "-o", tmp_path / name)
+        assert not np.array_equal(images(tmp_path / name)["00000.png"], plain)
+        assert json.loads((tmp_path / name / "settings.json").read_text())[name] == value
+
+
+def test_an_odd_column_and_a_shard_from_the_command_line(tmp_path):
+    (tmp_path / "p.tsv").write_text("Wish\tn\na cat\t1\na bus\t2\n")
+    common = ("--prompts", tmp_path / "p.tsv", "--column", "Wish", "--steps", 1)
+    invoke(*common, "-o", tmp_path / "out", "--shard", "2/2")
+    assert set(images(tmp_path / "out")) == {"00001.png"}
+    invoke(*common, "-o", tmp_path / "out")
+    assert [line["prompt"] for line in manifest(tmp_path / "out")] == ["a cat", "a bus"]

@@ -3,7 +3,7 @@
 import torch
 from diffusers import StableDiffusionPipeline
 
-from sdd_lora.generation.guided import layers_skipped, size_of
+from sdd_lora.generation.guided import size_of
 from sdd_lora.generation.sampling import Sampling
 
 
@@ -24,7 +24,6 @@ def sample(
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance,
         generator=generators,
-        clip_skip=layers_skipped(sampling),
         output_type="latent",
         **size,
     ).images
