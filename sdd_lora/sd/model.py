@@ -15,8 +15,8 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdd_lora.checkpoint.describe import ModelDescription, require_sd1
-from sdd_lora.checkpoint.layout import read_any_header
 from sdd_lora.checkpoint.locate import local
+from sdd_lora.checkpoint.prediction import PredictionType
 from sdd_lora.errors import BadInput
 from sdd_lora.sd.single_file import (
     SD15_FOLDER,
@@ -72,7 +72,7 @@ def load_base_pipeline(
     model: str,
     dtype: torch.dtype = torch.float32,
     vae: str | None = None,
-    prediction: str | None = None,
+    prediction: PredictionType | None = None,
 ) -> StableDiffusionPipeline:
     """A diffusers pipeline of a MODEL, without safety checker, with a DDIM scheduler.
 
@@ -151,7 +151,7 @@ def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPi
     _require_parts(found, parts)
     try:
         if path.is_file():
-            pipeline = load_single_file(path, configuration_of(found.unet_widths), dtype, **parts)
+            pipeline = load_single_file(found, dtype, **parts)
         else:
             pipeline = StableDiffusionPipeline.from_pretrained(
                 path,
@@ -196,19 +196,12 @@ def _require_text_to_image(path: Path) -> ModelDescription:
             f"{path}: expected a text-to-image model, whose UNet takes {SD1_CHANNELS} channels, "
             f"found {kind} with {found.in_channels}"
         )
-    if _takes_guidance_embedding(found):
+    if found.prediction.guidance_embedding:
         raise BadInput(
             f"{path}: a latent consistency model (LCM), whose UNet takes the guidance as an "
             "embedding (time_cond_proj_dim); expected a plain SD 1.x model, or one with LCM-LoRA"
         )
     return found
-
-
-def _takes_guidance_embedding(found: ModelDescription) -> bool:
-    """Whether a distilled UNet has an input for the guidance scale."""
-    return any(
-        "cond_proj.weight" in k for f in found.unet_files for k in read_any_header(f).tensors
-    )
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.checkpoint.prediction import PredictionType
 from sdd_lora.errors import BadInput
 from sdd_lora.sd.devices import best_device, default_dtype
 from sdd_lora.sd.model import load_base_pipeline
@@ -28,7 +29,7 @@ def load_pipeline(
     device: str | torch.device | None = None,
     weights: str | Path | None = None,
     vae: str | None = None,
-    prediction: str | None = None,
+    prediction: PredictionType | None = None,
     clip_skip: int = 1,
 ) -> StableDiffusionPipeline:
     """A `StableDiffusionPipeline` of MODEL; the adapters are live, not merged.

@@ -1,11 +1,10 @@
 """A pipeline from one file, as SD 1.x checkpoints are handed around: no hub is asked.
 
 Such a file holds weights alone: the configuration and the tokenizer travel with the package, and
-the prediction type is read from marker keys, or from a `.yaml` beside the file.
+the prediction type is read from what stands in the file, or in a `.yaml` beside it.
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +17,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdd_lora.checkpoint.copying import as_array, read_bytes
+from sdd_lora.checkpoint.describe import ModelDescription
 from sdd_lora.checkpoint.layout import read_any_header
 from sdd_lora.checkpoint.locate import DEMO_FOLDER
+from sdd_lora.checkpoint.prediction import Prediction
 from sdd_lora.errors import BadInput
 from sdd_lora.io import torch_zip
 from sdd_lora.io.safetensors import Header, open_input, serialize
@@ -28,8 +29,6 @@ from sdd_lora.sd1 import LDM_TEXT_PREFIX
 
 #: SD 1.x's configurations in diffusers' layout, without weights
 SD15_FOLDER = Path(str(files("sdd_lora.sd").joinpath("sd15")))
-_PARAMETERIZATION = re.compile(r"^\s*parameterization:\s*[\"']?(v|eps)[\"']?\s*(?:#.*)?$", re.M)
-_PREDICTIONS = {"v": "v_prediction", "eps": "epsilon"}
 
 
 def configuration_of(unet_widths: tuple[int, ...]) -> Path:
@@ -45,9 +44,10 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
 
 
 def load_single_file(
-    path: Path, configuration: Path, dtype: torch.dtype, **parts: Any
+    found: ModelDescription, dtype: torch.dtype, **parts: Any
 ) -> StableDiffusionPipeline:
     """A pipeline of the weights in one file; `parts` are taken as they are, None included."""
+    path, configuration = found.path, configuration_of(found.unet_widths)
     header = read_any_header(path)
     if configuration == SD15_FOLDER:
         parts.setdefault("tokenizer", clip_tokenizer())
@@ -63,7 +63,7 @@ def load_single_file(
             disable_mmap=plain != path,  # else it could not be removed everywhere
             **parts,
         )
-    pipeline.scheduler.register_to_config(**_schedule_of(path, header))
+    pipeline.scheduler.register_to_config(**_schedule_of(found.prediction))
     return pipeline
 
 
@@ -84,16 +84,12 @@ def load_vae_file(path: Path, dtype: torch.dtype) -> AutoencoderKL:
     )
 
 
-def _schedule_of(path: Path, header: Header) -> dict[str, Any]:
-    """Changes to the scheduler's configuration that a file asks for: marker keys `v_pred` and
-    `ztsnr` among its tensors, or `parameterization` in a .yaml beside it."""
+def _schedule_of(prediction: Prediction) -> dict[str, Any]:
+    """Changes to the scheduler's configuration for what a file's UNet predicts."""
     changes: dict[str, Any] = {}
-    sidecar = path.with_suffix(".yaml")
-    if sidecar.is_file() and (found := _PARAMETERIZATION.search(sidecar.read_text("utf-8"))):
-        changes["prediction_type"] = _PREDICTIONS[found[1]]
-    if "v_pred" in header.tensors:
-        changes["prediction_type"] = "v_prediction"
-    if "ztsnr" in header.tensors:
+    if prediction.kind is not None:
+        changes["prediction_type"] = prediction.kind
+    if prediction.zero_terminal_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return changes
 
