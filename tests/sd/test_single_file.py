@@ -73,9 +73,7 @@ def test_sd1_configurations_have_the_shapes_of_a_full_file():
 
 def test_a_text_encoder_without_text_model_level(tensors, community, tmp_path):
     path = tmp_path / "old.safetensors"
-    save_file(
-        {k.replace(TEXT, BARE): v for k, v in tensors.items()}, path
-    )
+    save_file({k.replace(TEXT, BARE): v for k, v in tensors.items()}, path)
     assert same(load_base_pipeline(str(path)).text_encoder, community.text_encoder)
     assert same(load_training_parts(str(path)).text_encoder, community.text_encoder)
 
