@@ -1,6 +1,7 @@
 """What draws each row of a bench: adapters and weights, trained where need be and kept."""
 
 import hashlib
+import inspect
 import json
 import os
 import time
@@ -20,8 +21,10 @@ from sdd_lora.bench.results import AdapterCosines
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.locate import locate
 from sdd_lora.errors import BadInput, Busy
+from sdd_lora.generation.methods import METHODS as METHODS_THAT_DRAW
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.io.distributed import processes
+from sdd_lora.io.plugins import load_plugin
 from sdd_lora.progress import say
 from sdd_lora.runs.folder import METRICS, RECIPE, WEIGHTS
 from sdd_lora.sd.model import require_model
@@ -51,6 +54,10 @@ class Weights:
     def check(self, cells: Sequence[Cell]) -> None:
         """Raises BadInput for a method that has no weights to draw with, or varies what it lacks;
         for recipes that can't be read; and for adapters, weights and models that are not there."""
+        for name, code in self.bench.code.items():
+            METHODS_THAT_DRAW[code] = load_plugin(code, self.bench.file("."))
+            if not callable(METHODS_THAT_DRAW[code]):
+                raise BadInput(f"code.{name}: {code}: expected a function that draws")
         for method in dict.fromkeys(cell.method for cell in cells):
             bare = method == "sd" or draws_with(self.bench, method) not in ("sd", "sdd-gated")
             if not bare and not self.bench.has_weights(method):
@@ -67,6 +74,8 @@ class Weights:
 
     def _check_variation(self, cell: Cell) -> None:
         where = f"variations.{cell.variation}"
+        if cell.method in self.bench.images and cell.variation is not None and not cell.is_main:
+            raise BadInput(f"{where}: {cell.method} is images that are there, not drawn again")
         if cell.conditions.weight != 1 and not self.carries_adapters(cell.method):
             raise BadInput(f"{where}: {cell.method} carries no adapter whose weight could vary")
         moved = cell.conditions.model != self.bench.model
@@ -229,8 +238,16 @@ class Weights:
             "weights": None if whole is None else sha256_of(whole),
             "image": conditions.image,
             "attack": self._attack(conditions.attack),
+            **self._code(cell.method),
             "beside": next((a.identity for a, _ in self.extra(cell)), None),
         }
+
+    def _code(self, method: str) -> dict[str, str]:
+        """The source of a method that is the user's own, by its hash."""
+        if method not in self.bench.code:
+            return {}
+        source = inspect.getsource(METHODS_THAT_DRAW[self.bench.code[method]])
+        return {"code": hashlib.sha256(source.encode()).hexdigest()}
 
     def _attack(self, name: str) -> dict[str, Any] | None:
         """An attack's settings."""
@@ -245,6 +262,10 @@ class Weights:
         whole = self.whole(method)
         if method in bench.adapters:
             fields["adapters"] = bench.adapters[method]
+        elif method in bench.images:
+            fields["images"] = bench.images[method]
+        elif method in bench.code:
+            fields["code"] = bench.code[method]
         elif method in bench.weights:
             fields["weights"] = bench.weights[method]
         elif method in bench.recipes:

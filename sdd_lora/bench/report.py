@@ -53,7 +53,7 @@ def render_report(folder: Path) -> str:
         scales={name: _scale(results, name) for name in results.headline()},
         counts={name: image_counts(results, name) for name in results.headline()},
         few=FEW_IMAGES,
-        fewest=min((row.n for row in results.rows if row.group == ALL), default=0),
+        fewest=fewest_images(results),
         best=best,
         headline=headline_pair(results),
         trade=_trade_off(results),
@@ -125,6 +125,12 @@ def image_counts(results: Results, measure: str) -> list[int]:
     """The different numbers of images behind a measure's headline rows; usually one."""
     rows = [row for row in results.rows if row.measure == measure and row.group == ALL]
     return sorted({row.n for row in rows})
+
+
+def fewest_images(results: Results) -> int:
+    """The fewest images that a headline rate of what is erased or kept counts."""
+    names = headline_pair(results) or results.headline()
+    return min((n for name in names for n in image_counts(results, name)), default=0)
 
 
 def _scale(results: Results, measure: str) -> tuple[float, float]:

@@ -1,0 +1,36 @@
+"""A bench drawn by several: jobs of an array, one after another or at once, and torchrun's."""
+
+import json
+import subprocess
+import sys
+
+from support.benches import SMALL, images_of, never_train, parsed, ran, same
+
+from sdd_lora.bench.run import draw_shard
+from sdd_lora.io.distributed import Shard
+
+
+def test_shards_fill_one_folder_and_the_last_call_measures(small, tmp_path):
+    drawn = [draw_shard(parsed(), tmp_path, never_train, Shard(i, 2)) for i in (2, 1)]
+    assert drawn == [2 * 3, 2 * 4]
+    assert draw_shard(parsed(), tmp_path, never_train, Shard(1, 2)) == 0
+    assert not (tmp_path / "results.json").exists()
+    results = ran(parsed(), tmp_path)
+    assert [(r.method, r.measure, r.group, r.n) for r in results.rows] == [
+        (r.method, r.measure, r.group, r.n) for r in small[1].rows
+    ]
+    ours, theirs = images_of(tmp_path), images_of(small[0])
+    assert all(same(ours[key], theirs[key]) for key in theirs)
+
+
+def test_torchruns_processes_share_the_drawing(tmp_path):
+    few = SMALL.replace("erased: 3, kept: 4", "erased: 2, kept: 2")
+    (tmp_path / "b.yaml").write_text(few)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, "-m", "sdd_lora", "evaluate", "b.yaml", "-o", "out", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {row["method"] for row in results["rows"]} == {"sd", "neg"}
+    assert done.stdout.count("concept drawn") == 1
+    assert not list((tmp_path / "out").rglob("manifest.*.jsonl"))
