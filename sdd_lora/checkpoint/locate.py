@@ -134,10 +134,11 @@ def _download(repository: str) -> Path:
         # a repository's own folder only: single-file copies of the model lie beside it
         return Path(
             snapshot_download(
-                repository, allow_patterns=["model_index.json", "*/*"],
+                repository,
+                allow_patterns=["model_index.json", "*/*"],
                 ignore_patterns=["*.msgpack", "*.onnx", "*.onnx_data"],
             )
-        )  # fmt: skip
+        )
     except Exception as error:
         first = " ".join(str(error).split())[:200]
         raise BadInput(

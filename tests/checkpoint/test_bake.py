@@ -146,8 +146,12 @@ def test_ema_drop(tmp_path):
     assert report.dropped == 688 and not any("EMA" in copy for copy in report.copies)
     for arguments in ({"undo": tmp_path / "u"}, {"in_place": True, "out": None}):
         with pytest.raises(BadInput, match="drop has no undo"):
-            bake(source, [(models.adapter(), 1.0)], ema="drop",
-                 **{"out": tmp_path / "p.safetensors"} | arguments)  # fmt: skip
+            bake(
+                source,
+                [(models.adapter(), 1.0)],
+                ema="drop",
+                **{"out": tmp_path / "p.safetensors"} | arguments,
+            )
 
 
 def test_two_ema_copies_in_one_file_are_both_edited(tmp_path):
@@ -155,9 +159,12 @@ def test_two_ema_copies_in_one_file_are_both_edited(tmp_path):
     source = models.write(tmp_path / "m.safetensors", tensors)
     adapters = [(models.adapter(size=0.05), 1.0)]
     report = bake(source, adapters, out=tmp_path / "o.safetensors")
-    require_exact(source, tmp_path / "o.safetensors", adapters, lambda module: [
-        (key := names.checkpoint_key(module)), *names.ema_keys(key)
-    ])  # fmt: skip
+    require_exact(
+        source,
+        tmp_path / "o.safetensors",
+        adapters,
+        lambda module: [(key := names.checkpoint_key(module)), *names.ema_keys(key)],
+    )
     assert len(set(report.copies)) == 3
     report = bake(source, adapters, out=tmp_path / "d.safetensors", ema="drop")
     assert report.copies == ("unet: weights",) and report.dropped == 2 * 686 + 2
@@ -183,9 +190,11 @@ def test_what_rounding_left_is_reported_and_warned_of(tmp_path):
     first = next(change for change in report.changes if change.module == models.K0)
     assert first.intended == pytest.approx(adapter.factors[models.K0].norm(), rel=1e-5)
     report = bake(
-        tmp_path / "bf16", [(adapter, 1.0)], out=tmp_path / "s.safetensors",
+        tmp_path / "bf16",
+        [(adapter, 1.0)],
+        out=tmp_path / "s.safetensors",
         rounding=Rounding("stochastic", 3),
-    )  # fmt: skip
+    )
     assert report.total.realised == pytest.approx(1, abs=0.2)
 
 
@@ -449,8 +458,9 @@ def test_pickled_weights_of_a_folder(tmp_path):
     (source / "text_encoder" / "pytorch_model.bin").write_bytes(b"PK")
     report = bake(source, adapters, out=tmp_path / "both")
     assert set(report.left_out) == {
-        "unet/diffusion_pytorch_model.bin", "unet/diffusion_flax_model.msgpack"
-    }  # fmt: skip
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_flax_model.msgpack",
+    }
     assert (tmp_path / "both/text_encoder/pytorch_model.bin").exists()  # not edited: it stays
     assert not (tmp_path / "both/unet/diffusion_pytorch_model.bin").exists()
     with pytest.raises(BadInput, match="another copy"):

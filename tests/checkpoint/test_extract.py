@@ -65,9 +65,13 @@ def test_a_cast_is_no_change(models, tmp_path):
 
 
 PAIRS = [
-    ("fp16", "bf16"), ("bf16", "fp16"), ("fp32", "bf16"), ("bf16", "fp32"), ("fp8", "fp16"),
+    ("fp16", "bf16"),
+    ("bf16", "fp16"),
+    ("fp32", "bf16"),
+    ("bf16", "fp32"),
+    ("fp8", "fp16"),
     ("fp32", "fp16", "bf16"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("casts", PAIRS)
@@ -200,12 +204,20 @@ def test_randomised_svd_comes_close_to_the_best():
 
 def test_names_of_every_layout_meet():
     expected = "down_blocks.0.attentions.0.norm.weight"
-    for key in (NORM, NORM.removeprefix("model."), "input_blocks.1.1.norm.weight", expected,
-                f"unet.{expected}"):  # fmt: skip
+    for key in (
+        NORM,
+        NORM.removeprefix("model."),
+        "input_blocks.1.1.norm.weight",
+        expected,
+        f"unet.{expected}",
+    ):
         assert canonical_parameter(key) == expected
     text = "text_encoder.text_model.final_layer_norm.bias"
-    for key in ("cond_stage_model.transformer.text_model.final_layer_norm.bias",
-                "cond_stage_model.transformer.final_layer_norm.bias", text):  # fmt: skip
+    for key in (
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+        "cond_stage_model.transformer.final_layer_norm.bias",
+        text,
+    ):
         assert canonical_parameter(key) == text
     assert canonical_parameter("text_model.final_layer_norm.bias", of_text_encoder=True) == text
     for key in ("first_stage_model.x", "model_ema.decay", "alphas_cumprod", "input_blocks.99.0.x"):

@@ -72,9 +72,7 @@ def test_a_text_encoder_under_both_names_is_two_copies(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
 def test_unet_only_files_in_ldm_names(tmp_path, prefix):
-    tensors = {
-        prefix + names.to_ldm(key): value for key, value in models.states()["unet"].items()
-    }  # fmt: skip
+    tensors = {prefix + names.to_ldm(key): value for key, value in models.states()["unet"].items()}
     found = require_sd1(models.write(tmp_path / "m.safetensors", tensors))
     assert (found.layout, found.missing) == ("ldm", ("vae", "text_encoder"))
 
@@ -134,14 +132,15 @@ def test_sd15_itself_is_complete_by_its_list_of_keys(tmp_path):
         exported = to_ldm(
             UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).state_dict(),
             AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
                 down_block_types=("DownEncoderBlock2D",) * 4,
                 up_block_types=("UpDecoderBlock2D",) * 4,
             ).state_dict(),
             CLIPTextModel(
                 CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
             ).state_dict(),
-        )  # fmt: skip
+        )
     found = {key: tuple(tensor.shape) for key, tensor in exported.items()}
     buffers = ("alphas_", "betas", "log_one", "posterior_", "sqrt_")
     expected = {k: shape for k, (shape, _) in listed.items() if not k.startswith(buffers)}
@@ -189,8 +188,9 @@ def test_what_is_no_sd1_is_named(tmp_path, change, named):
 def test_sdxl_by_its_blocks(tmp_path):
     blocks = {
         f"model.diffusion_model.{block}.1.transformer_blocks.{n}.attn2.to_k.weight": (640, 2048)
-        for block in ("input_blocks.4", "input_blocks.7", "middle_block") for n in range(2)
-    }  # fmt: skip
+        for block in ("input_blocks.4", "input_blocks.7", "middle_block")
+        for n in range(2)
+    }
     tensors = {k: np.zeros(s, np.float16) for k, s in blocks.items()}
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = np.zeros((320, 4, 3, 3), np.float16)
     assert describe_model(models.write(tmp_path / "xl.safetensors", tensors)).family == "sdxl"
@@ -248,10 +248,12 @@ def test_the_header_of_a_4_gb_file_takes_no_time(tmp_path):
         code = dtype or "F32"
         size = int(np.prod(shape)) * (8 if code == "I64" else 4)
         tensors[key] = TensorInfo(code, shape, offset, offset := offset + size)
-    header = json.dumps({
-        k: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.end]}
-        for k, t in tensors.items()
-    }).encode()  # fmt: skip
+    header = json.dumps(
+        {
+            k: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.start, t.end]}
+            for k, t in tensors.items()
+        }
+    ).encode()
     path = tmp_path / "big.safetensors"
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)

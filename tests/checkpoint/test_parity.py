@@ -31,9 +31,13 @@ def load(path, folder, **how):
         )
     else:
         pipe = StableDiffusionPipeline.from_single_file(
-            str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float32,
-            safety_checker=None, **how,
-        )  # fmt: skip
+            str(path),
+            config=str(folder),
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            safety_checker=None,
+            **how,
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -41,9 +45,14 @@ def load(path, folder, **how):
 @torch.no_grad()
 def latents(pipe):
     return pipe(
-        "!A B", num_inference_steps=2, guidance_scale=3.0, output_type="latent",
-        height=64, width=64, generator=torch.Generator().manual_seed(0),
-    ).images.numpy()  # fmt: skip
+        "!A B",
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        output_type="latent",
+        height=64,
+        width=64,
+        generator=torch.Generator().manual_seed(0),
+    ).images.numpy()
 
 
 def require_parity(source, baked, folder, adapter, dtype, **how):

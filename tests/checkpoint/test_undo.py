@@ -51,9 +51,11 @@ def padded(path: Path, room_bytes: int) -> Path:
     start = read_header(path).data_start
     content = path.read_bytes()
     path.write_bytes(
-        struct.pack("<Q", start - 8 + room_bytes) + content[8:start] + b" " * room_bytes
+        struct.pack("<Q", start - 8 + room_bytes)
+        + content[8:start]
+        + b" " * room_bytes
         + content[start:]
-    )  # fmt: skip
+    )
     return path
 
 
@@ -223,15 +225,20 @@ def test_what_is_no_undo_of_it_is_refused(source, tmp_path):
         unbake(out, undo)
 
 
-@pytest.mark.parametrize("text", [
-    '{"files": []}',
-    '{"files": [{"name": "m", "size": 1, "sidecar": 3, "tensors": [], "rest": ""}]}',
-    '{"files": [{"name": "m", "size": "x", "sidecar": null, "tensors": [], "rest": ""}]}',
-    '{"files": [{"name": 3, "size": 1, "sidecar": null, "tensors": [], "rest": ""}]}',
-    "[", '{"files": 3}', '{"files": [{"name": "../x"}]}',
-    '{"files": [{"name": "../x", "size": 1, "sidecar": null, "tensors": [], "rest": ""}]}',
-    '{"files": [{"name": "m", "size": 1, "sidecar": null, "tensors": ["x"], "rest": ""}]}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"files": []}',
+        '{"files": [{"name": "m", "size": 1, "sidecar": 3, "tensors": [], "rest": ""}]}',
+        '{"files": [{"name": "m", "size": "x", "sidecar": null, "tensors": [], "rest": ""}]}',
+        '{"files": [{"name": 3, "size": 1, "sidecar": null, "tensors": [], "rest": ""}]}',
+        "[",
+        '{"files": 3}',
+        '{"files": [{"name": "../x"}]}',
+        '{"files": [{"name": "../x", "size": 1, "sidecar": null, "tensors": [], "rest": ""}]}',
+        '{"files": [{"name": "m", "size": 1, "sidecar": null, "tensors": ["x"], "rest": ""}]}',
+    ],
+)
 def test_hostile_undo_files(tmp_path, source, text):
     bad = models.write(tmp_path / "u", {"0/header": np.zeros(8, np.uint8)}, {"sdd_lora.undo": text})
     with pytest.raises(BadInput, match="undo file") as error:
@@ -658,5 +665,6 @@ def tensors_in(path: Path) -> dict[tuple[str, str], bytes]:
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     return {
         (file.name if path.is_dir() else "", key): tensor.tobytes()
-        for file in files for key, tensor in read_tensors(file)[0].items()
-    }  # fmt: skip
+        for file in files
+        for key, tensor in read_tensors(file)[0].items()
+    }

@@ -50,21 +50,38 @@ def parts() -> dict[str, torch.nn.Module]:
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64, 128, 128), layers_per_block=2,
-        cross_attention_dim=128, attention_head_dim=2, norm_num_groups=16,
-    )  # fmt: skip
+        sample_size=16,
+        block_out_channels=(32, 64, 128, 128),
+        layers_per_block=2,
+        cross_attention_dim=128,
+        attention_head_dim=2,
+        norm_num_groups=16,
+    )
     vae = AutoencoderKL(
-        block_out_channels=(24, 48, 64), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=4,
-        norm_num_groups=8, mid_block_add_attention=False, sample_size=64,
-    )  # fmt: skip
+        block_out_channels=(24, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=64,
+    )
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=99, hidden_size=128, intermediate_size=512, projection_dim=128,
-            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77,
-            hidden_act="quick_gelu", bos_token_id=97, eos_token_id=98, pad_token_id=98,
+            vocab_size=99,
+            hidden_size=128,
+            intermediate_size=512,
+            projection_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            hidden_act="quick_gelu",
+            bos_token_id=97,
+            eos_token_id=98,
+            pad_token_id=98,
         )
-    )  # fmt: skip
+    )
     return {"unet": unet, "vae": vae, "text_encoder": text}
 
 
@@ -82,13 +99,20 @@ def pipeline() -> StableDiffusionPipeline:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     return StableDiffusionPipeline(
-        **copy.deepcopy(parts()), tokenizer=tokenizer(),
+        **copy.deepcopy(parts()),
+        tokenizer=tokenizer(),
         scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-            clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
         ),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def states() -> dict[str, dict[str, np.ndarray]]:
@@ -133,15 +157,21 @@ def write_folder(folder: Path, variant: str | None = None, shard: str | None = N
 
 
 def adapter(
-    rank: int = 4, seed: int = 0, size: float = 0.01, leaves: tuple[str, ...] = ("to_k", "to_v"),
-    widths: names.Widths = names.DEMO, text: bool = False, name: str = "adapter",
-) -> Adapter:  # fmt: skip
+    rank: int = 4,
+    seed: int = 0,
+    size: float = 0.01,
+    leaves: tuple[str, ...] = ("to_k", "to_v"),
+    widths: names.Widths = names.DEMO,
+    text: bool = False,
+    name: str = "adapter",
+) -> Adapter:
     """Random factors on cross-attention, ‖ΔW‖ per entry about `size`."""
     rng = np.random.default_rng(seed)
     shapes = {
-        module: shape for module, shape in names.cross_attention_shapes(widths).items()
+        module: shape
+        for module, shape in names.cross_attention_shapes(widths).items()
         if module.endswith(leaves)
-    }  # fmt: skip
+    }
     if text:
         shapes |= {m: s for m, s in names.text_encoder_shapes(128, 2).items() if "q_proj" in m}
     factors = {}
