@@ -23,6 +23,7 @@ from sdd_lora.io.strict_yaml import (
     parse_strictly,
 )
 from sdd_lora.recipe import Recipe
+from sdd_lora.recipe.sections import DrawingPrecision, DrawingSection
 from sdd_lora.sd.schedulers import SCHEDULERS, Scheduler
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -84,13 +85,14 @@ class Seeds(Section):
     kept: Count = 400
 
 
-class BenchSampling(Section):
+class BenchSampling(DrawingSection):
     """How every method draws; `batch` changes no image."""
 
     steps: Steps = 25
     guidance: Real = 7.5
     scheduler: Scheduler = "ddim"
     batch: Positive = 16
+    precision: DrawingPrecision = None
 
 
 class TrainedBy(Section):

@@ -27,6 +27,7 @@ from sdd_lora.io.distributed import processes
 from sdd_lora.io.plugins import load_plugin
 from sdd_lora.progress import say
 from sdd_lora.runs.folder import METRICS, RECIPE, WEIGHTS
+from sdd_lora.sd.devices import DTYPES
 from sdd_lora.sd.model import require_model
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
 
@@ -125,16 +126,18 @@ class Weights:
     def pipeline(self, cell: Cell) -> StableDiffusionPipeline:
         """The pipeline that draws a cell."""
         conditions, method = cell.conditions, cell.method
+        precision = self.bench.sampling.precision
+        dtype = None if precision is None else DTYPES[precision]
         extra = self.extra(cell)
         whole = self.whole(method)
         if whole is not None:
-            return load_pipeline(conditions.model, extra, weights=whole)
+            return load_pipeline(conditions.model, extra, dtype, weights=whole)
         parts = [(adapter, weight * conditions.weight) for adapter, weight in self.parts(method)]
         if method == "baked":
-            return load_pipeline(str(self.baked(conditions.model, parts)), extra)
+            return load_pipeline(str(self.baked(conditions.model, parts)), extra, dtype)
         if len(parts) > 1:
             parts = [(stack(parts, method), 1.0)]
-        return load_pipeline(conditions.model, [*parts, *extra])
+        return load_pipeline(conditions.model, [*parts, *extra], dtype)
 
     def parts(self, method: str) -> list[tuple[Adapter, float]]:
         """The adapters of a method, with their weights; none where it has whole weights."""

@@ -275,6 +275,7 @@ def evaluate(
             "same command without --shard then completes and measures."
         ),
     ] = None,
+    precision: Precision = None,
     changes: Changes = None,
 ) -> Result:
     """Measure every method of a bench on the same prompts and latents.
@@ -293,7 +294,8 @@ def evaluate(
     from sdd_lora.bench.bench_file import Bench, chosen, limited
     from sdd_lora.io.strict_yaml import parse_override
 
-    overrides = dict(map(parse_override, changes or []))
+    drawing = [] if precision is None else [f"sampling.precision={precision}"]
+    overrides = dict(map(parse_override, [*(changes or []), *drawing]))
     wanted = limited(Bench.load(bench, quick=quick, overrides=overrides), limit)
     wanted = chosen(wanted, [m for given in methods or [] for m in given.split(",")])
     folder = output or Path("bench") / (wanted.name + (f"-limit{limit}" if limit else ""))

@@ -9,6 +9,7 @@ from sdd_lora.cli.common import (
     Changes,
     ForceRun,
     Name,
+    Precision,
     Recipes,
     Result,
     Resume,
@@ -49,6 +50,7 @@ def demo(
             "--quick", help="A few iterations and images: does it run? They say little of how well."
         ),
     ] = False,
+    precision: Precision = None,
     resume: Resume = False,
     force: ForceRun = False,
 ) -> Result:
@@ -70,6 +72,8 @@ def demo(
         changes += ["training.iterations=4", "measure.images=2"]
     if images is not None:
         changes.append(f"measure.images={images}")
+    if precision is not None:
+        changes.append(f"measure.precision={precision}")
     path = packaged_recipe(f"demo/{recipe}")
     folder = output or Path("runs") / f"demo-{recipe}"
     speaker = is_main_process()
@@ -172,6 +176,7 @@ def measure(
     ],
     changes: Changes = None,
     name: Name = None,
+    precision: Precision = None,
     force: ForceRun = False,
 ) -> Result:
     """Measure adapters that are there already: the same table, card and picture as after training.
@@ -191,7 +196,8 @@ def measure(
     from sdd_lora.runs import measure as runs
     from sdd_lora.runs.folder import ADAPTER, PEFT_TWIN
 
-    settings = Recipe.load(recipe, dict(map(parse_override, changes or [])))
+    chosen = [] if precision is None else [f"measure.precision={precision}"]
+    settings = Recipe.load(recipe, dict(map(parse_override, [*(changes or []), *chosen])))
     named = [weighted(adapter) for adapter in adapters]
     for path, _ in named:
         source = adapter_file(path).resolve()

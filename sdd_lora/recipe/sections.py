@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from sdd_lora.io.strict_yaml import Count, Positive, Real, Section, Seed, Switch, Whole
 
@@ -242,6 +249,19 @@ class Training(Section):
         return self
 
 
+DrawingPrecision = Literal["fp32", "fp16", "bf16"] | None
+
+
+class DrawingSection(Section):
+    """A section with a `precision` to draw in, which is stored only where one is chosen: files and
+    hashes that are older than the field stay as they are."""
+
+    @model_serializer(mode="wrap")
+    def _without_default_precision(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {k: v for k, v in fields.items() if (k, v) != ("precision", None)}
+
+
 class MeasurePrompts(Section):
     """Prompts that are drawn before and after; texts, or names of text files."""
 
@@ -252,7 +272,7 @@ class MeasurePrompts(Section):
     """Prompts that must not change; the detector counts each of their groups by itself."""
 
 
-class Measure(Section):
+class Measure(DrawingSection):
     """What the card will say: images of each group of prompts, drawn before and after."""
 
     prompts: MeasurePrompts = MeasurePrompts()
@@ -265,6 +285,9 @@ class Measure(Section):
 
     guidance: Real = 5.0
     """Classifier-free guidance of an image."""
+
+    precision: DrawingPrecision = None
+    """Number format to draw in; by default fp16 on CUDA, else fp32."""
 
     detector: Literal["judge", "nudenet", "open_nsfw", "none"] = "none"
     """What looks at the images: the embedded model's own judge, NudeNet, Yahoo's open NSFW model;

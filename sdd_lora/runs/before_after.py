@@ -29,6 +29,7 @@ from sdd_lora.measures.judge import JudgeMeasure
 from sdd_lora.measures.registry import card_measure
 from sdd_lora.recipe import Measure as MeasureSettings
 from sdd_lora.recipe import Recipe
+from sdd_lora.sd.devices import DTYPES
 from sdd_lora.sd.model import require_model, unet_config
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
 
@@ -91,7 +92,8 @@ def measure(
     def see(part: Sequence[ImageSpec], images: np.ndarray) -> list[Values]:
         return taken(measure, part, list(images))
 
-    pipeline = load_pipeline(model)
+    dtype = None if settings.precision is None else DTYPES[settings.precision]
+    pipeline = load_pipeline(model, dtype=dtype)
     known: dict[str, Values] = {}
     if isinstance(measure, JudgeMeasure):
         cache = load_cache(pipeline, settings)
@@ -101,7 +103,7 @@ def measure(
             if key in cache
         }
     before, before_images = seen_in(pipeline, specs, sampling, see, "before", known, shown)
-    pipeline = load_pipeline(model, **changed)
+    pipeline = load_pipeline(model, dtype=dtype, **changed)
     after, after_images = seen_in(pipeline, specs, sampling, see, "after", {}, shown)
     picture = side_by_side(
         [specs[i].prompt for i in shown],
@@ -213,7 +215,7 @@ def _conditions(pipeline: StableDiffusionPipeline, settings: MeasureSettings) ->
         "judge": sha256_of(JUDGE_FILE),
         "steps": settings.steps,
         "guidance": settings.guidance,
-    }
+    } | ({} if settings.precision in (None, "fp32") else {"precision": settings.precision})
 
 
 def side_by_side(
