@@ -43,9 +43,14 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
     console = Console(stderr=True)
     shown = console.is_terminal and log.isEnabledFor(logging.INFO)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task(description, total=total, completed=done, note="")
         started, said = time.monotonic(), time.monotonic()

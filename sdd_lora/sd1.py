@@ -18,6 +18,7 @@ The canonical name of a module is diffusers': UNet modules bare
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 Shape = tuple[int, ...]
 
@@ -46,16 +47,17 @@ DEMO = Widths((32, 64, 128, 128), 128)
 FAMILY_OF_CONTEXT = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 
 ATTENTION_LEAVES = ("to_q", "to_k", "to_v", "to_out.0")
-TEXT_LEAVES = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
-    "mlp.fc1", "mlp.fc2",
-)  # fmt: skip
+TEXT_LEAVES = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
 TEXT_LAYERS = 12
 
 _RESNET_LEAVES = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 #: diffusers prefix → LDM prefix, of everything outside the resnets.
 _LDM_OF_BLOCK = {
@@ -66,31 +68,31 @@ _LDM_OF_BLOCK = {
     "conv_out": "out.2",
     **{
         f"down_blocks.{b}.attentions.{j}": f"input_blocks.{3 * b + j + 1}.1"
-        for b in range(3) for j in range(2)
+        for b, j in product(range(3), range(2))
     },
     **{f"down_blocks.{b}.downsamplers.0.conv": f"input_blocks.{3 * b + 3}.0.op" for b in range(3)},
     "mid_block.attentions.0": "middle_block.1",
     **{
         f"up_blocks.{b}.attentions.{j}": f"output_blocks.{3 * b + j}.1"
-        for b in range(1, 4) for j in range(3)
+        for b, j in product(range(1, 4), range(3))
     },
     "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv",
     "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
     "up_blocks.2.upsamplers.0.conv": "output_blocks.8.2.conv",
-}  # fmt: skip
+}
 
 _LDM_OF_RESNET = {
     **{
         f"down_blocks.{b}.resnets.{j}": f"input_blocks.{3 * b + j + 1}.0"
-        for b in range(4) for j in range(2)
+        for b, j in product(range(4), range(2))
     },
     "mid_block.resnets.0": "middle_block.0",
     "mid_block.resnets.1": "middle_block.2",
     **{
         f"up_blocks.{b}.resnets.{j}": f"output_blocks.{3 * b + j}.0"
-        for b in range(4) for j in range(3)
+        for b, j in product(range(4), range(3))
     },
-}  # fmt: skip
+}
 
 _TO_LDM = _LDM_OF_BLOCK | {
     f"{block}.{leaf}": f"{ldm_block}.{ldm_leaf}"
@@ -271,7 +273,7 @@ def lycoris_stem(name: str) -> str:
 def module_of_stem() -> dict[str, str]:
     """Every stem by which any scheme but attn-procs calls a module → its canonical name."""
     schemes = (kohya_stem, ldm_stem, peft_stem, peft_folder_stem, comfyui_stem, lycoris_stem)
-    table = {}
+    table: dict[str, str] = {}
     for name in sorted(known_modules()):
         stems = [name, *(spell(name) for spell in schemes)]
         if is_text(name):

@@ -95,8 +95,10 @@ def test_esd_keeps_no_average_and_has_an_eta():
 def test_esd_u_as_an_adapter_adapts_what_esd_u_trains():
     recipe = Recipe.parse(MINIMAL + "preset: demo\nobjective: {kind: esd-u}\n")
     assert (recipe.parameters, recipe.lora.targets, recipe.lora.init) == (
-        "lora", ["noxattn"], "random",
-    )  # fmt: skip
+        "lora",
+        ["noxattn"],
+        "random",
+    )
     assert Recipe.parse(recipe.to_yaml()) == recipe
     whole = Recipe.parse(MINIMAL + "objective: {kind: esd-u}\nparameters: full\n")
     assert Recipe.parse(whole.to_yaml()) == whole
@@ -154,8 +156,13 @@ def test_earlier_names_of_fields_are_read_and_hashed_alike():
     assert (new.rollout.points, new.rollout.prompts) == (2, 4)
     assert "timesteps_per_trajectory: 2" in old.to_yaml() and "points" not in old.to_yaml()
     assert list(new.content()["rollout"]) == [
-        "solver", "steps", "points", "prompts", "batch", "guidance_interval",
-    ]  # fmt: skip
+        "solver",
+        "steps",
+        "points",
+        "prompts",
+        "batch",
+        "guidance_interval",
+    ]
 
 
 @pytest.mark.parametrize("written", [0, 1])

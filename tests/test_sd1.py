@@ -10,9 +10,12 @@ from sdd_lora import sd1 as names
 def unet_of(widths: names.Widths, in_channels: int = 4) -> UNet2DConditionModel:
     with torch.device("meta"):
         return UNet2DConditionModel(
-            in_channels=in_channels, block_out_channels=widths.blocks, attention_head_dim=8,
-            cross_attention_dim=widths.context, norm_num_groups=16,
-        )  # fmt: skip
+            in_channels=in_channels,
+            block_out_channels=widths.blocks,
+            attention_head_dim=8,
+            cross_attention_dim=widths.context,
+            norm_num_groups=16,
+        )
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class Attacking:
         own = name in GRADIENTS  # else the methods share it
         place = self.folder / (cell.folder if own else cell.folder.parent)
         key = self._key(cell, own)
-        known = {job_in(x): x for x in read_lines(place, FOUND, _FIELDS) if x["key"] == key}
+        known = {job_in(x): x for x in read_lines(place / FOUND, _FIELDS) if x["key"] == key}
         missing = [(i, spec.job) for i, spec in enumerate(cell.specs) if spec.job not in known]
         state = processes()
         state.wait_for_everyone()  # all have read what is there
@@ -125,7 +125,7 @@ class Attacking:
                     append_lines(place / FOUND, [found])
                     advance()
         state.wait_for_everyone()
-        lines = read_lines(place, FOUND, _FIELDS)
+        lines = read_lines(place / FOUND, _FIELDS)
         known = {job_in(line): line for line in lines if line["key"] == key}
         return [known[spec.job] for spec in cell.specs]
 

@@ -47,7 +47,7 @@ class Measuring:
             m.key: f"{m.key} beside sd" if references and m.compares else m.key
             for m in self.measures
         }
-        kept = read_lines(target, VALUES, {"measure": str, "file": str, "values": dict})
+        kept = read_lines(target / VALUES, {"measure": str, "file": str, "values": dict})
         known = {(line["measure"], line["file"]): line["values"] for line in kept}
         missing = [
             spec
@@ -133,11 +133,11 @@ class Measuring:
         """Rows of the measures that take all of a method's kept images at once, without interval;
         what was measured before is kept."""
         target, drawn = self.folder / cell.folder, drawn_in(self.folder / cell.folder)
-        kept = read_lines(target, VALUES, {"measure": str, "file": str, "values": dict})
+        kept = read_lines(target / VALUES, {"measure": str, "file": str, "values": dict})
         black = {x["file"] for x in kept if x["measure"] == BLACK and x["values"][BLACK]}
         names = [self._name(drawn[spec.job]) for spec in cell.specs if spec.kind == "kept"]
         names = [name for name in names if name not in black]
-        told = read_lines(target, VALUES_OF_SETS, {"measure": str, "values": dict})
+        told = read_lines(target / VALUES_OF_SETS, {"measure": str, "values": dict})
         known = {x["measure"]: x["values"] for x in told}
         rows = []
         for loaded in self.measures:

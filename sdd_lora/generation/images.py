@@ -17,8 +17,9 @@ from sdd_lora.generation.decoding import decode
 from sdd_lora.generation.methods import METHODS, gated
 from sdd_lora.generation.prompt_files import SIDES, is_side
 from sdd_lora.generation.sampling import Job, Sampling
-from sdd_lora.io.atomic import appended, atomic_output, locked
+from sdd_lora.io.atomic import atomic_output, locked
 from sdd_lora.io.distributed import Shard, processes
+from sdd_lora.io.jsonl import appended
 from sdd_lora.progress import progress, warn
 from sdd_lora.sd.devices import is_out_of_memory
 from sdd_lora.sd.prompts import cut_off

@@ -13,8 +13,9 @@ from typing import Any
 
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.sampling import Job, Sampling
-from sdd_lora.io.atomic import whole_lines, write_text
+from sdd_lora.io.atomic import write_text
 from sdd_lora.io.distributed import Shard
+from sdd_lora.io.jsonl import whole_lines
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "settings.json"

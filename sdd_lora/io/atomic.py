@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 from sdd_lora.errors import BadInput, Busy, SddLoraError
 
@@ -75,16 +75,6 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
         if temporary is not None:
             with suppress(FileNotFoundError):
                 temporary.unlink()
-
-
-@contextmanager
-def appended(path: Path) -> Iterator[TextIO]:
-    """A text file that grows at its end. Raises SddLoraError where it can't: a full disk."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise SddLoraError(f"{path}: not written: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -282,14 +272,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that grows line by line; one that a kill cut short, be it within a
-    character, is left out. Raises BadInput where the file can't be read, or isn't UTF-8."""
-    try:
-        data = path.read_bytes()
-        text = data[: data.rfind(b"\n") + 1].decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: expected lines of UTF-8, can't read them: {error}") from error
-    return text.split("\n")[:-1]  # and nowhere else: prompts hold odd characters

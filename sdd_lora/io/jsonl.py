@@ -1,18 +1,41 @@
-"""Files of JSON lines that grow as a bench goes on, and what a kill does to them."""
+"""Files of JSON lines that grow as the work goes on, and what a kill does to them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from sdd_lora.errors import BadInput
-from sdd_lora.io.atomic import appended, atomic_output, whole_lines
+from sdd_lora.errors import BadInput, SddLoraError
+from sdd_lora.io.atomic import atomic_output
 
 
-def read_lines(folder: Path, name: str, fields: dict[str, type]) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file, all with these `fields` of these types; what a kill cut
-    short is left out. Raises BadInput for one that is damaged."""
-    path = folder / name
+@contextmanager
+def appended(path: Path) -> Iterator[TextIO]:
+    """A text file that grows at its end. Raises SddLoraError where it can't: a full disk."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise SddLoraError(f"{path}: not written: {error.strerror or error}") from error
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that grows line by line; one that a kill cut short, be it within a
+    character, is left out. Raises BadInput where the file can't be read, or isn't UTF-8."""
+    try:
+        data = path.read_bytes()
+        text = data[: data.rfind(b"\n") + 1].decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: expected lines of UTF-8, can't read them: {error}") from error
+    return text.split("\n")[:-1]  # and nowhere else: prompts hold odd characters
+
+
+def read_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The whole lines of a file, all with these `fields` of these types; none where it isn't there.
+
+    Raises BadInput for a damaged one.
+    """
     lines = whole_lines(path) if path.exists() else []
     try:
         found = [dict(json.loads(line)) for line in lines]
@@ -26,13 +49,6 @@ def read_lines(folder: Path, name: str, fields: dict[str, type]) -> list[dict[st
             f"{path}: expected a JSON object a line: {error}; delete the file and run again: what "
             "it held is found anew"
         ) from error
-
-
-def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
-    """What is the same along a row of pictures: set, prompt, seed, and guidance and size where they
-    are the picture's own."""
-    fields = ("kind", "set", "prompt", "seed", "guidance", "width", "height")
-    return tuple(line.get(field) for field in fields)
 
 
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:

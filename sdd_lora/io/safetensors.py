@@ -134,8 +134,10 @@ def serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) ->
         array = tensors[name]
         end = offset + array.nbytes
         header[name] = {
-            "dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end],
-        }  # fmt: skip
+            "dtype": _CODES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

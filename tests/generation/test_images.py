@@ -14,7 +14,8 @@ from sdd_lora.generation.manifest import drawn_in, is_drawn
 from sdd_lora.generation.methods import METHODS
 from sdd_lora.generation.prompt_files import Prompt
 from sdd_lora.generation.sampling import Job, Sampling, jobs_for, jobs_of
-from sdd_lora.io.atomic import appended, locked
+from sdd_lora.io.atomic import locked
+from sdd_lora.io.jsonl import appended
 from sdd_lora.sd.pipeline import load_pipeline
 
 SAMPLING = Sampling(steps=3, guidance=4.0, batch=4)

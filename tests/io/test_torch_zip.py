@@ -21,9 +21,19 @@ from sdd_lora.io import torch_pickle
 from sdd_lora.io import torch_zip as pickles
 
 DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
-    torch.float8_e5m2, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-]  # fmt: skip
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
 
 
 def loaded(path: Path) -> dict[str, np.ndarray]:
@@ -56,10 +66,14 @@ def test_every_dtype_as_torch_reads_it(tmp_path, dtype):
 def test_views_transposes_channels_last_parameters_and_empty_tensors(tmp_path):
     base = torch.randn(6, 4)
     tensors = {
-        "slice": base[2:5], "column": base[:, 1], "transposed": base.t(), "scalar": base[0, 0],
+        "slice": base[2:5],
+        "column": base[:, 1],
+        "transposed": base.t(),
+        "scalar": base[0, 0],
         "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-        "parameter": torch.nn.Parameter(base.clone()), "empty": torch.zeros(0, 3),
-    }  # fmt: skip
+        "parameter": torch.nn.Parameter(base.clone()),
+        "empty": torch.zeros(0, 3),
+    }
     torch.save(tensors, tmp_path / "m.ckpt")
     found = loaded(tmp_path / "m.ckpt")
     assert found.keys() == tensors.keys()
@@ -74,10 +88,14 @@ class Callback:
 
 def test_nested_state_dicts_open_and_what_stands_beside_them_is_named(tmp_path):
     content = {
-        "epoch": 3, "optimizer_states": [{"x": torch.ones(2)}], "path": Path("a"),
-        "numpy": np.float64(3), "counts": defaultdict(int, a=1), "callback": Callback(),
+        "epoch": 3,
+        "optimizer_states": [{"x": torch.ones(2)}],
+        "path": Path("a"),
+        "numpy": np.float64(3),
+        "counts": defaultdict(int, a=1),
+        "callback": Callback(),
         "state_dict": {"state_dict": OrderedDict(w=torch.ones(2, 2)), "step": 4},
-    }  # fmt: skip
+    }
     torch.save(content, tmp_path / "m.ckpt")
     header = pickles.read_header(tmp_path / "m.ckpt")
     assert list(header.tensors) == ["w"]
@@ -265,8 +283,14 @@ def test_zip_tricks(tmp_path):
     truncated = tmp_path / "truncated.ckpt"
     whole = archive(tmp_path / "whole.ckpt", good, {"0": bytes(24)}).read_bytes()
     truncated.write_bytes(whole[:-60])
-    for path in (absent, packed, tmp_path / "twice.ckpt", tmp_path / "big-endian.ckpt",
-                 directory, truncated):  # fmt: skip
+    for path in (
+        absent,
+        packed,
+        tmp_path / "twice.ckpt",
+        tmp_path / "big-endian.ckpt",
+        directory,
+        truncated,
+    ):
         with pytest.raises(BadInput, match=path.name):
             pickles.read_header(path)
 
@@ -320,9 +344,7 @@ def test_fuzz_mutated_pickles_raise_one_clear_error_or_read(tmp_path, data):
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    position=st.integers(0, 2000), value=st.integers(0, 255), cut=st.integers(0, 400)
-)  # fmt: skip
+@given(position=st.integers(0, 2000), value=st.integers(0, 255), cut=st.integers(0, 400))
 def test_fuzz_mutated_archives(tmp_path, position, value, cut):
     content = bytearray(archive(tmp_path / "g", tensor_pickle(), {"0": bytes(24)}).read_bytes())
     content[position % len(content)] = value
