@@ -85,8 +85,10 @@ def test_an_adapter_is_read_whatever_its_name(tmp_path):
         assert Adapter.load(tmp_path / name).factors.keys() == adapter.factors.keys()
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("layout", ["ldm", "unet", "folder"])
+@pytest.mark.parametrize(
+    ("wrapper", "layout"),
+    [("module.", "ldm"), ("_orig_mod.", "unet"), ("module._orig_mod.", "folder")],
+)
 def test_wrapped_names_are_edited_and_stay(tmp_path, wrapper, layout):
     """Of a model saved inside DataParallel or torch.compile."""
     key = sd1.checkpoint_key(models.K0) if layout == "ldm" else f"{models.K0}.weight"

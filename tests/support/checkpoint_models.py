@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,7 @@ from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.demo.build.ldm import to_ldm
-from sdd_lora.io.safetensors import serialize
+from sdd_lora.io.safetensors import read_tensors, serialize
 
 DATA = Path(__file__).parents[1] / "data"
 K0 = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -180,3 +182,29 @@ def adapter(
         up = (size / rank**0.5 * rng.standard_normal((out, rank))).astype(np.float32)
         factors[module] = Factors(down, up, float(rank))
     return Adapter(factors, {"name": name})
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return {p.name: p.read_bytes() for p in files}
+
+
+def tensors_in(path: Path) -> dict[tuple[str, str], bytes]:
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    return {
+        (file.name if path.is_dir() else "", key): tensor.tobytes()
+        for file in files
+        for key, tensor in read_tensors(file)[0].items()
+    }
+
+
+def write_protect(monkeypatch, path: Path) -> None:
+    """What the system does to all but root, as whom containers run tests."""
+    real = open
+
+    def guarded(file, mode="r", *rest, **named):
+        if "+" in mode and Path(file) == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return real(file, mode, *rest, **named)
+
+    monkeypatch.setattr("builtins.open", guarded)
