@@ -2,27 +2,37 @@
 
 from typing import TYPE_CHECKING, Literal, get_args
 
+from sdd_lora.errors import BadInput
+
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-Scheduler = Literal["ddim", "dpm++", "euler-a", "pndm"]
+Scheduler = Literal["ddim", "dpm++", "euler", "euler-a", "lcm", "lms", "pndm", "unipc"]
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 
 #: diffusers' class of each sampler
 _CLASSES: dict[Scheduler, str] = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
     "euler-a": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "lms": "LMSDiscreteScheduler",
     "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
 }
 
 
 def set_scheduler(pipeline: "StableDiffusionPipeline", name: Scheduler) -> None:
     """Give the pipeline a sampler on its own noise schedule.
 
-    Latents are not confined to [-1, 1]: they are never clipped.
+    Latents are not confined to [-1, 1]: they are never clipped. Raises BadInput for one that needs
+    a package that is not installed.
     """
     import diffusers
 
     scheduler = getattr(diffusers, _CLASSES[name])
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    try:
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    except ImportError as error:  # diffusers' LMS integrates by scipy
+        raise BadInput(f"scheduler {name}: needs a package: pip install scipy") from error
