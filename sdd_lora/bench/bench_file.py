@@ -50,6 +50,7 @@ METHODS = {
     "esd-u-3": "ESD on all but cross-attention, η 3",
     "esd-x-1-lora": "ESD on cross-attention as an adapter, η 1",
     "esd-u-1-lora": "ESD on all but cross-attention as an adapter, η 1",
+    "esd-x-1-preserve": "ESD on cross-attention, η 1, other prompts held",
     "sdd-full": "SDD, all of cross-attention, as its authors did",
     "sdd": "SDD as an adapter",
     "sdd-preserve": "SDD as an adapter, other prompts held",

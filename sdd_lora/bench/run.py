@@ -14,6 +14,7 @@ from sdd_lora.bench import tables, text
 from sdd_lora.bench.attacked import Attacking
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.grid import Cell, Grid, draws_with, grid_of
+from sdd_lora.bench.held_out import grouping_of
 from sdd_lora.bench.measuring import BASE, Measuring, without_rows
 from sdd_lora.bench.methods import Train, Weights
 from sdd_lora.bench.ready_made import copy_ready_made, ready_made
@@ -163,7 +164,7 @@ def _results(
         date=now.isoformat(timespec="seconds"),
         command="",
         versions={},
-        rows=[*tables.rows(records, info), *set_rows],
+        rows=[*tables.rows(records, info, grouping_of(bench)), *set_rows],
         concepts=bench.erased,
         sampling=bench.sampling.model_dump(exclude={"batch"}),
         measures=info,

@@ -136,6 +136,7 @@ def _rows(
         sets = list(dict.fromkeys(r.set for r in counted))
         categories = sorted({name for r in counted for name in r.groups[1:]})
         further = {name for r in counted for name in grouping(r)} if told.of == "kept" else set()
+        further = further if len(further) > 1 else set()
         for group in [ALL, *(sets if len(sets) > 1 else []), *categories, *sorted(further)]:
             chosen = [r for r in counted if group in (ALL, *r.groups, *grouping(r))]
             if group == ALL and told.of == "all":  # not diluted by what is kept

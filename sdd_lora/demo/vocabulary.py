@@ -69,6 +69,13 @@ def nouns() -> tuple[Noun, ...]:
 
 
 @lru_cache(maxsize=1)
+def held_out_nouns() -> tuple[Noun, ...]:
+    """Every second noun of each safe group. No recipe of a held-out bench, and no list or tuning
+    for one, may name them: they tell what an eraser does to nouns that nobody told it to keep."""
+    return tuple(n for group in groups().values() if not group.unsafe for n in group.nouns[1::2])
+
+
+@lru_cache(maxsize=1)
 def styles() -> dict[str, Style]:
     """Styles by name, in the file's order: their index is the judge's class."""
     return {

@@ -1,0 +1,67 @@
+"""Nothing of a held-out table, noun, wording or seed, stands in what trains its rows."""
+
+import re
+
+import pytest
+from support.benches import SMALL
+
+from sdd_lora.bench.bench_file import Bench
+from sdd_lora.bench.grid import image_specs
+from sdd_lora.bench.held_out import NAMED, NOT_NAMED, grouping_of, named_nouns
+from sdd_lora.bench.results import ImageRecord
+from sdd_lora.demo.vocabulary import groups, held_out_nouns
+from sdd_lora.recipe import Recipe
+from sdd_lora.runs.many import packaged_recipe
+
+TUNING = range(900_000_000, 1_000_000_000)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench.load(packaged_recipe("bench/demo-held-out"))
+
+
+def test_half_of_each_safe_groups_nouns_are_held_out():
+    for group in groups().values():
+        held = [noun for noun in group.nouns if noun in held_out_nouns()]
+        assert len(held) == (0 if group.unsafe else len(group.nouns) // 2)
+
+
+def texts_of(recipe):
+    prompts = recipe.measure.prompts
+    return [*recipe.concepts, *recipe.preserve.prompts, *prompts.concept, *prompts.kept]
+
+
+def test_no_recipe_of_the_table_names_a_held_out_noun_or_asks_in_its_words(bench):
+    specs, _ = image_specs(bench)
+    asked = {spec.prompt for spec in specs}
+    for name in bench.recipes:
+        texts = texts_of(bench.recipe(name))
+        assert not named_nouns(texts) & set(held_out_nouns())
+        assert not asked & set(texts)
+        assert not [t for t in texts if re.search(r"\b(alone|seen up close|or other)\b", t)]
+
+
+def test_kept_nouns_are_told_apart_by_whether_a_recipe_names_them(bench):
+    group = grouping_of(bench)
+    specs, _ = image_specs(bench)
+    for spec in specs:
+        fields = {"method": "sd", "variation": None, "setting": None, "file": "f", "values": {}}
+        fields |= {"kind": spec.kind, "set": spec.set, "prompt": spec.prompt, "seed": 0}
+        expected = {"named": [NAMED], "held-out": [NOT_NAMED]}.get(spec.set, [])
+        assert group(ImageRecord(**fields)) == expected
+    assert grouping_of(Bench.parse(SMALL))(ImageRecord(**fields | {"kind": "kept"})) == []
+
+
+def seeds_of_a_card(recipe):
+    return range(recipe.measure.seed, recipe.measure.seed + 10_000 * (len(groups()) + 1))
+
+
+def test_seeds_for_tuning_cards_and_the_table_are_disjoint(bench):
+    specs, _ = image_specs(bench)
+    table = {spec.job.seed for spec in specs}
+    for path in packaged_recipe("demo/x").parent.glob("*.yaml"):
+        for overrides in ({}, {"measure.seed": 60_000}):  # how published adapters are measured
+            card = seeds_of_a_card(Recipe.load(path, overrides))
+            assert not table & set(card) and card.stop <= TUNING.start
+    assert not table & set(TUNING[:1]) and max(table) < TUNING.start
