@@ -221,17 +221,22 @@ def _conditions(pipeline: StableDiffusionPipeline, settings: MeasureSettings) ->
 def side_by_side(
     prompts: Sequence[str], before: Sequence[np.ndarray], after: Sequence[np.ndarray]
 ) -> Image.Image:
-    """A picture: prompts as captions, without the adapter above, with it below."""
-    side, columns, caption = 128, 8, 30
+    """A picture: prompts as captions, `before` (without the adapter) above, `after` below."""
+    side, columns, caption, margin = 128, 8, 30, 40
+    block = 2 * side + caption + 8
     rows = -(-len(prompts) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * (2 * side + caption + 8)), "white")
+    sheet = Image.new("RGB", (margin + columns * side, rows * block), "white")
     pen = ImageDraw.Draw(sheet)
+    for row in range(rows):
+        for number, label in enumerate(("before", "after")):
+            y = row * block + caption + number * side + side // 2
+            pen.text((margin // 2, y), label, fill="black", anchor="mm")
     for i, prompt in enumerate(prompts):
-        x, y = i % columns * side, i // columns * (2 * side + caption + 8)
+        x, y = margin + i % columns * side, i // columns * block
         pen.text((x + 3, y + 2), _wrapped(prompt), fill="black", spacing=1)
-        for row, image in enumerate((before[i], after[i])):
+        for number, image in enumerate((before[i], after[i])):
             picture = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (x, y + caption + row * side))
+            sheet.paste(picture, (x, y + caption + number * side))
     return sheet
 
 
