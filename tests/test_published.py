@@ -91,7 +91,8 @@ def test_each_is_sound_complete_and_as_its_metrics_say(folder):
     assert adapter.metadata["measures"] == metrics["measures"]
     assert misfits(open_sd1(locate("demo")), [(adapter, 1.0)]) == []
     loads = {v.loader: v.loads for v in verdicts(describe_adapter(path))}
-    assert all(loads[name] for name in ("A1111", "ComfyUI", "InvokeAI", "diffusers"))
+    assert loads["diffusers"]
+    assert not loads["A1111"], "of the embedded model's size, it fits no Stable Diffusion 1.5"
     twin = Adapter.load(folder / "adapter.peft.safetensors")
     for module in adapter.factors:
         difference = adapter.delta(module) - twin.delta(module)

@@ -340,7 +340,7 @@ def test_verify_says_who_loads_it_and_whether_it_fits(ask, call, a, b, model, tm
     assert found["sound"]
     assert found["fits"]
     assert not found["presence"]["present"]
-    assert [name for name, v in found["loaders"].items() if not v["loads"]] == ["peft"]
+    assert [name for name, v in found["loaders"].items() if v["loads"]] == ["diffusers"]
     assert ask("verify", b, "--model", model)["fits"]
 
     big = random_adapter(widths=names.SD15).save(tmp_path / "big.safetensors")
