@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from transformers import CLIPTokenizer
 
 from sdd_lora.errors import BadInput, SddLoraError
@@ -23,7 +24,8 @@ from sdd_lora.io.jsonl import appended
 from sdd_lora.progress import progress, warn
 from sdd_lora.sd.devices import is_out_of_memory
 from sdd_lora.sd.prompts import cut_off
-from sdd_lora.sd.schedulers import set_scheduler
+from sdd_lora.sd.schedulers import NAMES_IN_A1111, set_scheduler
+from sdd_lora.version import __version__
 
 #: methods that sample as `sd` does where an image's guidance is 1 or less
 _CHANGE_GUIDANCE = METHODS.keys() - {"sd", "sdd-gated"}
@@ -171,9 +173,30 @@ def _draw_into(
             index, job = todo[number]
             name = manifest.image_name(index)
             with atomic_output(folder / name) as file:
-                Image.fromarray(image).save(file, "PNG")
+                text = parameters_text(job, sampling, image.shape)
+                Image.fromarray(image).save(file, "PNG", pnginfo=text)
             lines.write(manifest.as_line({"file": name} | manifest.as_entry(job)))
             lines.flush()
+
+
+def parameters_text(job: Job, sampling: Sampling, shape: tuple[int, ...]) -> PngInfo:
+    """The text chunk `parameters` of an image (H, W, 3), as A1111 writes and reads it."""
+    own = sampling.for_job(job)
+    negative = own.concept if own.method == "neg" else own.negative_prompt
+    settings: dict[str, object] = {
+        "Steps": own.steps,
+        "Sampler": NAMES_IN_A1111[own.scheduler],
+        "CFG scale": own.guidance,
+        "Seed": job.seed,
+        "Size": f"{shape[1]}x{shape[0]}",
+        "Method": own.method,
+        "Version": f"sdd-lora {__version__}",
+    }
+    lines = [job.prompt, *([f"Negative prompt: {negative}"] if negative else [])]
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    info = PngInfo()
+    info.add_text("parameters", "\n".join(lines))
+    return info
 
 
 def _check_fit(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:

@@ -15,7 +15,7 @@ def token_count(tokenizer: CLIPTokenizer, text: str) -> int:
 
 
 def cut_off(tokenizer: CLIPTokenizer, text: str) -> str:
-    """What of a prompt lies beyond the model's 77 tokens and is not read; "" where all fits."""
+    """The end of a prompt that lies beyond the model's 77 tokens and is not read; "" for none."""
     ids = tokenizer(text, truncation=False, verbose=False).input_ids[1:-1]
     return tokenizer.decode(ids[tokenizer.model_max_length - 2 :]).strip()
 
@@ -51,9 +51,12 @@ def embed(
         if lost := cut_off(tokenizer, text):
             warn(f"prompt over {tokenizer.model_max_length} tokens: not read: {lost!r}")
     tokens = tokenizer(
-        list(texts), padding="max_length", truncation=True,
-        max_length=tokenizer.model_max_length, return_tensors="pt",
-    ).input_ids  # fmt: skip
+        list(texts),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
     embeddings = text_encoder(tokens.to(text_encoder.device)).last_hidden_state.float()
     if not torch.isfinite(embeddings).all():
         raise BadInput("the text encoder's output is not finite: its weights are damaged")

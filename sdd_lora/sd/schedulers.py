@@ -21,6 +21,17 @@ _CLASSES: dict[Scheduler, str] = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+#: and A1111's name for it
+NAMES_IN_A1111: dict[Scheduler, str] = {
+    "ddim": "DDIM",
+    "dpm++": "DPM++ 2M",
+    "euler": "Euler",
+    "euler-a": "Euler a",
+    "lcm": "LCM",
+    "lms": "LMS",
+    "pndm": "PLMS",
+    "unipc": "UniPC",
+}
 
 
 def set_scheduler(pipeline: "StableDiffusionPipeline", name: Scheduler) -> None:

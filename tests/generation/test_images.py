@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.adapters import random_adapter
 
 from sdd_lora.errors import BadInput, SddLoraError
@@ -105,6 +106,16 @@ def test_the_manifest_says_what_an_image_has_of_its_own(pipeline, tmp_path):
     assert generate(pipeline, jobs, SAMPLING, tmp_path, {}) == 0
     with pytest.raises(BadInput, match=r"with seed 1, guidance 9\.0, not 'a cat' with seed 1;"):
         generate(pipeline, [Job("a cat", 1)], SAMPLING, tmp_path, {})
+
+
+def test_an_image_carries_its_parameters_as_a1111_reads_them(pipeline, tmp_path):
+    jobs = [Job("a cat, 猫", 1, guidance=9.0, steps=1, negative_prompt="a dog"), Job("a bus", 2)]
+    generate(pipeline, jobs, SAMPLING, tmp_path, {})
+    first, second = (Image.open(tmp_path / f"0000{i}.png").info["parameters"] for i in (0, 1))
+    prompt, negative, settings = first.split("\n")
+    assert (prompt, negative) == ("a cat, 猫", "Negative prompt: a dog")
+    assert settings.startswith("Steps: 1, Sampler: DDIM, CFG scale: 9.0, Seed: 1, Size: 64x64")
+    assert second.split("\n")[1].startswith("Steps: 3, ")
 
 
 def test_a_lost_image_is_drawn_again_and_named_once(pipeline, tmp_path):
