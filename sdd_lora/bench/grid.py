@@ -15,10 +15,11 @@ from sdd_lora.generation import prompt_files
 from sdd_lora.generation.prompt_files import Prompt
 from sdd_lora.generation.sampling import Job
 from sdd_lora.measures.base import ImageSpec
+from sdd_lora.progress import warn
 from sdd_lora.sd.schedulers import Scheduler
 
 _SEEDS_OF_A_SET = 100_000
-_PROMPT_FILES = {".txt", ".csv", ".json", ".jsonl"}
+_PROMPT_FILES = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,10 @@ def read_set(bench: Bench, entries: str | Sequence[str]) -> list[Prompt]:
     prompts: list[Prompt] = []
     for entry in [entries] if isinstance(entries, str) else entries:
         is_file = Path(entry).suffix.lower() in _PROMPT_FILES
-        prompts += prompt_files.read_prompts(bench.file(entry)) if is_file else [Prompt(entry)]
+        found = prompt_files.read_prompts(bench.file(entry)) if is_file else [Prompt(entry)]
+        if any(prompt.steps or prompt.negative_prompt for prompt in found):
+            warn(f"{entry}: its steps and negative prompts are not used: a bench draws all alike")
+        prompts += found
     return prompts
 
 

@@ -109,3 +109,10 @@ def test_fewer_images_than_prompts_are_spread_over_the_file(tmp_path):
     assert not prompt_notes(grid)
     few = spread_over_sets(grid.cells[0].specs, {"erased": 3, "kept": 0})
     assert [spec.job.prompt[-2:].strip() for spec in few] == ["0", "4", "8"]
+
+
+def test_columns_that_a_bench_does_not_use_are_named(tmp_path, caplog):
+    (tmp_path / "p.tsv").write_text("prompt\tsteps\tnegative_prompt\na bomb\t9\ta cat\n")
+    changes = {"prompts.erased": {"w": "p.tsv"}, "seeds": {"erased": 1, "kept": 0}}
+    grid_of(Bench.parse(SMALL, folder=tmp_path, overrides=changes))
+    assert caplog.text.count("p.tsv: its steps and negative prompts are not used") == 1
