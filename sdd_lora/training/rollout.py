@@ -12,6 +12,9 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from sdd_lora.recipe import Rollout as RolloutSettings
 from sdd_lora.training.objectives import LatentBatch, Objective
 
+#: timesteps in a bin of the papers' released code, whose rollouts have 50 steps of 1000
+_LARGEST_BIN = 20
+
 
 @dataclass
 class Trajectory:
@@ -152,7 +155,7 @@ class Rollout:
         if not self.objective.t_in_bin:
             return t
         timesteps = self.scheduler.config.num_train_timesteps
-        width = timesteps // self.settings.steps
+        width = min(timesteps // self.settings.steps, _LARGEST_BIN)
         low = t // width * width
         return _randint(low, min(low + width, timesteps), generator)
 
