@@ -202,6 +202,11 @@ class Recipe(Section):
         return fields | {"rollout": {"solver": self.rollout.solver} | rollout | interval}
 
     @property
+    def training_sha256(self) -> str:
+        """SHA-256 of the fields that a training depends on: all but `measure`."""
+        return self.model_copy(update={"measure": Measure()}).sha256
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of the recipe's content, whatever its comments and layout."""
         return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()

@@ -77,9 +77,13 @@ def check(folder: Path, recipe: Recipe, resume: bool = False, force: bool = Fals
         raise BadInput(f"{folder}: holds another run; {advice}choose another folder or add --force")
 
 
-def require_same(written: Path, recipe: Recipe) -> None:
-    """Raises BadInput where the recipe in a run's folder is another one."""
-    if Recipe.load(written).sha256 != recipe.sha256:
+def require_same(written: Path, recipe: Recipe, *, but_measure: bool = False) -> None:
+    """Raises BadInput where the recipe in a run's folder is another one; with `but_measure`, where
+    they differ in more than `measure`."""
+    there = Recipe.load(written)
+    if but_measure:
+        there = there.model_copy(update={"measure": recipe.measure})
+    if there.sha256 != recipe.sha256:
         raise BadInput(
             f"{written}: belongs to another recipe (or other --set values) than the one given; "
             "resume with that one, or train into another folder"
@@ -159,7 +163,7 @@ def _check_resumable(folder: Path, recipe: Recipe) -> None:
     place = under_way(folder)
     if place is None and not is_finished(folder):
         raise BadInput(f"{folder}: holds no run to resume; leave --resume away")
-    require_same((place or folder) / RECIPE, recipe)
+    require_same((place or folder) / RECIPE, recipe, but_measure=place is not None)
     if place is None:
         raise BadInput(f"{folder}: holds a finished run; nothing to resume")
 

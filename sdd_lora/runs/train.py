@@ -1,7 +1,8 @@
 """One run: train, measure, card, picture; everything in one folder."""
 
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import torch
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.adapter.metadata import Metadata, TrainedOn
+from sdd_lora.errors import SddLoraError
+from sdd_lora.io.atomic import write_text
 from sdd_lora.io.distributed import processes
 from sdd_lora.progress import warn
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import before_after
 from sdd_lora.runs.folder import (
+    RECIPE,
     STATE,
     WEIGHTS,
     check,
@@ -31,6 +35,9 @@ from sdd_lora.training.memory import memory_advice
 from sdd_lora.training.roles import LoraRoles
 from sdd_lora.training.trainer import Trainer, TrainingReport
 from sdd_lora.version import __version__
+
+#: a closed form with 3 kept prompts ruined the embedded model, one with 290 hardly changed it
+FEW_KEPT_PROMPTS = 50
 
 
 def train(
@@ -68,7 +75,7 @@ def _train_locked(
     state = processes()
     if state.is_main_process:
         check(folder, recipe, resume, force)
-        _warn_of_unused_prompts(recipe)
+        _warn_of_prompts(recipe)
     before_after.check(recipe)
     state.wait_for_everyone()
     place = (under_way(folder) if resume else None) or place_of_new(folder)
@@ -76,10 +83,11 @@ def _train_locked(
     if state.is_main_process:
         made_by = {"recipe_sha256": recipe.sha256}
         training = asdict(report) | {"seconds": round(report.seconds, 2)}
-        if isinstance(result, Adapter):
-            result = finish_adapter(result, place, recipe, made_by, training)
-        else:
-            finish_weights(result, metadata, place, recipe, made_by, training)
+        with _measuring_advice(place):
+            if isinstance(result, Adapter):
+                result = finish_adapter(result, place, recipe, made_by, training)
+            else:
+                finish_weights(result, metadata, place, recipe, made_by, training)
         if not keep_state:
             shutil.rmtree(place / STATE)
         move_in(folder, place)
@@ -87,10 +95,34 @@ def _train_locked(
     return result if isinstance(result, Adapter) else folder / WEIGHTS
 
 
-def _warn_of_unused_prompts(recipe: Recipe) -> None:
-    prompts = recipe.measure.prompts
+def _keep_recipe(recipe: Recipe, place: Path) -> None:
+    """A resumed run may measure in another way than the recipe that it was started with."""
+    if processes().is_main_process:
+        write_text(place / RECIPE, recipe.to_yaml())
+
+
+@contextmanager
+def _measuring_advice(place: Path) -> Iterator[None]:
+    """Where measuring fails after a training, say how to measure without training again."""
+    try:
+        yield
+    except SddLoraError as error:
+        raise type(error)(
+            f"{error}\nThe training is finished, its result is in {place}: --resume measures it "
+            "without training again, with other --set measure.… too"
+        ) from error
+
+
+def _warn_of_prompts(recipe: Recipe) -> None:
+    prompts, kept = recipe.measure.prompts, len(recipe.preserve.prompts)
     if (prompts.concept or prompts.kept) and recipe.measure.detector == "none":
         warn("measure.prompts: nothing is drawn or counted, since measure.detector is none")
+    if recipe.lora.init == "closed-form" and kept < FEW_KEPT_PROMPTS:
+        warn(
+            f"preserve.prompts: lora.init: closed-form changes all prompts but the kept ones, and "
+            f"keeps {kept}; name {FEW_KEPT_PROMPTS} or more of what the model is to draw as "
+            "before, near the concepts and far from them"
+        )
 
 
 def _run_training(
@@ -113,6 +145,7 @@ def _run_training(
             trainer.accelerator.wait_for_everyone()
             if resume:
                 trainer.resume()
+                _keep_recipe(recipe, place)
             report = trainer.run()
             metadata = _metadata(recipe, parts.fingerprint)
             tensors = trainer.teacher_tensors()

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
+from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import TrainingParts
 from sdd_lora.sd.prompts import embed, join_concepts
+
+#: embeddings this close are of the same tokens; those of different words differ by about 1
+_SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,26 @@ class Embeddings:
 
 
 def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
-    """Encode a recipe's concepts and kept prompts with the text encoder of `parts`."""
+    """Encode a recipe's concepts and kept prompts with the text encoder of `parts`.
+
+    Raises BadInput for a concept that is encoded as ∅, such as "<|endoftext|>".
+    """
     assert parts.text_encoder is not None
     text_encoder = parts.text_encoder
 
     def encoded(texts: Sequence[str]) -> torch.Tensor:
         return embed(texts, parts.tokenizer, text_encoder)
 
+    empty, concepts = encoded([""]), encoded(recipe.concepts)
+    for text, concept in zip(recipe.concepts, concepts, strict=True):
+        if torch.allclose(concept, empty[0], atol=_SAME):
+            raise BadInput(
+                f"concepts: {text!r} is encoded as the empty prompt, so that there is nothing to "
+                "erase; expected words that the model knows"
+            )
     return Embeddings(
-        empty=encoded([""]),
-        concepts=encoded(recipe.concepts),
+        empty=empty,
+        concepts=concepts,
         joined=encoded(join_concepts(recipe.concepts, parts.tokenizer)),
         kept=encoded(recipe.preserve.prompts) if recipe.preserve.prompts else None,
     )

@@ -207,6 +207,57 @@ def test_a_model_to_carry_over_to_that_is_not_there_costs_no_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_concept_that_is_encoded_as_the_empty_prompt_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="empty prompt"):
+        train(short(concepts=["bomb", "<|endoftext|>"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("kept", "warnings"), [(3, 1), (60, 0)])
+def test_a_closed_form_that_keeps_little_is_warned_of(tmp_path, monkeypatch, kept, warnings):
+    said = []
+
+    def stops(*_):
+        raise BadInput("far enough")
+
+    monkeypatch.setattr(one_run, "_run_training", stops)
+    monkeypatch.setattr(one_run, "warn", said.append)
+    prompts = [f"thing {i}" for i in range(kept)]
+    for init in ("closed-form", "random"):
+        with pytest.raises(BadInput, match="far enough"):
+            train(short(lora__init=init, preserve__prompts=prompts), tmp_path / "run")
+    assert len(said) == warnings and all("preserve.prompts" in text for text in said)
+
+
+def test_a_training_whose_measuring_failed_is_measured_without_training_again(
+    tmp_path, monkeypatch
+):
+    recipe = short(
+        measure__detector="judge",
+        measure__images=1,
+        measure__steps=2,
+        measure__prompts={"concept": ["a bomb"]},
+    )
+
+    def fails(*_):
+        raise SddLoraError("out of memory")
+
+    monkeypatch.setattr(before_after, "measure", fails)
+    with pytest.raises(SddLoraError, match=r"out of memory\n.*--resume"):
+        train(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "step", None)
+    otherwise = recipe.model_copy(
+        update={"measure": recipe.measure.model_copy(update={"steps": 3})}
+    )
+    with pytest.raises(BadInput, match="another recipe"):
+        train(short(training__seed=1), tmp_path / "run", resume=True)
+    train(otherwise, tmp_path / "run", resume=True)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["measures"] and metrics["training"]["iterations"] == 3
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml") == otherwise
+
+
 def test_prompts_that_no_detector_looks_at_are_told(tmp_path, monkeypatch):
     told = []
 
