@@ -50,9 +50,10 @@ def directions_of(embeddings: Embeddings, rank: int) -> torch.Tensor:
 
 
 def closed_form_of(recipe: Recipe, objective: Objective, embeddings: Embeddings) -> "ClosedForm":
-    """The change that erases the loss's prompts and keeps the kept ones, so much weighed, and ∅."""
+    """The change that erases the objective's prompts, and keeps ∅ and the kept ones by
+    `preserve.weight`."""
     return ClosedForm.of(
-        objective.loss_prompts(embeddings),
+        objective.start_prompts(embeddings),
         embeddings.kept_and_empty,
         embeddings.empty,
         recipe.preserve.weight,

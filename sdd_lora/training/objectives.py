@@ -58,6 +58,10 @@ class Objective(ABC):
         """Prompts c (N, 77, d) of the loss, in turn."""
         return embeddings.concepts
 
+    def start_prompts(self, embeddings: Embeddings) -> Tensor:
+        """Prompts (N, 77, d) that a start in closed form erases."""
+        return self.loss_prompts(embeddings)
+
     def prompt_index(self, batch: LatentBatch) -> list[int]:
         """Which prompt of the loss each latent gets, modulo N."""
         return batch.prompt_index
@@ -90,6 +94,9 @@ class SDD(Objective):
     def loss_prompts(self, embeddings: Embeddings) -> Tensor:
         return embeddings.joined
 
+    def start_prompts(self, embeddings: Embeddings) -> Tensor:
+        return embeddings.erased
+
     def loss(
         self, student: Estimate, base: Estimate, z_t: Tensor, t: Tensor, c_0: Tensor, c: Tensor
     ) -> Tensor:
@@ -109,6 +116,9 @@ class SDDReference(SDD):
         return embeddings.joined
 
     def loss_prompts(self, embeddings: Embeddings) -> Tensor:
+        return embeddings.concepts
+
+    def start_prompts(self, embeddings: Embeddings) -> Tensor:
         return embeddings.concepts
 
     @property

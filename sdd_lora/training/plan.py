@@ -207,7 +207,9 @@ class _Rehearsal:
     def loss_and_backward(self) -> None:
         recipe = self.recipe
         z, t, c_0 = self._inputs(recipe.rollout.batch)
-        c = c_0.repeat_interleave(recipe.rollout.prompts_per_latent, dim=0)
+        prompts = recipe.rollout.prompts_per_latent
+        c = c_0.repeat_interleave(min(prompts, len(recipe.concepts)), dim=0)
+        c_k = c_0.repeat_interleave(prompts, dim=0) if recipe.preserve.prompts else None
         with self.roles.student():
             loss = total_loss(
                 self.objective,
@@ -218,7 +220,7 @@ class _Rehearsal:
                 t,
                 c_0,
                 c,
-                c if recipe.preserve.prompts else None,
+                c_k,
             )
             loss.backward()
 

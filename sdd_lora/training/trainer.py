@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _CHECKPOINT_EVERY_S = 30.0
 _CHECKPOINT_EVERY_SAVES = 20  # saving takes at most a twentieth of the time
 _PRESERVE_STREAM = 1 << 32  # keeps the choice of kept prompts apart from the trajectories' noise
 _LAST_LOSSES = 20  # of which `final_loss` is the mean
+_DEVICE_VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
 
 
 @dataclass
@@ -151,9 +153,11 @@ class Trainer:
         )
 
     def _erased_prompts(self, batch: LatentBatch) -> torch.Tensor:
-        """The loss's prompts in turn, `rollout.prompts_per_latent` for each latent."""
+        """The loss's prompts in turn, at most `rollout.prompts_per_latent` for each latent; of
+        fewer prompts none is used twice with a latent: the same pass would be computed again."""
         prompts = self.objective.loss_prompts(self.embeddings)
-        uses = _uses(self.objective.prompt_index(batch), self.recipe.rollout.prompts_per_latent)
+        times = min(self.recipe.rollout.prompts_per_latent, len(prompts))
+        uses = _uses(self.objective.prompt_index(batch), times)
         return prompts[[use % len(prompts) for use in uses]]
 
     def _kept_prompts(self, samples: list[int]) -> torch.Tensor | None:
@@ -293,7 +297,7 @@ class Trainer:
         """Everything to resume from, gathered from all processes."""
         scaler = self.accelerator.scaler
         return {
-            "recipe_sha256": self.recipe.sha256,
+            "training_sha256": self.recipe.training_sha256,
             "iteration": self.iteration,
             "seconds": self.seconds,
             "losses": self.losses,
@@ -310,7 +314,7 @@ class Trainer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises BadInput where the state is another recipe's, or another number of processes'."""
-        if state["recipe_sha256"] != self.recipe.sha256:
+        if state.get("training_sha256") != self.recipe.training_sha256:
             raise BadInput(
                 f"{self.state_path}: belongs to another recipe (or other --set values); "
                 "train it in another folder, or start over with --force"
@@ -362,18 +366,35 @@ def _make_accelerator(training: Training, state_path: Path | None) -> Accelerato
     if training.precision == "fp16" and not on_gpu:
         raise BadInput("training.precision: fp16 needs a GPU; expected bf16 or fp32 here")
     AcceleratorState._reset_state()  # else the first recipe's precision binds the process
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(training.precision, training.precision),
-        cpu=not on_gpu,
-        log_with=None if state_path is None else _tracker(),
-        project_dir=None if state_path is None else state_path.parent.parent,
-    )
+    with _hidden_settings():
+        accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(training.precision, training.precision),
+            cpu=not on_gpu,
+            log_with=None if state_path is None else _tracker(),
+            project_dir=None if state_path is None else state_path.parent.parent,
+        )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:
         raise SddLoraError(
             f"{asked} processes were asked for, {accelerator.num_processes} came about"
         )
     return accelerator
+
+
+@contextmanager
+def _hidden_settings() -> Iterator[None]:
+    """Hide accelerate's settings in the environment, such as
+    ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which would change a training behind its recipe's back;
+    variables that name the device stay."""
+    hidden = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith("ACCELERATE_") and name not in _DEVICE_VARIABLES
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _tracker() -> str | None:

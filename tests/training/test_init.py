@@ -79,7 +79,9 @@ def recipe_of(**changes) -> Recipe:
 def test_student_and_average_start_there_and_the_base_stays(variant):
     recipe = recipe_of(**{"lora.targets": ["to_q", "to_k"], "objective.variant": variant})
     trainer = Trainer(recipe, small_unet(), ddim(), given := embeddings())
-    erased = given.joined if variant == "paper" else given.concepts
+    erased = given.concepts
+    if variant == "paper":
+        erased = torch.cat([given.concepts, given.joined])
     kept = torch.cat([given.kept, given.empty])
     solution = ClosedForm.of(erased, kept, given.empty, recipe.preserve.weight)
     plain = small_unet()

@@ -99,6 +99,15 @@ def test_each_latent_serves_several_concepts_and_kept_prompts(monkeypatch):
     assert len({tuple(prompt.flatten().tolist()) for prompt in c_kept}) > 1
 
 
+def test_a_prompt_is_used_once_with_a_latent():
+    """One concept three times would be the same pass three times."""
+    settings = {"rollout": {"steps": 4, "batch": 2, "prompts": 3}}
+    for objective in ({"variant": "paper"}, {"variant": "reference"}):
+        trained = trainer(recipe(objective=objective, **settings), concepts=1, kept=0)
+        trained.step()
+        assert trained.training_passes == 2 * (1 + 1)
+
+
 def test_preservation_changes_what_is_learnt():
     settings = recipe(
         training={"iterations": 30}, preserve={"weight": 10.0}, optimizer={"learning_rate": 1e-2}
