@@ -173,7 +173,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
 
 
 def test_the_readmes_recipe_trains(tmp_path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
     text = readme.split("```yaml\n")[1].split("```")[0]
     train(Recipe.parse(text, overrides={"training.iterations": 1}), tmp_path / "run")
     assert (tmp_path / "run" / "README.md").exists()
