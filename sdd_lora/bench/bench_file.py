@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from sdd_lora.io.strict_yaml import (
     Text,
     Whole,
     parse_strictly,
+    put,
 )
 from sdd_lora.recipe import Recipe
 from sdd_lora.recipe.sections import DrawingPrecision, DrawingSection
@@ -241,7 +242,7 @@ class Bench(Section):
         def prepared(fields: dict[str, Any]) -> dict[str, Any]:
             if quick:
                 _quicken(fields)
-            _put(fields, overrides or {})
+            put(fields, overrides or {})
             if "measures" in fields:
                 fields["measures"] = _named(fields["measures"], f"{where}: measures", {})
             if isinstance(adapters := fields.get("adapters"), dict):
@@ -251,7 +252,7 @@ class Bench(Section):
                 }
             return fields
 
-        bench = parse_strictly(cls, text, where, prepared)
+        bench = parse_strictly(cls, text, where, prepared, overrides or {})
         bench._folder = folder
         return bench
 
@@ -321,24 +322,12 @@ def _quicken(fields: dict[str, Any]) -> None:
         raise BadInput("--quick: this bench has no `quick` section that says what to leave out")
     fields["name"] = f"{fields.get('name')}-quick"
     if isinstance(changes := quick.get("bench"), dict):
-        _put(fields, changes)
+        put(fields, changes)
     recipes, changes = fields.get("recipes"), quick.get("recipes")
     if isinstance(recipes, dict) and isinstance(changes, dict):
         for trained in recipes.values():
             if isinstance(trained, dict) and isinstance(trained.get("set", {}), dict):
                 trained["set"] = trained.get("set", {}) | changes
-
-
-def _put(fields: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Set fields by their dotted names."""
-    for dotted, value in changes.items():
-        place = fields
-        *parents, last = str(dotted).split(".")
-        for key in parents:
-            place = place.setdefault(key, {})
-            if not isinstance(place, dict):
-                raise BadInput(f"{dotted}: {key} holds a value, not fields")
-        place[last] = value
 
 
 def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:

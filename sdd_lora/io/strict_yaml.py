@@ -208,7 +208,7 @@ def put(
                 place[key] = {}
             place = place[key]
             if not isinstance(place, dict):
-                raise BadInput(f"--set {dotted}: {key} holds a value, not fields")
+                raise BadInput(f"{dotted}: {key} holds a value, not fields")
         place.pop((other_name or {}).get(last, ""), None)
         place[last] = value
 

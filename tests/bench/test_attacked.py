@@ -208,8 +208,11 @@ def test_rates_are_paired_with_the_same_prompts_and_seeds():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attacks": {"methods": ["sd"]}}, r"bench:\d+: attacks: .*at least one attack: paraph"),
-        ({"attacks.inversion.steps": 0}, r"bench:\d+: attacks.inversion.steps"),
+        (
+            {"attacks": {"methods": ["sd"]}},
+            r"--set attacks: .*at least one attack: paraph",
+        ),
+        ({"attacks.inversion.steps": 0}, r"--set attacks.inversion.steps: "),
         ({"attacks.magic": {}}, "attacks.magic: unknown field"),
         ({"attacks.methods": ["mime"]}, "method mime: expected one of sd"),
         ({"attacks.methods": ["sd", "sd"]}, "attacks.methods: sd stands there twice"),
