@@ -21,7 +21,7 @@ from sdd_lora.adapter.alphas import (
 )
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.adapter.metadata import ENTRY_KEY, MergedPart, Metadata, is_edited
-from sdd_lora.errors import BadInput
+from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_folder, atomic_output, require_replaceable
 from sdd_lora.io.safetensors import data_sha256, header_of, open_input, read_tensor, serialize
 from sdd_lora.io.torch_zip import is_pickle
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ENTRY_KEY", "STORED_DTYPES", "Adapter", "Factors"]
 
-#: What a run's folder, and those that diffusers and peft saved, call the adapter.
-_FILES_OF_FOLDER = (hub.ADAPTER_FILE, "pytorch_lora_weights.safetensors", PEFT_MODEL_FILE)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 STORED_DTYPES: dict[str, np.dtype] = {
@@ -213,16 +211,19 @@ def adapter_file(source: str | Path) -> Path:
     """
     path = Path(source)
     if path.is_dir():
-        for name in _FILES_OF_FOLDER:
+        for name in hub.ADAPTER_FILES:
             if (path / name).is_file():
                 return path / name
-        expected = " or ".join(_FILES_OF_FOLDER)
+        expected = " or ".join(hub.ADAPTER_FILES)
         raise BadInput(f"{path}: no adapter in this folder; expected {expected}")
     if path.exists():
         return path
     if path.suffix.lower() in (".safetensors", *PICKLES) or not hub.is_hub_id(str(source)):
         raise BadInput(f"{path}: no such file; expected an adapter, a run's folder or a hub id")
-    return hub.download_adapter(str(source))
+    try:
+        return hub.download_adapter(str(source))
+    except SddLoraError as error:
+        raise type(error)(f"{path}: no such file or folder; as a hub id: {error}") from error
 
 
 def require_file_name(path: Path) -> None:
@@ -248,7 +249,7 @@ def stored_dtype(source: str | Path) -> str:
 
 def is_adapter_folder(path: Path) -> bool:
     """Whether a folder is a run's, or one that diffusers or peft saved an adapter in."""
-    return any((path / name).is_file() for name in _FILES_OF_FOLDER)
+    return any((path / name).is_file() for name in hub.ADAPTER_FILES)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], str]:

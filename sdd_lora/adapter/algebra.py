@@ -1,8 +1,11 @@
 """Adapters made of adapters: exact sums, and smaller ones at a stated cost."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
@@ -10,6 +13,7 @@ from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import Factors, concatenated, truncated
 from sdd_lora.adapter.metadata import Metadata, ResizedFrom
 from sdd_lora.errors import BadInput
+from sdd_lora.progress import warn
 
 Weighted = Sequence[tuple[Adapter, float]]
 
@@ -30,6 +34,9 @@ def stack(parts: Weighted, name: str | None = None) -> Adapter:
             collected.setdefault(module, []).append(part.scaled(weight))
     for module, found in collected.items():
         require_one_model(module, found)
+    for adapter, _ in parts:
+        if not adapter.norm():
+            warn(f"{adapter.name}: changes nothing: its delta is 0 everywhere")
     factors = {module: concatenated(found) for module, found in collected.items()}
     return Adapter(factors, _merged_metadata(parts, name))
 
@@ -95,6 +102,23 @@ def _merged_metadata(parts: Weighted, name: str | None) -> Metadata:
         merged_from=[adapter.as_part(weight) for adapter, weight in parts],
         concepts=list(dict.fromkeys(concepts)),
     )
+    if header := _shared_labels([adapter.metadata.header for adapter, _ in parts]):
+        metadata |= {"header": header}
     bases = [adapter.metadata.base for adapter, _ in parts]
     agreed = bases[0] is not None and all(base == bases[0] for base in bases)
     return metadata | {"base": bases[0]} if agreed else metadata
+
+
+def _shared_labels(headers: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Trigger words and tags of all parts, as user interfaces read them in a header."""
+    labels = {}
+    for key in ("modelspec.trigger_phrase", "modelspec.tags"):
+        listed = [text for header in headers if (text := header.get(key))]
+        if listed:
+            labels[key] = ", ".join(dict.fromkeys(listed))
+    frequency: dict[str, Any] = {}
+    for header in headers:
+        with suppress(ValueError, RecursionError):
+            found = json.loads(header.get("ss_tag_frequency", "{}"))
+            frequency |= found if isinstance(found, dict) else {}
+    return labels | ({"ss_tag_frequency": json.dumps(frequency)} if frequency else {})

@@ -23,7 +23,7 @@ def sidecar(adapter: Adapter) -> dict[str, Any]:
     return {
         "description": adapter.metadata.sentence,
         "sd version": "SD1" if adapter.fits(names.SD15) else "Unknown",
-        "activation text": "",
+        "activation text": adapter.metadata.header.get("modelspec.trigger_phrase", ""),
         "preferred weight": 1.0,
         "notes": "\n".join(_notes(adapter)),
         ENTRY_KEY: adapter.metadata.own_entry(),

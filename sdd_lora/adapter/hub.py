@@ -2,20 +2,25 @@
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdd_lora.adapter.alphas import PEFT_CONFIG_FILE, PEFT_MODEL_FILE
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_folder, refuse_existing, require_replaceable, sha256_of
 from sdd_lora.io.safetensors import header_from_bytes
+from sdd_lora.progress import warn
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 ADAPTER_FILE = "adapter.safetensors"
+#: What a run, diffusers and peft call the adapter in a folder or a repository.
+ADAPTER_FILES = (ADAPTER_FILE, "pytorch_lora_weights.safetensors", PEFT_MODEL_FILE)
 METRICS_FILE = "metrics.json"
 #: What a run's folder publishes; all of it but the adapter itself may be missing.
 PUBLISHED = (
@@ -23,10 +28,6 @@ PUBLISHED = (
     METRICS_FILE, "before-after.png",
 )  # fmt: skip
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_OTHER_TENSORS = (
-    ".bin", ".ckpt", ".gguf", ".h5", ".joblib", ".msgpack", ".npy", ".npz", ".onnx", ".pb",
-    ".pickle", ".pkl", ".pt", ".pth", ".tflite",
-)  # fmt: skip
 
 
 def is_hub_id(name: str) -> bool:
@@ -58,13 +59,15 @@ def pull(repository: str, folder: Path, revision: str | None = None, force: bool
     """Fetch a published run into a folder, whole or not at all; returns the folder.
 
     Each file is checked against the hub's record of it, the adapter against `metrics.json` too.
-    Raises BadInput where the repository holds no adapter, or tensors in anything but safetensors;
+    Other files are left where they are. Raises BadInput where the repository holds no adapter;
     SddLoraError where the hub can't be reached or a file isn't what the hub says.
     """
     _require_id(repository)
     refuse_existing(folder, force)
     require_replaceable(folder, (ADAPTER_FILE,), _is_run_file)
     commit, files = _listing(repository, revision)
+    if ADAPTER_FILE not in files:
+        raise BadInput(f"{repository}: no {ADAPTER_FILE} in it; expected a published run")
     with atomic_folder(folder) as target:
         for name in (name for name in PUBLISHED if name in files):
             (target / name).write_bytes(_download(repository, commit, files[name]).read_bytes())
@@ -75,8 +78,47 @@ def pull(repository: str, folder: Path, revision: str | None = None, force: bool
 def download_adapter(repository: str, revision: str | None = None) -> Path:
     """A repository's adapter file, in the hub client's own cache. Raises as `pull` does."""
     _require_id(repository)
-    commit, files = _listing(repository, revision)
-    return _download(repository, commit, files[ADAPTER_FILE])
+    try:
+        commit, files = _listing(repository, revision)
+    except SddLoraError:
+        if (cached := _cached_adapter(repository, revision)) is not None:
+            return cached
+        raise
+    if PEFT_CONFIG_FILE in files:  # lies beside the adapter in the cache: it tells its alpha
+        _download(repository, commit, files[PEFT_CONFIG_FILE])
+    return _download(repository, commit, files[_adapter_name(repository, files)])
+
+
+def _cached_adapter(repository: str, revision: str | None) -> Path | None:
+    """The adapter as an earlier download left it, where the hub can't be reached."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    snapshots = sorted((folder / "snapshots").glob(revision or "*"), key=os.path.getmtime)
+    for snapshot in reversed(snapshots):
+        try:
+            name = _adapter_name(repository, [path.name for path in snapshot.iterdir()])
+        except BadInput:
+            continue
+        warn(f"{repository}: the hub can't be reached; the copy in its client's cache is used")
+        return snapshot / name
+    return None
+
+
+def _adapter_name(repository: str, files: Iterable[str]) -> str:
+    """Which of a repository's files is the adapter. Raises BadInput where that can't be told."""
+    found = [name for name in files if name.endswith(".safetensors")]
+    for name in ADAPTER_FILES:
+        if name in found:
+            return name
+    at_top = [name for name in found if "/" not in name]
+    if len(at_top) == 1:
+        return at_top[0]
+    several = f"several: {', '.join(sorted(at_top)[:5])}" if at_top else "no .safetensors"
+    raise BadInput(
+        f"{repository}: no {ADAPTER_FILE} in it; expected {' or '.join(ADAPTER_FILES)}, or one "
+        f".safetensors file, found {several}"
+    )
 
 
 def _is_run_file(file: Path) -> bool:
@@ -88,13 +130,7 @@ def _listing(repository: str, revision: str | None) -> tuple[str | None, dict[st
     """The commit and the files of a repository, by name."""
     with _hub_errors(repository):
         info = _client().model_info(repository, revision=revision, files_metadata=True)
-    files = {entry.rfilename: entry for entry in info.siblings or []}
-    for name in files:
-        if Path(name).suffix.lower() in _OTHER_TENSORS:
-            raise BadInput(f"{repository}: holds {name}; only safetensors are pulled")
-    if ADAPTER_FILE not in files:
-        raise BadInput(f"{repository}: no {ADAPTER_FILE} in it; expected a published run")
-    return info.sha, files
+    return info.sha, {entry.rfilename: entry for entry in info.siblings or []}
 
 
 def _download(repository: str, commit: str | None, entry: Any) -> Path:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -244,6 +245,8 @@ def _set_up_logging(quiet: bool, debug: bool) -> None:
 
 def weighted(argument: str) -> tuple[str, float]:
     """ "A[:w]" → (A, w); the weight is 1 where none is given. Windows drives are left alone."""
+    if tag := re.fullmatch(r"<lora:(.+?)(?::([\d.-]+))?>", argument):
+        raise BadInput(f"{argument}: expected a file, as {tag[1]}.safetensors:{tag[2] or 1}")
     head, _, tail = argument.rpartition(":")
     is_drive = os.name == "nt" and len(head) == 1
     if not head or is_drive or "/" in tail or "\\" in tail:

@@ -204,21 +204,25 @@ def _verify_adapter(path: Path, model: str | None, base: str | None) -> Result:
     from sdd_lora.checkpoint.describe import open_sd1
     from sdd_lora.checkpoint.locate import locate
     from sdd_lora.checkpoint.plan import misfits
+    from sdd_lora.progress import warn
 
     adapter = Adapter.load(path)
     found = describe_adapter(path)
+    state = "sound" if adapter.norm() else "changes nothing"
+    if not adapter.norm():
+        warn(f"{adapter.name}: changes nothing: its delta is 0 everywhere")
     loaders = verdicts(found)
     data: dict[str, Any] = {
         "file": str(path),
         "kind": "adapter",
-        "sound": True,
+        "sound": adapter.norm() > 0,
         "family": found.family,
         "rank": adapter.rank,
         "norm": adapter.norm(),
         "loaders": {v.loader: {"loads": v.loads, "why": v.why} for v in loaders},
     }
     lines = [
-        f"{path}: sound: {len(adapter.factors)} modules of {found.family}, rank {adapter.rank}, "
+        f"{path}: {state}: {len(adapter.factors)} modules of {found.family}, rank {adapter.rank}, "
         f"norm {adapter.norm():.4g}",
         *(f"  {v.loader}: {'yes' if v.loads else 'no'}: {v.why}" for v in loaders),
     ]

@@ -1,6 +1,8 @@
 """Stacks are sums, resizing costs the spectrum's tail, and interference is told without a sum."""
 
 import io
+import json
+import logging
 import math
 
 import numpy as np
@@ -248,3 +250,21 @@ def test_heat_map_is_a_picture():
     with Image.open(first) as picture:
         assert picture.width > 200
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_a_stack_keeps_trigger_words_and_tags():
+    headers = [
+        {"modelspec.trigger_phrase": "ink style", "ss_tag_frequency": '{"ink": {"cat": 3}}'},
+        {"modelspec.trigger_phrase": "oil style", "ss_tag_frequency": '{"oil": {"dog": 2}}'},
+    ]
+    parts = [(random_adapter(n, header=header), 1.0) for n, header in enumerate(headers)]
+    header = stack(parts).metadata.header
+    assert header["modelspec.trigger_phrase"] == "ink style, oil style"
+    assert json.loads(header["ss_tag_frequency"]) == {"ink": {"cat": 3}, "oil": {"dog": 2}}
+
+
+def test_a_part_that_changes_nothing_is_named(caplog):
+    empty = random_adapter(3, size=0.0, name="blank")
+    with caplog.at_level(logging.WARNING):
+        stack([(random_adapter(), 1.0), (empty, 1.0)])
+    assert "blank" in caplog.text

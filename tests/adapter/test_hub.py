@@ -72,13 +72,38 @@ def test_numbers_of_another_adapter_are_refused(hub, run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "deep/down/x.PT", "a.bin", "b.pkl", "w.npz"])
-def test_anything_but_safetensors_is_refused(hub, run, tmp_path, name):
+def test_files_of_other_kinds_are_left_on_the_hub(hub, run, tmp_path, name):
     push(run, REPOSITORY)
     hub.repositories[REPOSITORY][name] = b"\x80\x04."
-    with pytest.raises(BadInput, match=r"only safetensors are pulled"):
-        pull(REPOSITORY, tmp_path / "pulled")
-    with pytest.raises(BadInput, match=r"only safetensors are pulled"):
-        Adapter.load(REPOSITORY)
+    folder = pull(REPOSITORY, tmp_path / "pulled")
+    assert not (folder / name).exists()
+    assert Adapter.load(REPOSITORY).factors
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "my-lora.safetensors"]
+)
+def test_the_layouts_that_exist_are_found_and_work_offline(hub, run, monkeypatch, name):
+    from huggingface_hub import constants
+
+    content = (run / "adapter.safetensors").read_bytes()
+    hub.repositories["me/lora"] = {name: content, "README.md": b"", "image.png": b"x"}
+    expected = Adapter.load(run).identity
+    assert Adapter.load("me/lora").identity == expected
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert Adapter.load("me/lora").identity == expected
+
+
+def test_several_files_of_any_name_are_named(hub, run):
+    content = (run / "adapter.safetensors").read_bytes()
+    hub.repositories["me/many"] = {"a.safetensors": content, "b.safetensors": content}
+    with pytest.raises(BadInput, match=r"a\.safetensors, b\.safetensors"):
+        Adapter.load("me/many")
+
+
+def test_a_mistyped_path_is_called_that_first(hub):
+    with pytest.raises(BadInput, match=r"^runs/weapns: no such file"):
+        Adapter.load("runs/weapns")
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.peft.safetensors"])

@@ -410,3 +410,14 @@ def test_help_has_examples(call, name):
     text = call(name, "--help").out
     assert "Examples" in text
     assert f"sdd-lora {name}" in text
+
+
+def test_an_adapter_that_changes_nothing_is_not_sound(ask, call, tmp_path):
+    path = random_adapter(size=0.0).save(tmp_path / "a.safetensors")
+    assert not ask("verify", path)["sound"]
+    assert "changes nothing" in call("verify", path).err
+
+
+def test_a_tag_of_a_user_interface_is_answered_with_a_files_name(call, tmp_path):
+    printed = call("stack", "<lora:x:0.8>", "-o", tmp_path / "s.safetensors", code=2)
+    assert "x.safetensors:0.8" in printed.err
