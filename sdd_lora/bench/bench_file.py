@@ -52,6 +52,7 @@ METHODS = {
     "esd-x-1-lora": "ESD on cross-attention as an adapter, η 1",
     "esd-u-1-lora": "ESD on all but cross-attention as an adapter, η 1",
     "esd-x-1-preserve": "ESD on cross-attention, η 1, other prompts held",
+    "uce": "UCE: cross-attention edited in closed form",
     "sdd-full": "SDD, all of cross-attention, as its authors did",
     "sdd": "SDD as an adapter",
     "sdd-preserve": "SDD as an adapter, other prompts held",
@@ -102,6 +103,15 @@ class TrainedBy(Section):
 
     file: Text
     set: dict[str, Any] = Field(default_factory=dict)
+
+
+class Uce(Section):
+    """UCE's row: `concepts` (the bench's where there are none) become `target`, by the last token;
+    the outputs for `preserve` are held."""
+
+    concepts: list[Text] = Field(default_factory=list)
+    target: str = ""
+    preserve: list[Text] = Field(default_factory=list)
 
 
 class VariationOf(Section):
@@ -160,8 +170,9 @@ class Bench(Section):
     UNet or a part of one. A method that is trained under its own name needs no entry in `adapters`.
     `images` names a folder of images that were drawn elsewhere, `code` a function of the user's own
     (`module:name` or `file.py:name`) that draws as those in `sdd_lora.generation.methods` do.
-    `measures` are names, or names with options. `concept` is the text that neg, SLD and SEGA work
-    against; where it is missing, all concepts joined. `attacks` are run where they are written.
+    `uce` says how the row of that name is made. `measures` are names, or names with options.
+    `concept` is the text that neg, SLD and SEGA work against; where it is missing, all concepts
+    joined. `attacks` are run where they are written.
     """
 
     name: Name
@@ -179,6 +190,7 @@ class Bench(Section):
     weights: dict[Name, Text] = Field(default_factory=dict)
     images: dict[Name, Text] = Field(default_factory=dict)
     code: dict[Name, Text] = Field(default_factory=dict)
+    uce: Uce | None = None
     variations: dict[Name, VariationOf] = Field(default_factory=dict)
     attacks: Attacks | None = None
     quick: Quick = Quick()
@@ -274,7 +286,9 @@ class Bench(Section):
 
     def has_weights(self, method: str) -> bool:
         sources = (self.recipes, self.adapters, self.weights, self.images, self.code)
-        return any(method in named for named in sources)
+        return any(method in named for named in sources) or (
+            method == "uce" and self.uce is not None
+        )
 
     def file(self, name: str) -> Path:
         """A file that the bench names, beside it."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
@@ -17,6 +18,7 @@ from sdd_lora.adapter.algebra import stack
 from sdd_lora.adapter.interference import interference
 from sdd_lora.bench.bench_file import METHODS, Bench
 from sdd_lora.bench.grid import Cell, draws_with
+from sdd_lora.bench.peers.uce import write_uce
 from sdd_lora.bench.results import AdapterCosines
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.locate import locate
@@ -120,7 +122,7 @@ class Weights:
     def is_whole(self, method: str) -> bool:
         """Whether a method's weights are a UNet or parts of one."""
         if method in self.bench.adapters or method not in self.bench.recipes:
-            return method in self.bench.weights
+            return method in self.bench.weights or self._is_uce(method)
         return self.bench.recipe(method).parameters == "full"
 
     def pipeline(self, cell: Cell) -> StableDiffusionPipeline:
@@ -154,7 +156,26 @@ class Weights:
             return None
         if method in self.bench.weights:
             return self.bench.file(self.bench.weights[method])
+        if self._is_uce(method):
+            return self.uce()
         return self.trained(method) / WEIGHTS
+
+    def _is_uce(self, method: str) -> bool:
+        return method == "uce" and self.bench.uce is not None and not self.bench.weights.get(method)
+
+    def uce(self) -> Path:
+        """UCE's weights of the bench's model, from the cache or made now."""
+        assert self.bench.uce is not None
+        uce, model = self.bench.uce, self.bench.model
+        concepts = uce.concepts or self.bench.erased
+        content = [self.fingerprint(model), concepts, uce.target, uce.preserve]
+        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+        path, state = self.cache / "uce" / f"{key}.safetensors", processes()
+        if not path.exists() and state.is_main_process:
+            pipeline = load_pipeline(model, device="cpu", dtype=torch.float32)
+            write_uce(pipeline, concepts, path, uce.target, uce.preserve)
+        state.wait_for_everyone()
+        return path
 
     def adapter(self, name: str) -> Adapter:
         """An adapter by its name under `recipes`, its file, its run's folder, or its hub id."""
@@ -265,6 +286,8 @@ class Weights:
         whole = self.whole(method)
         if method in bench.adapters:
             fields["adapters"] = bench.adapters[method]
+        elif self._is_uce(method) and bench.uce is not None:
+            fields |= bench.uce.model_dump()
         elif method in bench.images:
             fields["images"] = bench.images[method]
         elif method in bench.code:
