@@ -6,11 +6,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sdd_lora.checkpoint.prediction import PredictionType
 from sdd_lora.cli.common import Changes, Model, Precision, Result, is_main_process, verb, weighted
 from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
@@ -19,6 +18,7 @@ from sdd_lora.sd.schedulers import Scheduler
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+    from sdd_lora.checkpoint.prediction import PredictionType
     from sdd_lora.generation.sampling import Job
 
 #: torch takes seeds of 64 bits
@@ -98,7 +98,7 @@ _Vae = Annotated[
     typer.Option(help="Another VAE: a model's, or in its own folder or file.", metavar="MODEL"),
 ]
 _Prediction = Annotated[
-    PredictionType | None,
+    Literal["epsilon", "v_prediction"] | None,
     typer.Option(help="What the UNet predicts, where the model's files don't say."),
 ]
 _Device = Annotated[
@@ -200,7 +200,7 @@ def _load(
     adapters: Sequence[str],
     weights: Path | None,
     vae: str | None,
-    prediction: PredictionType | None,
+    prediction: "PredictionType | None",
     precision: str | None,
     device: str | None,
     clip_skip: int,
