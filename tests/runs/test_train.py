@@ -172,10 +172,11 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
         assert sha256_of(tmp_path / "whole" / name) == sha256_of(tmp_path / "killed" / name)
 
 
-def test_the_readmes_recipe_trains(tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    text = readme.split("```yaml\n")[1].split("```")[0]
-    train(Recipe.parse(text, overrides={"training.iterations": 1}), tmp_path / "run")
+def test_the_recipe_of_the_recipes_readme_trains(tmp_path):
+    folder = Path(__file__).parents[2] / "recipes"
+    text = (folder / "README.md").read_text("utf-8").split("```yaml\n")[1].split("```")[0]
+    recipe = Recipe.parse(text, folder=folder, overrides={"training.iterations": 1})
+    train(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "README.md").exists()
 
 
