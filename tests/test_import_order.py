@@ -1,4 +1,7 @@
-"""Imports run one way: a file format doesn't know a model, a model doesn't know training, …"""
+"""Imports run one way: a file format doesn't know a model, a model doesn't know training, …
+
+HOUSE lists rooms, and files within rooms, bottom to top: a file may import what stands before it.
+"""
 
 import ast
 from pathlib import Path
@@ -6,64 +9,95 @@ from pathlib import Path
 import sdd_lora
 
 PACKAGE = Path(sdd_lora.__file__).parent
-#: each may import what stands in an earlier row
-ORDER = [
-    {"version", "errors", "progress"},
-    {"sd1"},
-    {"io"},
-    {"recipe"},
-    {"adapter"},
-    {"checkpoint"},
-    {"demo"},  # the embedded models and judge: data, a leaf
-    {"sd"},
-    {"training"},
-    {"generation"},
-    {"measures"},
-    {"attacks"},
-    {"runs"},
-    {"bench"},
-    {"cli"},
-    {"__main__", "__init__"},
-]
-ROW = {name: row for row, names in enumerate(ORDER) for name in names}
+HOUSE = """
+version
+errors
+progress
+io: atomic distributed pictures plugins sniff strict_yaml jsonl safetensors torch_pickle torch_zip
+sd1
+recipe: sections presets recipe reference
+adapter: factors metadata alphas formats hub adapter inspect loaders algebra interference card
+checkpoint: journal copying locate layout history rounding plan prediction describe editing detect
+checkpoint: undo_file undo in_place bake extract
+demo: vocabulary judge
+sd: devices schedulers clip_tokenizer prompts weights single_file model pipeline
+training: ema embeddings objectives nf4 memory interrupt optimizer roles rollout init trainer plan
+generation: prompt_files sampling decoding guided
+generation.methods: sd neg sld sega gated
+generation: manifest images img2img
+measures: base intervals needs asked judge card_rows nudenet open_nsfw clip_encoder clip q16 unsafe
+measures: fid lpips registry
+attacks: settings case tokens noise words ring_a_bell inversion unlearndiffatk
+runs: folder before_after measure train many
+bench.peers: uce
+bench: bench_file ready_made results comparisons grid pictures tables charts held_out measuring
+bench: methods text attacked report run
+cli: common tables adapters inspect checkpoints train plan pictures
+__main__
+"""
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def listed() -> list[str]:
+    """Modules below `sdd_lora`, bottom to top."""
+    modules = []
+    for line in HOUSE.split("\n"):
+        room, colon, files = line.partition(":")
+        modules += [f"{room}.{file}" for file in files.split()] if colon else room.split()
+    return modules
 
 
-def imported_parts(path: Path) -> set[str]:
-    """Top-level parts of sdd_lora that a file imports, inside functions too."""
+PLACE = {module: place for place, module in enumerate(listed())}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def files() -> list[Path]:
+    """All but the builders of the embedded model, and the lists of names that packages are."""
+    paths = [p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "__init__.py"]
+    return [p for p in paths if "build" not in p.relative_to(PACKAGE).parts]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of sdd_lora that a file imports, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "sdd_lora":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sdd_lora."):
-            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sdd_lora"):
+            module = node.module.removeprefix("sdd_lora").removeprefix(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}" if module else alias.name
+                found.add(inner if inner in PLACE else module)
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sdd_lora.")}
-    return found & ROW.keys()
+            names = [alias.name for alias in node.names if alias.name.startswith("sdd_lora.")]
+            found |= {name.removeprefix("sdd_lora.") for name in names}
+    return found
 
 
-def test_every_part_has_its_place():
-    parts = {part_of(path) for path in PACKAGE.rglob("*.py")}
-    assert parts <= ROW.keys()
+def place_of(module: str) -> int:
+    """Of a package, the place of its last file: whoever imports it may import all of it."""
+    within = [place for name, place in PLACE.items() if name.startswith(f"{module}.")]
+    return PLACE[module] if module in PLACE else max(within, default=-1)
+
+
+def test_every_file_has_its_place():
+    assert {module_of(path) for path in files()} == set(PLACE)
 
 
 def test_imports_never_run_back():
-    files = [p for p in PACKAGE.rglob("*.py")
-             if p.name != "__init__.py" or p.parent != PACKAGE]  # fmt: skip
-    files = [p for p in files if "build" not in p.relative_to(PACKAGE).parts]
     wrong = [
-        f"{path.relative_to(PACKAGE)} imports {other}"
-        for path in files
-        for other in imported_parts(path)
-        if other != part_of(path) and ROW[other] >= ROW[part_of(path)]
+        f"{module_of(path)} imports {other}"
+        for path in files()
+        for other in imported_modules(path)
+        if place_of(other) >= PLACE[module_of(path)]
     ]
     assert wrong == []
 
 
 def test_the_test_sees_a_wrong_import(tmp_path):
     file = tmp_path / "x.py"
-    file.write_text("def f():\n    from sdd_lora.runs.train import train\n")
-    assert imported_parts(file) == {"runs"}
+    file.write_text(
+        "def f():\n    from sdd_lora.runs.train import train\n    import sdd_lora.io.sniff"
+    )
+    assert imported_modules(file) == {"runs.train", "io.sniff"}
+    assert place_of("runs.train") > place_of("training.trainer") > place_of("io.sniff")
