@@ -24,9 +24,14 @@ ADAPTER_FILES = (ADAPTER_FILE, "pytorch_lora_weights.safetensors", PEFT_MODEL_FI
 METRICS_FILE = "metrics.json"
 #: What a run's folder publishes; all of it but the adapter itself may be missing.
 PUBLISHED = (
-    ADAPTER_FILE, "adapter.peft.safetensors", "adapter.json", "README.md", "recipe.yaml",
-    METRICS_FILE, "before-after.png",
-)  # fmt: skip
+    ADAPTER_FILE,
+    "adapter.peft.safetensors",
+    "adapter.json",
+    "README.md",
+    "recipe.yaml",
+    METRICS_FILE,
+    "before-after.png",
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -49,9 +54,11 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     with _hub_errors(repository):
         api.create_repo(repository, exist_ok=True, private=private)
         commit = api.upload_folder(
-            folder_path=folder, repo_id=repository, allow_patterns=list(PUBLISHED),
+            folder_path=folder,
+            repo_id=repository,
+            allow_patterns=list(PUBLISHED),
             commit_message="Upload a safety adapter made with sdd_lora",
-        )  # fmt: skip
+        )
     return commit.commit_url
 
 

@@ -70,11 +70,17 @@ class Interference:
             "norm": self.norm,
             "overdriven": [module.module for module in self.overdriven],
             "modules": [
-                {"module": m.module, "norms": m.norms, "norm": m.norm, "gain": m.gain,
-                 "tested_gain": m.tested_gain, "drive": m.drive}
+                {
+                    "module": m.module,
+                    "norms": m.norms,
+                    "norm": m.norm,
+                    "gain": m.gain,
+                    "tested_gain": m.tested_gain,
+                    "drive": m.drive,
+                }
                 for m in self.modules
             ],
-        }  # fmt: skip
+        }
 
 
 def interference(parts: Weighted) -> Interference:
