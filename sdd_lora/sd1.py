@@ -13,6 +13,9 @@ The canonical name of a module is diffusers': UNet modules bare
 | attn-procs | unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora |
 | checkpoint | model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight |
 | EMA copy | model_ema.diffusion_modelinput_blocks11transformer_blocks0attn2to_kweight |
+
+"embeddings" is no module of a model: it is the prompts' embeddings, which all 32 to_k and to_v
+read. A change of them is a change of each of these matrices.
 """
 
 from collections.abc import Mapping
@@ -113,6 +116,12 @@ CROSS_ATTENTION: tuple[str, ...] = tuple(
     f"{place}.transformer_blocks.0.attn2.{leaf}" for place in PLACES for leaf in ATTENTION_LEAVES
 )
 
+#: The change that a portable adapter makes, and the 32 matrices through which it acts.
+EMBEDDINGS = "embeddings"
+READ_EMBEDDINGS: tuple[str, ...] = tuple(
+    name for name in CROSS_ATTENTION if name.endswith((".to_k", ".to_v"))
+)
+
 
 def to_ldm(path: str) -> str:
     """The LDM path of a diffusers UNet path, both unprefixed; KeyError where there is none."""
@@ -194,8 +203,9 @@ def text_encoder_shapes(width: int = 768, layers: int = TEXT_LAYERS) -> dict[str
 
 @lru_cache
 def module_shapes(widths: Widths = SD15, in_channels: int = 4) -> dict[str, Shape]:
-    """Every module that an adapter may touch → shape of its weight."""
-    return unet_shapes(widths, in_channels) | text_encoder_shapes(widths.context)
+    """Everything that an adapter may change → its shape: modules' weights, and the embeddings."""
+    embeddings = {EMBEDDINGS: (widths.context, widths.context)}
+    return unet_shapes(widths, in_channels) | text_encoder_shapes(widths.context) | embeddings
 
 
 def same_shape(a: Shape, b: Shape) -> bool:
@@ -215,7 +225,7 @@ def misfits(deltas: Mapping[str, Shape], weights: Mapping[str, Shape]) -> list[s
 @lru_cache
 def known_modules() -> frozenset[str]:
     """Canonical names of every module that an SD 1.x adapter may touch."""
-    return frozenset(module_shapes())
+    return frozenset(unet_shapes()) | frozenset(text_encoder_shapes())
 
 
 def is_text(name: str) -> bool:
@@ -289,6 +299,8 @@ def parse_stem(stem: str) -> str | None:
 
     `stem` is a key without its ending (".lora_down.weight", "_lora.down.weight", …).
     """
+    if stem == EMBEDDINGS:
+        return EMBEDDINGS
     plain = stem.replace(".processor.", ".")
     if plain.endswith(".to_out"):
         plain += ".0"

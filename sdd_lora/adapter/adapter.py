@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,18 +91,19 @@ class Adapter:
         """fp32 arrays, named in one of kohya, peft, ldm, attn-procs; the scale is folded in."""
         return formats.encode_factors(formats.arranged(self.factors, format), format)
 
-    def save(self, path: str | Path, format: str = "kohya", dtype: str = "fp16") -> Path:
+    def save(self, path: str | Path, format: str | None = None, dtype: str = "fp16") -> Path:
         """Write a safetensors file, whole or not at all; the same adapter gives the same bytes.
 
-        `format`: kohya (the file that everybody loads), peft, ldm or attn-procs; `dtype`: fp16,
-        bf16 or fp32. With peft, a path without a suffix becomes the folder that peft reads. Raises
-        BadInput where the format or dtype can't hold the adapter.
+        `format`: kohya (the file that everybody loads), peft, ldm or attn-procs; portable of a
+        portable adapter, and there the default. `dtype`: fp16, bf16 or fp32. With peft, a path
+        without a suffix becomes the folder that peft reads. Raises BadInput where the format or
+        dtype can't hold the adapter.
         """
         path = Path(path)
         if format == "peft" and not path.suffix:
             return self._save_peft_folder(path, dtype)
         require_file_name(path)
-        pieces = serialize(*self.file_content(format, dtype))
+        pieces = serialize(*self.file_content(format or self.own_format, dtype))
         with atomic_output(path) as file:
             file.writelines(pieces)
         return path
@@ -133,7 +134,9 @@ class Adapter:
         }
         data_hash = data_sha256(tensors)
         alpha = max(part.alpha for part in factors.values())
-        header = self.metadata.header_entries(int(alpha), data_hash)
+        header = {}
+        if format != "portable":  # no user interface would show the entries
+            header = self.metadata.header_entries(int(alpha), data_hash)
         known = {"identity": self.identity, "tensors_sha256": data_hash}
         own = self.metadata.own_entry() | known
         header[ENTRY_KEY] = json.dumps(own, sort_keys=True, ensure_ascii=False)
@@ -156,6 +159,34 @@ class Adapter:
         """Another delta made from this one: the identity and what was measured don't carry over."""
         kept = self.metadata.without("identity", "measures", "resized_from")
         return Adapter(factors, kept | metadata)
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether it changes the prompts' embeddings, for any model of their width."""
+        return names.EMBEDDINGS in self.factors
+
+    @property
+    def own_format(self) -> str:
+        """The format to save it in where none is asked for."""
+        return "portable" if self.is_portable else "kohya"
+
+    @property
+    def modules(self) -> dict[str, Factors]:
+        """The factors by a model's modules: of a portable adapter, those of every to_k and to_v.
+        `factors.on(W)` are those of what is added to a weight W."""
+        if not self.is_portable:
+            return self.factors
+        return dict.fromkeys(names.READ_EMBEDDINGS, self.factors[names.EMBEDDINGS])
+
+    def on(self, weight_of: Callable[[str], np.ndarray]) -> "Adapter":
+        """The adapter for one model, whose weights (out, in) `weight_of` gives by module name.
+
+        Of a portable adapter: ΔW = W · (up @ down). Any other is itself.
+        """
+        if not self.is_portable:
+            return self
+        factors = {name: part.on(weight_of(name)) for name, part in self.modules.items()}
+        return Adapter(factors, self.metadata | {"identity": self.identity})
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""The two factors of one module's delta: ΔW = alpha / rank · up @ down."""
+"""The two factors of one module's delta: ΔW = alpha / rank · up @ down; or of the embeddings'."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sdd_lora.errors import BadInput
+from sdd_lora.sd1 import same_shape
 
 #: Columns of the sketch beyond the rank, and rounds that sharpen it: the error is then within a
 #: percent of the best possible one even where the spectrum falls slowly.
@@ -63,6 +64,14 @@ class Factors:
         """ΔW, dense, (out, in) fp32."""
         return (self.up * np.float32(self.scale)) @ self.down
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the delta is for a weight of this shape."""
+        return same_shape(self.weight_shape, shape)
+
+    def on(self, weight: np.ndarray) -> "Factors":
+        """The factors of what is added to `weight` (out, …): these, whatever the weight."""
+        return self
+
     def norm(self) -> float:
         """The Frobenius norm of ΔW, from the factors' Gram matrices: nothing dense is formed."""
         return math.sqrt(max(inner(self, self), 0.0))
@@ -99,6 +108,25 @@ class Factors:
         return replace(self, down=self.down * power[:, None], up=self.up / power)
 
 
+@dataclass(frozen=True, eq=False)
+class EmbeddingFactors(Factors):
+    """The factors of a change of the prompts' embeddings: e ↦ (I + scale · up @ down) e.
+
+    down is (r, d), up is (d, r). A matrix W that reads embeddings sees the change as
+    ΔW = W · (scale · up @ down): of one change, every model gets a delta of its own.
+    """
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape reads embeddings of this width."""
+        return len(shape) >= 2 and same_shape(shape, (shape[0], self.down.shape[1]))
+
+    def on(self, weight: np.ndarray) -> Factors:
+        """The factors of ΔW for a `weight` (out, d): down as it is, up = W · up."""
+        matrix = weight.reshape(len(weight), -1).astype(np.float64)
+        up = matrix @ self.up.astype(np.float64)
+        return Factors(self.down, up.astype(np.float32), self.alpha)
+
+
 def require_alpha(alpha: float) -> None:
     """Raises BadInput where alpha can't scale a delta."""
     if not math.isfinite(alpha):
@@ -117,7 +145,7 @@ def concatenated(parts: list[Factors]) -> Factors:
     folded = [part.folded() for part in parts]
     down = np.concatenate([part.down for part in folded])
     up = np.concatenate([part.up for part in folded], axis=1)
-    return Factors(down, up, float(down.shape[0]), parts[0].kernel)
+    return replace(parts[0], down=down, up=up, alpha=float(down.shape[0]))
 
 
 def truncated(factors: Factors, rank: int | None, energy: float | None) -> tuple[Factors, float]:
@@ -137,7 +165,8 @@ def truncated(factors: Factors, rank: int | None, energy: float | None) -> tuple
     whole = math.sqrt(float((values**2).sum()))
     tail = math.sqrt(float((values[kept:] ** 2).sum()))
     down, up = down.astype(np.float32), up.astype(np.float32)
-    return Factors(down, up, float(kept), factors.kernel), tail / whole if whole else 0.0
+    small = replace(factors, down=down, up=up, alpha=float(kept))
+    return small, tail / whole if whole else 0.0
 
 
 def rank_to_keep(values: np.ndarray, rank: int | None, energy: float | None) -> int:

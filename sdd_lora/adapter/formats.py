@@ -6,6 +6,7 @@
 | ldm | lora_unet_input_blocks_1_1_….lora_down.weight | .alpha |
 | peft | unet.down_blocks.0.….lora_A.weight | header: lora_adapter_metadata |
 | attn-procs | unet.….processor.to_k_lora.down.weight | nothing: it is 1 |
+| portable | embeddings.lora_down.weight | nothing: it is 1 |
 | bare (read only) | down_blocks.0.….lora_A.weight | header: lora_adapter_metadata |
 | peft-folder (read) | base_model.model.down_blocks.0.….lora_A.weight | adapter_config.json |
 | comfyui (read only) | diffusion_model.input_blocks.1.1.….lora_up.weight | nothing, or .alpha |
@@ -13,6 +14,9 @@
 
 Written files fold the scale into `up`, so that a reader who overlooks alpha is right all the same
 wherever the modules are of one rank.
+
+A portable adapter changes the prompts' embeddings, for any model of their width. No other program
+reads it: on a model's weights it becomes an adapter of one of the other formats (`Adapter.on`).
 """
 
 import math
@@ -27,11 +31,11 @@ import numpy as np
 
 from sdd_lora import sd1 as names
 from sdd_lora.adapter.alphas import PEFT_CONFIG_FILE, WAY_OUT, KnownAlphas, scalar
-from sdd_lora.adapter.factors import Factors
+from sdd_lora.adapter.factors import EmbeddingFactors, Factors
 from sdd_lora.errors import BadInput
 from sdd_lora.progress import warn
 
-FORMATS = ("kohya", "peft", "ldm", "attn-procs")
+FORMATS = ("kohya", "peft", "ldm", "attn-procs", "portable")
 
 _ENDINGS = {
     ".lora_down.weight": "down",
@@ -52,6 +56,7 @@ _WRITTEN: dict[str, tuple[Callable[[str], str], str, str]] = {
     "peft": (names.peft_stem, ".lora_A.weight", ".lora_B.weight"),
     "peft-folder": (names.peft_folder_stem, ".lora_A.weight", ".lora_B.weight"),
     "attn-procs": (names.attn_procs_stem, ".down.weight", ".up.weight"),
+    "portable": (str, ".lora_down.weight", ".lora_up.weight"),
 }
 #: stable-diffusion.cpp takes the rank from the last dimension that isn't 1, as ggml counts them.
 _LEAST_KOHYA_RANK = 2
@@ -201,6 +206,7 @@ def encode_factors(factors: Mapping[str, Factors], format: str) -> dict[str, np.
     """
     if format not in _WRITTEN:
         raise BadInput(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+    _refuse_other_kind(factors, format)
     if format == "attn-procs":
         _refuse_outside_attention(factors)
     stem_of, down_ending, up_ending = _WRITTEN[format]
@@ -293,7 +299,8 @@ def _factors(name: str, parts: dict[str, Any], alphas: KnownAlphas) -> Factors:
         alpha = alphas.alpha_of(name, geometry.rank) if stored is None else scalar(stored)
         out, rank = up.shape[:2]
         down = down.reshape(rank, math.prod(geometry.weight_shape[1:]))
-        return Factors(down, up.reshape(out, rank), alpha, geometry.kernel)
+        kind = EmbeddingFactors if name == names.EMBEDDINGS else Factors
+        return kind(down, up.reshape(out, rank), alpha, geometry.kernel)
     except BadInput as error:
         raise BadInput(f"{name}: {error}") from error
 
@@ -309,6 +316,8 @@ def _shaped(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
 
 def format_of_key(key: str) -> str:
     """The format that a key is of."""
+    if key.startswith(f"{names.EMBEDDINGS}."):
+        return "portable"
     if key.startswith("lycoris_"):
         return "lycoris"
     if key.startswith("lora_"):
@@ -348,6 +357,17 @@ def _refuse_other_widths(downs: Mapping[str, tuple[int, ...]]) -> None:
                 f"an adapter for {family}; expected one for SD 1.x "
                 f"({name} takes {shape[-1]} inputs)"
             )
+
+
+def _refuse_other_kind(factors: Mapping[str, Factors], format: str) -> None:
+    portable = names.EMBEDDINGS in factors
+    if portable and format != "portable":
+        raise BadInput(
+            f"a portable adapter is of no model, and {format} is a format for one; expected "
+            "sdd-lora convert FILE --base MODEL"
+        )
+    if format == "portable" and not portable:
+        raise BadInput("an adapter for one model can't be made portable; sdd-lora erase makes such")
 
 
 def _refuse_outside_attention(factors: Mapping[str, Factors]) -> None:

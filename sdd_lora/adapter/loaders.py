@@ -28,6 +28,9 @@ class LoaderVerdict:
 
 def verdicts(description: AdapterDescription) -> list[LoaderVerdict]:
     """One verdict a loader."""
+    if description.format == "portable":
+        why = "no file for one model; sdd-lora convert it with --base MODEL"
+        return [LoaderVerdict(loader, False, why) for loader in _OBJECTIONS]
     found = []
     for loader, objections in _OBJECTIONS.items():
         reason = next(objections(description), None)

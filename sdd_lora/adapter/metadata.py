@@ -105,6 +105,21 @@ class ResizedFrom(Source):
     relative_error: Number
 
 
+class MadeFromWords(Entry):
+    """How `erase` made a portable adapter, beside its concepts: with it, it can be made again.
+
+    `near`: words that went with the concepts; `rank`: as it was asked for, None where the words
+    gave it; `vocabulary`: how many words were kept unnamed; `text_encoder`: a digest of its weights.
+    """
+
+    keep: list[str] = []
+    into: str | None = None
+    near: list[str] = []
+    rank: int | None = None
+    vocabulary: int | None = None
+    text_encoder: str | None = None
+
+
 class ExtractedFrom(Entry):
     """The file names of the two checkpoints whose difference an adapter is."""
 
@@ -140,6 +155,7 @@ class Metadata(Entry):
     measures: list[MeasuredRate] = []
     resized_from: ResizedFrom | None = None
     extracted_from: ExtractedFrom | None = None
+    words: MadeFromWords | None = None
     description: str | None = None
     author: str | None = None
     license: str | None = None
@@ -232,6 +248,8 @@ class Metadata(Entry):
         if not self.concepts:
             return ""
         made = "Made of adapters trained" if self.merged_from else "Trained"
+        if self.words:
+            made = "Made from words"
         model = self.base_model or "Stable Diffusion 1.x"
         return f"{made} to keep {model} from drawing: {shortened(self.concepts)}."
 

@@ -100,14 +100,14 @@ def project(model: Checkpoint, base: Checkpoint, adapter: Adapter) -> tuple[floa
     Raises BadInput where one of them is missing in either, or of another shape.
     """
     product = square = difference_square = 0.0
-    for module, factors in adapter.factors.items():
+    for module, factors in adapter.modules.items():
         theirs, ours = _weight(base, module), _weight(model, module)
-        if theirs.shape != ours.shape or not sd1.same_shape(factors.weight_shape, ours.shape):
+        if theirs.shape != ours.shape or not factors.fits(ours.shape):
             raise BadInput(
                 f"{module}: {model.path}, {base.path} and {adapter.name} differ in shape: "
                 f"{ours.shape}, {theirs.shape}, {factors.weight_shape}"
             )
-        delta = Delta.of([(factors, 1.0)])
+        delta = Delta.of([(factors, 1.0)], theirs)
         for block in delta.blocks():
             change = delta.rows(block)
             with np.errstate(invalid="ignore"):  # seen below

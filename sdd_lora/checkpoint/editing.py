@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from threadpoolctl import threadpool_limits
 
-from sdd_lora.checkpoint.copying import read_at, read_bytes, start_writing, write_at
+from sdd_lora.checkpoint.copying import as_array, read_at, read_bytes, start_writing, write_at
 from sdd_lora.checkpoint.history import digest_of
 from sdd_lora.checkpoint.plan import FilePlan
 from sdd_lora.checkpoint.rounding import Delta, Rounding, Tally, edit
@@ -61,7 +61,8 @@ def edit_tensor(plan: FilePlan, key: str, rounding: Rounding, source: BinaryIO) 
     module, parts = plan.edits[key]
     info = plan.header.tensors[key]
     before = read_bytes(source, plan.header, key)
-    after, tally = edit(key, before, info, Delta.of(parts), rounding)
+    delta = Delta.of(parts, as_array(before, info))
+    after, tally = edit(key, before, info, delta, rounding)
     change = Change(module, plan.path, key, info.dtype, tally.intended, tally.realised, tally.error)
     digests = (hashlib.sha256(data).hexdigest() for data in (before, after))
     return EditedTensor(after, change, tally, *digests)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sdd_lora import sd1
 from sdd_lora.adapter.algebra import Weighted
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.checkpoint.copying import Segment, merged
@@ -185,7 +184,7 @@ def misfits(checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice = "patch"
 def _by_module(adapters: Weighted) -> dict[str, Parts]:
     collected: dict[str, Parts] = {}
     for adapter, weight in adapters:
-        for module, factors in adapter.factors.items():
+        for module, factors in adapter.modules.items():
             collected.setdefault(module, []).append((factors, weight))
     return collected
 
@@ -206,7 +205,7 @@ def _misfit(checkpoint: Checkpoint, weights: WeightSet, module: str, parts: Part
     if info.dtype not in _STORED_FLOATS:
         return f"{module}: stored as {info.dtype}, which no delta can be added to"
     for factors, _ in parts:
-        if not sd1.same_shape(factors.weight_shape, info.shape):
+        if not factors.fits(info.shape):
             return f"{module}: the weight is {info.shape}, the delta {factors.weight_shape}"
     return None
 

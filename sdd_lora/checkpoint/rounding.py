@@ -63,9 +63,11 @@ class Delta:
     down: np.ndarray
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[Factors, float]]) -> "Delta":
-        """Of factors of one module with their weights."""
-        ups = [part.up.astype(np.float64) * (part.scale * weight) for part, weight in parts]
+    def of(cls, parts: Sequence[tuple[Factors, float]], weight: np.ndarray) -> "Delta":
+        """Of factors of one module with their shares wᵢ; W, the module's `weight` (out, …), is
+        what a portable adapter's delta depends on."""
+        parts = [(part.on(weight), share) for part, share in parts]
+        ups = [part.up.astype(np.float64) * (part.scale * share) for part, share in parts]
         downs = [part.down.astype(np.float64) for part, _ in parts]
         return cls(np.concatenate(ups, axis=1), np.concatenate(downs))
 

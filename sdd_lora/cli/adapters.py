@@ -104,10 +104,17 @@ def convert(
             "attention alone.",
         ),
     ] = "kohya",
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Of a portable adapter: the MODEL to make it for."),
+    ] = None,
     dtype: StoredDtype = None,
     force: Force = False,
 ) -> Result:
     """Give an adapter another format; what it does stays the same.
+
+    A portable adapter (see `sdd-lora erase`) becomes an ordinary one for --base, which every
+    program loads.
 
     There is no fp8 or int8: an adapter is small already, fp8's three bits of mantissa would cost
     6 % of every factor, and no loader knows a scale for them.
@@ -117,11 +124,16 @@ def convert(
         sdd-lora convert lora.safetensors -o lora-kohya.safetensors
 
         sdd-lora convert runs/weapons -o weapons.peft.safetensors --to peft --dtype fp32
-    """
+
+        sdd-lora convert no-weapons.safetensors --base model.safetensors -o no-weapons-lora.safetensors
+    """  # noqa: E501
     from sdd_lora.adapter.adapter import Adapter, stored_dtype
+    from sdd_lora.checkpoint.portable import adapter_on
 
     check_outputs(force, output)
     adapter = Adapter.load(file)
+    if base is not None:
+        adapter = adapter_on(adapter, base)
     written = write(adapter, output, to, dtype or stored_dtype(file))
     return Result(written, line(written))
 
@@ -150,7 +162,7 @@ def resize(
     compose.require_one_size(rank, energy)
     adapter = Adapter.load(file)
     result = compose.resize(adapter, rank, energy)
-    kohya = write(result.adapter, output, "kohya", dtype or stored_dtype(file))
+    written = write(result.adapter, output, adapter.own_format, dtype or stored_dtype(file))
     rows = [
         [
             name,
@@ -162,11 +174,11 @@ def resize(
     text = "\n".join(
         [
             table(["module", "rank", "relative error"], rows),
-            line(kohya),
+            line(written),
             f"relative error in all: {100 * result.error:.2f} %",
         ]
     )
-    data = kohya | {
+    data = written | {
         "relative_error": result.error,
         "modules": {
             name: {"rank": result.adapter.factors[name].rank, "relative_error": error}

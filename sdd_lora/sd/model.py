@@ -68,6 +68,36 @@ def load_training_parts(model: str) -> TrainingParts:
     )
 
 
+@dataclass
+class TextParts:
+    """What reads prompts, and a digest of its weights."""
+
+    tokenizer: CLIPTokenizer
+    encoder: CLIPTextModel
+    fingerprint: str
+
+
+def load_text_parts(model: str) -> TextParts:
+    """Tokenizer and text encoder (fp32, on the CPU) of a MODEL, and nothing else of it.
+
+    Raises BadInput for what is missing, damaged, or no Stable Diffusion 1.x.
+    """
+    pipeline = _pipeline(model, torch.float32, unet=None, vae=None)
+    encoder = pipeline.text_encoder
+    return TextParts(pipeline.tokenizer, encoder, text_fingerprint(encoder))
+
+
+def text_fingerprint(encoder: CLIPTextModel) -> str:
+    """A digest of a text encoder's weights, taken at fp16, so that a model keeps it in another
+    layout and as fp32 or fp16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if tensor.is_floating_point():
+            digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().half().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_base_pipeline(
     model: str,
     dtype: torch.dtype = torch.float32,

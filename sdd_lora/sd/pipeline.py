@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from sdd_lora.adapter.adapter import Adapter
@@ -49,7 +51,8 @@ def load_pipeline(
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for name, (adapter, _) in zip(names, adapters, strict=True):
         _check_fit(pipeline, adapter, model)
-        tensors = {k: torch.from_numpy(v) for k, v in adapter.to_state_dict("kohya").items()}
+        arrays = adapter.on(partial(_weight, pipeline.unet)).to_state_dict("kohya")
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         pipeline.load_lora_weights(tensors, adapter_name=name)
     if adapters:
         pipeline.set_adapters(names, [weight for _, weight in adapters])
@@ -83,9 +86,20 @@ def _check_fit(pipeline: StableDiffusionPipeline, adapter: Adapter, model: str) 
     """A loader would only warn of a module that the model lacks."""
     shapes = _weight_shapes(pipeline.unet, "")
     shapes |= _weight_shapes(pipeline.text_encoder, "text_encoder.")
-    deltas = {name: factors.weight_shape for name, factors in adapter.factors.items()}
-    if problems := misfits(deltas, shapes):
+    wrong = {
+        name: factors.weight_shape
+        for name, factors in adapter.modules.items()
+        if not factors.fits(shapes.get(name, ()))
+    }
+    if problems := misfits(wrong, shapes):
         raise BadInput(f"{adapter.name} does not fit {model}: {problems[0]}")
+
+
+def _weight(unet: UNet2DConditionModel, name: str) -> np.ndarray:
+    """A layer's own weight (out, in), fp32, without the adapters on it."""
+    layer = unet.get_submodule(name)
+    weight = getattr(layer, "base_layer", layer).weight
+    return weight.detach().float().cpu().numpy()
 
 
 def _weight_shapes(part: torch.nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -24,7 +24,7 @@ def factors(rng, out=24, wide=16, rank=3, size=0.01):
 def run(weight, code, parts, rounding=None):
     stored = weight.astype(DTYPES[code])
     info = TensorInfo(code, stored.shape, 0, stored.nbytes)
-    data, tally = edit("w", stored.tobytes(), info, Delta.of(parts), rounding or Rounding())
+    data, tally = edit("w", stored.tobytes(), info, Delta.of(parts, stored), rounding or Rounding())
     return stored, np.frombuffer(data, stored.dtype).reshape(stored.shape), tally
 
 
