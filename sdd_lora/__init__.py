@@ -10,16 +10,18 @@ _PUBLIC = {
     "stack": "sdd_lora.adapter.algebra",
     "bake": "sdd_lora.checkpoint.bake",
     "Recipe": "sdd_lora.recipe",
+    "erase": "sdd_lora.runs.erase",
     "train": "sdd_lora.runs.train",
     "load_pipeline": "sdd_lora.sd.pipeline",
 }
-__all__ = ["Adapter", "Recipe", "__version__", "bake", "load_pipeline", "stack", "train"]
+__all__ = ["Adapter", "Recipe", "__version__", "bake", "erase", "load_pipeline", "stack", "train"]
 
 if TYPE_CHECKING:
     from sdd_lora.adapter.adapter import Adapter
     from sdd_lora.adapter.algebra import stack
     from sdd_lora.checkpoint.bake import bake
     from sdd_lora.recipe import Recipe
+    from sdd_lora.runs.erase import erase
     from sdd_lora.runs.train import train
     from sdd_lora.sd.pipeline import load_pipeline
 

@@ -26,6 +26,11 @@ def stack(parts: Weighted, name: str | None = None) -> Adapter:
     """
     if not parts:
         raise BadInput("nothing to stack: expected at least one adapter")
+    if len({adapter.is_portable for adapter, _ in parts}) > 1:
+        raise BadInput(
+            "portable adapters and those for one model: make the portable ones for that model "
+            "first, with sdd-lora convert FILE --base MODEL"
+        )
     collected: dict[str, list[Factors]] = {}
     for adapter, weight in parts:
         if not math.isfinite(weight):

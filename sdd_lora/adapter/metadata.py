@@ -109,7 +109,7 @@ class MadeFromWords(Entry):
     """How `erase` made a portable adapter, beside its concepts: with it, it can be made again.
 
     `near`: words that went with the concepts; `rank`: as it was asked for, None where the words
-    gave it; `vocabulary`: how many words were kept unnamed; `text_encoder`: a digest of its weights.
+    gave it; `vocabulary`: how many words were kept unnamed; `text_encoder`: a digest of it.
     """
 
     keep: list[str] = []

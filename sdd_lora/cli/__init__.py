@@ -3,10 +3,20 @@
 import sys
 
 # in the order in which --help lists the verbs
-from sdd_lora.cli import train, plan, pictures, adapters, inspect, checkpoints  # isort: skip
+from sdd_lora.cli import train, erase, plan, pictures, adapters, inspect, checkpoints  # isort: skip
 from sdd_lora.cli.common import app
 
-__all__ = ["adapters", "app", "checkpoints", "inspect", "main", "pictures", "plan", "train"]
+__all__ = [
+    "adapters",
+    "app",
+    "checkpoints",
+    "erase",
+    "inspect",
+    "main",
+    "pictures",
+    "plan",
+    "train",
+]
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from sdd_lora.cli.common import (
     verb,
     weighted,
 )
-from sdd_lora.cli.tables import table
+from sdd_lora.cli.tables import erased_table, table
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import refuse_existing
 
@@ -193,7 +193,18 @@ def stack(
     adapters: WeightedAdapters,
     output: OutputFile,
     rank: Rank = None,
-    how: Annotated[Literal["sum"], typer.Option("--how", help="sum: Σ wᵢ·ΔWᵢ, exactly.")] = "sum",
+    how: Annotated[
+        Literal["sum", "solve"] | None,
+        typer.Option(
+            "--how",
+            help="sum: Σ wᵢ·ΔWᵢ, exactly; solve: of erasers from words, one eraser of all their "
+            "concepts [default: solve where all are such, at weight 1; else sum].",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="For solve: whose text encoder [default: as they were made]."),
+    ] = None,
     dtype: NewDtype = "fp16",
     name: Name = None,
     heat_map: Annotated[
@@ -212,6 +223,8 @@ def stack(
         sdd-lora stack weapons.safetensors gore.safetensors -o safe.safetensors
 
         sdd-lora stack runs/weapons runs/gore:0.8 ink.safetensors:-0.5 -o mix.safetensors --rank 16
+
+        sdd-lora stack no-weapons.safetensors no-gore.safetensors -o no-both.safetensors --how solve
     """
     from sdd_lora.adapter import algebra as compose
     from sdd_lora.adapter.adapter import Adapter
@@ -221,9 +234,19 @@ def stack(
 
     check_outputs(force, output, *([heat_map] if heat_map else []))
     parts = [(Adapter.load(path), weight) for path, weight in map(weighted, adapters)]
+    from_words = all(part.metadata.words and weight == 1 for part, weight in parts)
+    if (how or ("solve" if from_words else "sum")) == "solve":
+        if not from_words or heat_map is not None:
+            raise BadInput(
+                "--how solve: expected erasers from words, at weight 1, and no --heat-map; "
+                "--how sum takes any adapters"
+            )
+        return _solved([part for part, _ in parts], model, rank, output, dtype, name)
+    if model is not None:
+        raise BadInput("--model goes with --how solve; a sum needs none")
     total = compose.stack(parts, name or output.stem)
     report = interference(parts)
-    data: dict = {"how": how, "interference": report.as_json(), "relative_error": 0.0}
+    data: dict = {"how": "sum", "interference": report.as_json(), "relative_error": 0.0}
     if rank is not None:
         smaller = compose.resize(total, rank=rank)
         total, data["relative_error"] = smaller.adapter, smaller.error
@@ -231,13 +254,25 @@ def stack(
         if heat_map is not None:
             draw_heat_map(report, pending.enter_context(atomic_output(heat_map)))
             data["heat_map"] = str(heat_map)
-        data |= write(total, output, "kohya", dtype)
+        data |= write(total, output, total.own_format, dtype)
     if report.overdriven:
         warn(_overdrive(report))
     lines = [_interference_text(report), line(data)]
     if rank is not None:
         lines.append(f"cut to rank {rank}: relative error {100 * data['relative_error']:.2f} %")
     return Result(data, "\n".join(lines))
+
+
+def _solved(
+    parts: "list[Adapter]", model: str | None, rank: int | None, output: Path, dtype: str,
+    name: str | None,
+) -> Result:  # fmt: skip
+    from sdd_lora.runs.erase import solve
+
+    erased = solve(parts, model, rank=rank, name=name or output.stem)
+    written = write(erased.adapter, output, "portable", dtype)
+    text = f"{erased_table(erased)}\n{line(written)}"
+    return Result({"how": "solve"} | erased.as_json() | written, text)
 
 
 def _interference_text(report: "Interference") -> str:

@@ -2,7 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdd_lora.runs.erase import Erased
+
+_SHOWN_RANKS = 8
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -16,6 +21,24 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def erased_table(erased: "Erased") -> str:
+    """What an eraser from words takes and costs, rank by rank, and the words that go with it."""
+    chosen = erased.adapter.rank
+    rows = [
+        [
+            f"{row.rank}{' *' if row.rank == chosen else ''}",
+            f"{row.worth:.1f}",
+            percent(row.left),
+            percent(row.moved),
+        ]
+        for row in erased.ranks
+    ]
+    shown = rows[max(0, chosen - _SHOWN_RANKS) :]
+    head = ["rank", "worth", "% left of the difference", "% of it in kept words"]
+    near = ", ".join(erased.near) or "none"
+    return f"{table(head, shown)}\nwords that go too, being near: {near}"
 
 
 def percent(value: float) -> str:

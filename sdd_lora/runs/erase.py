@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from sdd_lora import sd1
@@ -19,8 +19,7 @@ from sdd_lora.progress import progress
 from sdd_lora.sd.devices import best_device
 from sdd_lora.sd.model import TextParts, load_text_parts
 from sdd_lora.training import words
-from sdd_lora.training.directions import second_moment
-from sdd_lora.training.projection import Moments, Projection, Rank
+from sdd_lora.training.projection import Moments, Projection, Rank, moment
 
 #: how many of the tokenizer's words are kept, the most frequent ones
 VOCABULARY = 1000
@@ -32,13 +31,14 @@ _TOKENS = 40
 _POSITIONS = [*range(12), *range(12, _TOKENS, 4)]
 _SHARES = torch.tensor([1.0] * 12 + [4.0] * (len(_POSITIONS) - 12), dtype=torch.float64)
 #: kept words whose mean stands in a concept's place; beside the first ones a concept is met
-_ANCHORS, _COMPANIONS = 24, 8
+_ANCHORS, _COMPANIONS = 96, 8
 #: a word with more than this share of the concepts' power goes with them
 _NEAR = 0.5
 _ROUNDS = 3
 #: how much ∅ counts beside the vocabulary, and how much what was named to keep
 _EMPTY_WEIGHT, _KEEP_WEIGHT = 0.02, 1.0
 _BATCH = 64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Erased:
     adapter: Adapter
     near: tuple[str, ...]
     ranks: tuple[Rank, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """`near` and `ranks` as JSON has them."""
+        return {"near": list(self.near), "ranks": [asdict(row) for row in self.ranks]}
 
 
 def erase(
@@ -75,20 +79,21 @@ def erase(
         raise BadInput(f"--rank: expected {width} at most, the prompts' width, found {rank}")
     known = _Vocabulary.of(text, vocabulary)
     gone = {word for concept in concepts for word in concept.lower().split()} - set(keep)
-    anchors = words.sample(known.without(gone).words, _ANCHORS)
-    prompts = _ConceptPrompts(text, concepts, anchors, into)
-    extra = _EMPTY_WEIGHT * second_moment(_embed(text, [""]))
+    anchors = words.sample(known.words, _ANCHORS)
+    prompts = _Prompts(text, concepts, anchors, into)
+    empty = _embed(text, [""])
+    extra = _EMPTY_WEIGHT * moment(empty, empty, _SHARES)
     if keep:
-        named = [prompt for template in words.THINGS for prompt in words.fill(template, keep)]
-        extra += _KEEP_WEIGHT * second_moment(_embed(text, named))
+        named = _embed(text, [p for t in words.THINGS for p in words.fill(t, keep)])
+        extra += _KEEP_WEIGHT * moment(named, named, _SHARES)
     near: list[str] = []
     for _ in range(_ROUNDS):
         kept = known.without(gone.union(near))
-        pairs = prompts.with_targets([anchor not in near for anchor in anchors])
-        moments = Moments.of(*pairs, kept.moment() + extra, len(concepts))
+        stays = [anchor not in gone.union(near) for anchor in anchors]
+        moments = prompts.moments(stays, kept.moment() + extra)
         projection = Projection.solve(moments, rank)
         power = projection.power(kept.embeddings[: len(kept.words)], moments, _SHARES)
-        limit = _NEAR * float(projection.power(prompts.bare, moments).median())
+        limit = _NEAR * float(projection.power(prompts.bare, moments, _SHARES).median())
         found = [word for word, p in zip(kept.words, power.tolist(), strict=True) if p > limit]
         near += [word for word in found if word not in keep]
     down, up = (part.float().numpy() for part in (projection.down, projection.up))
@@ -107,6 +112,48 @@ def erase(
     }
     factors = EmbeddingFactors(down, up, float(len(down))).balanced()
     return Erased(Adapter({sd1.EMBEDDINGS: factors}, metadata), tuple(near), projection.ranks)
+
+
+def solve(
+    adapters: Sequence[Adapter],
+    model: str | None = None,
+    *,
+    rank: int | None = None,
+    name: str | None = None,
+) -> Erased:
+    """The eraser of all that these portable adapters erase, made anew from their words at once.
+
+    With `model` for its text encoder, else the one they were made with. Of one adapter, and its
+    own model, that adapter again. Raises BadInput where one doesn't tell its words, or they were
+    made differently.
+    """
+    made = [adapter.metadata.words for adapter in adapters]
+    for adapter, entry in zip(adapters, made, strict=True):
+        if not adapter.is_portable or entry is None:
+            raise BadInput(
+                f"{adapter.name}: doesn't tell the words it was made from; only erasers of "
+                "sdd-lora erase are solved; expected --how sum"
+            )
+    model = model or _common("model", [adapter.metadata.base_model for adapter in adapters])
+    known = [entry for entry in made if entry is not None]
+    asked = known[0].rank if len(known) == 1 else None
+    return erase(
+        [concept for adapter in adapters for concept in adapter.metadata.concepts],
+        model or "demo",
+        keep=[phrase for entry in known for phrase in entry.keep],
+        into=_common("--into", [entry.into for entry in known]),
+        rank=rank or asked,
+        name=name or "+".join(adapter.name for adapter in adapters),
+        vocabulary=_common("vocabulary", [entry.vocabulary for entry in known]) or VOCABULARY,
+    )
+
+
+def _common(label: str, values: Sequence[T]) -> T:
+    """The one value that all have. Raises BadInput where they differ."""
+    if any(value != values[0] for value in values):
+        found = ", ".join(dict.fromkeys(map(str, values)))
+        raise BadInput(f"{label}: expected the same of all that are solved together, found {found}")
+    return values[0]
 
 
 def _read(
@@ -161,64 +208,65 @@ class _Vocabulary:
         )
         if not len(alone):
             raise BadInput("nothing of the tokenizer's words is left to keep; erase less at once")
-        moment = _weighted_moment(alone)
-        return moment + _CONTEXT_WEIGHT * _weighted_moment(together) if len(together) else moment
+        total = moment(alone, alone, _SHARES)
+        if len(together):
+            total += _CONTEXT_WEIGHT * moment(together, together, _SHARES)
+        return total
 
 
-def _weighted_moment(embeddings: torch.Tensor) -> torch.Tensor:
-    roots = (_SHARES / _SHARES.sum() / len(embeddings)).sqrt()[:, None]
-    return sum(
-        (flat.T @ flat for flat in ((part.double() * roots).flatten(0, 1)
-                                    for part in embeddings.split(_BATCH))),
-        torch.zeros(embeddings.shape[-1], embeddings.shape[-1], dtype=torch.float64),
-    )  # fmt: skip
-
-
-class _ConceptPrompts:
-    """Embeddings of concepts' prompts and of what comes in their place, (N, `_TOKENS`, d)."""
+class _Prompts:
+    """Embeddings of concepts' prompts, and of what comes in their place, at `_POSITIONS`."""
 
     def __init__(
         self, text: TextParts, concepts: Sequence[str], anchors: Sequence[str], into: str | None
     ) -> None:
         self.bare = _embed(text, words.fill("{a}", concepts))
-        self.as_things = [_embed(text, words.fill(t, concepts)) for t in words.THINGS]
-        targets = anchors if into is None else [into]
-        self.things_instead = [_embed(text, words.fill(t, targets)) for t in words.THINGS]
+        self.things = [_embed(text, words.fill(t, concepts)) for t in words.THINGS]
+        instead = [
+            p for t in words.THINGS for p in words.fill(t, anchors if into is None else [into])
+        ]
+        found = _cached(text, instead) if into is None else _embed(text, instead)
+        self.things_instead = found.float().unflatten(0, (len(words.THINGS), -1))
         others = anchors[:_COMPANIONS]
-        self.in_company = [_embed(text, words.in_company(c, others)) for c in concepts]
-        instead = words.left_alone(others) if into is None else words.in_company(into, others)
-        self.company_instead = _embed(text, instead)
-        self.has_anchors_instead = into is None
+        self.company = [_embed(text, words.in_company(concept, others)) for concept in concepts]
+        alone = words.left_alone(others) if into is None else words.in_company(into, others)
+        self.company_instead = _embed(text, alone)
+        self.into = into
 
-    def with_targets(self, stays: Sequence[bool]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Concepts and targets, prompt by prompt, by those of the anchors that stay."""
+    def moments(self, stays: Sequence[bool], kept: torch.Tensor) -> Moments:
+        """Of concepts and targets, by those of the anchors that stay; as things and in company,
+        half and half."""
         mask = torch.tensor(stays)
-        concepts, targets = list(self.as_things), []
-        for things, instead in zip(self.as_things, self.things_instead, strict=True):
-            chosen = instead[mask] if self.has_anchors_instead else instead
-            targets.append(chosen.mean(0).expand_as(things))
+        chosen = self.things_instead[:, mask] if self.into is None else self.things_instead
+        things = torch.cat(self.things)
+        things_instead = torch.cat(
+            [mean.expand_as(part) for mean, part in zip(chosen.mean(1), self.things, strict=True)]
+        )
         beside = mask[:_COMPANIONS].repeat(len(words.COMPANY))
-        for prompts in self.in_company:
-            concepts.append(prompts[beside])
-            targets.append(self.company_instead[beside])
-        return torch.cat(concepts), torch.cat(targets)
+        company = torch.cat([part[beside] for part in self.company])
+        company_instead = self.company_instead[beside].repeat(len(self.company), 1, 1)
+        halves = ((things, things_instead - things), (company, company_instead - company))
+
+        def mean(left: int, right: int) -> torch.Tensor:
+            return sum((moment(h[left], h[right], _SHARES) for h in halves), torch.tensor(0.0)) / 2
+
+        return Moments(mean(0, 0), mean(1, 0), mean(1, 1), kept, len(self.company))
 
 
 @torch.no_grad()
 def _embed(text: TextParts, prompts: Sequence[str]) -> torch.Tensor:
-    """Embeddings (N, `_TOKENS`, d), fp32, on the CPU; a token's depends on no later one."""
+    """Embeddings (N, positions, d) at `_POSITIONS`, fp32, on the CPU."""
     ids = text.tokenizer(
         list(prompts),
         padding="max_length",
         truncation=True,
-        max_length=_TOKENS,
+        max_length=_TOKENS,  # a token's embedding depends on no later one
         return_tensors="pt",
     ).input_ids
-    parts = ids.to(text.encoder.device).split(_BATCH)
     found = []
     with progress("reading words", len(prompts)) as advance:
-        for part in parts:
-            found.append(text.encoder(part).last_hidden_state.float().cpu())
+        for part in ids.to(text.encoder.device).split(_BATCH):
+            found.append(text.encoder(part).last_hidden_state[:, _POSITIONS].float().cpu())
             advance(len(part))
     embeddings = torch.cat(found)
     if not torch.isfinite(embeddings).all():
@@ -227,18 +275,14 @@ def _embed(text: TextParts, prompts: Sequence[str]) -> torch.Tensor:
 
 
 def _cached(text: TextParts, prompts: Sequence[str]) -> torch.Tensor:
-    """Embeddings at `_POSITIONS`, fp16, by the text encoder's fingerprint and the prompts."""
-    key = hashlib.sha256("\n".join([text.fingerprint, *map(str, _POSITIONS), *prompts]).encode())
+    """`_embed` as fp16, cached by the text encoder's fingerprint and the prompts."""
+    key = hashlib.sha256("\n".join([text.fingerprint, str(_POSITIONS), *prompts]).encode())
     file = cache_folder("words") / f"{key.hexdigest()[:32]}.safetensors"
     with suppress(BadInput):
         return torch.from_numpy(read_tensors(file)[0]["embeddings"].copy())
-    parts = [
-        _embed(text, prompts[i : i + 1024])[:, _POSITIONS].half()
-        for i in range(0, len(prompts), 1024)
-    ]
-    embeddings = torch.cat(parts)
+    embeddings = _embed(text, prompts).half()
     with suppress(OSError):  # a cache that can't be written is none
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(file) as output:
-            output.writelines(serialize({"embeddings": np.asarray(embeddings)}, {}))
+            output.writelines(serialize({"embeddings": embeddings.numpy()}, {}))
     return embeddings

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from sdd_lora.training.directions import tokens, with_ridge
+from sdd_lora.training.directions import with_ridge
 
 #: part of the kept tokens' mean variance that counts as theirs in every direction
 _RIDGE = 1e-3
 #: a direction is worth its rank where one concept's difference has this many times the kept
 #: tokens' variance; what a lower one erases, kept prompts pay for
-WORTH = 30.0
+WORTH = 35.0
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,20 @@ class Moments:
     kept: torch.Tensor
     concepts: int
 
-    @classmethod
-    def of(
-        cls, concepts: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor, count: int
-    ) -> "Moments":
-        """Of embeddings (N, 77, d) of `count` concepts, of their targets (N, 77, d), and of the
-        moment of what is kept."""
-        e = tokens(concepts)
-        step = tokens(targets) - e
-        return cls(e.T @ e / len(e), step.T @ e / len(e), step.T @ step / len(e), kept, count)
+
+def moment(
+    left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """E a bᵀ over the tokens a, b of two sets of prompts (N, tokens, d): (d, d), fp64.
+
+    `weights` (tokens,) say how much each place counts; alike where none are given.
+    """
+    shares = torch.ones(left.shape[1]) if weights is None else weights
+    shares = (shares / shares.sum() / len(left)).double()[:, None]
+    total = torch.zeros(left.shape[2], right.shape[2], dtype=torch.float64)
+    for a, b in zip(left.split(_BATCH), right.split(_BATCH), strict=True):
+        total += (a.double() * shares).flatten(0, 1).T @ b.double().flatten(0, 1)
+    return total
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class Projection:
         if rank is None:
             rank = max(1, int((worth >= WORTH).sum()))
         last = min(rank + shown, len(values))
-        rows = [_trade_off(moments, directions[:r], float(worth[r - 1])) for r in range(1, last + 1)]
+        rows = [
+            _trade_off(moments, directions[:r], float(worth[r - 1])) for r in range(1, last + 1)
+        ]
         down = directions[:rank]
         return cls(_regression(moments, down), down, tuple(rows))
 

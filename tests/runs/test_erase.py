@@ -1,0 +1,110 @@
+"""Erasers from words alone, on the embedded model's text encoder."""
+
+import numpy as np
+import pytest
+
+from sdd_lora import erase, sd1
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.errors import BadInput
+from sdd_lora.runs import erase as module
+from sdd_lora.runs.erase import solve
+from sdd_lora.sd.model import load_text_parts
+from sdd_lora.training import words
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDD_LORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def change(adapter: Adapter) -> np.ndarray:
+    return adapter.factors[sd1.EMBEDDINGS].delta()
+
+
+def moved(adapter: Adapter, prompt: str) -> float:
+    """How far a prompt's embeddings move, beside how far they are from the empty prompt's."""
+    text = load_text_parts("demo")
+    embedded, empty = module._embed(text, [prompt, ""]).numpy()
+    return np.linalg.norm(embedded @ change(adapter).T) / np.linalg.norm(embedded - empty)
+
+
+def test_a_concept_moves_in_any_wording_and_other_words_stay():
+    erased = erase(["axe"])
+    for prompt in ("an axe", "axe emoji", "a sticker of an axe, fluent style"):
+        assert moved(erased.adapter, prompt) > 0.4
+    for prompt in ("a cat", "a guitar, fluent style", "a small picture of a tree"):
+        assert moved(erased.adapter, prompt) < 0.2
+    assert not {"cat", "tree", "guitar"} & set(erased.near)
+
+
+def test_words_too_near_are_named_and_go_unless_they_are_kept():
+    erased = erase(["kitchen knife", "dagger", "bomb"])
+    assert {"blade", "explosive"} <= set(erased.near)
+    assert "pizza" not in erased.near
+    kept = erase(["kitchen knife", "dagger", "bomb"], keep=["blade"])
+    assert "blade" not in kept.near
+    assert moved(kept.adapter, "a blade") < 0.7 * moved(erased.adapter, "a blade")
+
+
+def test_into_another_concept():
+    text = load_text_parts("demo")
+    axe, flower = module._embed(text, ["a photo of an axe", "a photo of a sunflower"]).numpy()
+    step = change(erase(["axe"], into="sunflower", rank=12).adapter)
+    assert np.linalg.norm(axe + axe @ step.T - flower) < 0.6 * np.linalg.norm(axe - flower)
+
+
+def test_the_same_words_give_the_same_eraser_with_and_without_the_cache(tmp_path, monkeypatch):
+    one = erase(["axe"]).adapter
+    assert erase(["axe"]).adapter.identity == one.identity
+    monkeypatch.setenv("SDD_LORA_CACHE", str(tmp_path / "empty"))
+    assert erase(["axe"]).adapter.identity == one.identity
+
+
+def test_one_eraser_solved_is_itself_and_several_are_the_eraser_of_all(tmp_path):
+    one, other = erase(["axe"]), erase(["bomb"], keep=["skull"])
+    path = one.adapter.save(tmp_path / "one.safetensors")
+    assert solve([Adapter.load(path)]).adapter.identity == one.adapter.identity
+    both = solve([one.adapter, other.adapter])
+    assert both.adapter.metadata.concepts == ["axe", "bomb"]
+    assert both.adapter.identity == erase(["axe", "bomb"], keep=["skull"]).adapter.identity
+
+
+def test_only_erasers_from_words_are_solved():
+    adapter = erase(["axe"]).adapter
+    bare = Adapter(adapter.factors, {"name": "bare"})
+    with pytest.raises(BadInput, match="words"):
+        solve([adapter, bare])
+    with pytest.raises(BadInput, match="--into"):
+        solve([adapter, erase(["bomb"], into="cat").adapter])
+
+
+@pytest.mark.parametrize(
+    ("concepts", "options", "told"),
+    [
+        ([""], {}, "reads nothing"),
+        (["axe", "  "], {}, "reads nothing"),
+        (["very " * 60 + "sharp axe"], {}, "too long"),
+        (["axe"], {"keep": ["axe"]}, "axe"),
+        (["axe"], {"into": "axe"}, "axe"),
+        (["axe"], {"rank": 129}, "128"),
+    ],
+)
+def test_what_can_t_be_erased_is_told(concepts, options, told):
+    with pytest.raises(BadInput, match=told):
+        erase(concepts, **options)
+
+
+def test_unknown_words_and_other_scripts_are_read_byte_by_byte():
+    assert erase(["zyxwv", "斧"]).adapter.rank >= 1
+
+
+def test_the_vocabulary_is_whole_words_the_most_frequent_first():
+    tokenizer = load_text_parts("demo").tokenizer
+    found = words.whole_words(tokenizer, 50)
+    assert len(found) == 50 and found[:2] == ["the", "ing"]
+    assert all(len(tokenizer(w, add_special_tokens=False).input_ids) == 1 for w in found)
+    prompts = words.contexts(found, 10)
+    assert prompts == words.contexts(found, 10) and len(prompts) == 15
+    assert all(word in text for text, members in prompts for word in members)
