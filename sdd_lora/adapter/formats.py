@@ -61,6 +61,8 @@ _WRITTEN: dict[str, tuple[Callable[[str], str], str, str]] = {
 #: stable-diffusion.cpp takes the rank from the last dimension that isn't 1, as ggml counts them.
 _LEAST_KOHYA_RANK = 2
 
+_BY_FIRST_WORD = {f"{names.EMBEDDINGS}.": "portable", "lycoris_": "lycoris"}
+
 #: Endings of keys of what is no plain low-rank delta → what it is.
 _OTHER_KINDS = {
     ".dora_scale": "DoRA",
@@ -316,10 +318,9 @@ def _shaped(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
 
 def format_of_key(key: str) -> str:
     """The format that a key is of."""
-    if key.startswith(f"{names.EMBEDDINGS}."):
-        return "portable"
-    if key.startswith("lycoris_"):
-        return "lycoris"
+    for start, format in _BY_FIRST_WORD.items():
+        if key.startswith(start):
+            return format
     if key.startswith("lora_"):
         ldm = any(mark in key for mark in ("_input_blocks_", "_middle_block_", "_output_blocks_"))
         return "ldm" if ldm else "kohya"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sdd_lora.training.directions import with_ridge
+from sdd_lora.training.init import with_ridge
 
 #: part of the kept tokens' mean variance that counts as theirs in every direction
 _RIDGE = 1e-3
