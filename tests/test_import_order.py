@@ -13,26 +13,26 @@ HOUSE = """
 version
 errors
 progress
-io: atomic distributed pictures plugins sniff strict_yaml jsonl safetensors torch_pickle torch_zip
+io: atomic cache distributed pictures plugins sniff strict_yaml jsonl safetensors torch_pickle torch_zip
 sd1
 recipe: sections presets recipe reference
 adapter: factors metadata alphas formats hub adapter inspect loaders algebra interference card
-checkpoint: journal copying locate layout history rounding plan prediction describe editing detect
+checkpoint: journal copying locate layout history rounding plan prediction describe editing detect portable
 checkpoint: undo_file undo in_place bake extract
 demo: vocabulary judge
 sd: devices schedulers clip_tokenizer prompts weights single_file model pipeline
-training: ema embeddings objectives nf4 memory interrupt optimizer roles rollout init trainer plan
+training: ema embeddings objectives nf4 memory interrupt optimizer roles rollout init projection words trainer plan
 generation: prompt_files sampling decoding guided
 generation.methods: sd neg sld sega gated
 generation: manifest images img2img
 measures: base intervals needs asked judge card_rows nudenet open_nsfw clip_encoder clip q16 unsafe
 measures: fid lpips registry
 attacks: settings case tokens noise words ring_a_bell inversion unlearndiffatk
-runs: folder before_after measure train many
+runs: folder before_after measure train many erase
 bench.peers: uce
 bench: bench_file ready_made results comparisons grid pictures tables charts held_out measuring
 bench: methods text attacked report run
-cli: common tables adapters inspect checkpoints train plan pictures
+cli: common tables adapters inspect checkpoints train erase plan pictures
 __main__
 """
 
