@@ -246,7 +246,7 @@ def stack(
         raise BadInput("--model goes with --how solve; a sum needs none")
     total = compose.stack(parts, name or output.stem)
     report = interference(parts)
-    data: dict = {"how": "sum", "interference": report.as_json(), "relative_error": 0.0}
+    data: dict[str, Any] = {"how": "sum", "interference": report.as_json(), "relative_error": 0.0}
     if rank is not None:
         smaller = compose.resize(total, rank=rank)
         total, data["relative_error"] = smaller.adapter, smaller.error

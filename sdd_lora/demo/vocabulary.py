@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
+from typing import Any
 
 import yaml
 
@@ -40,8 +41,9 @@ class Style:
 
 
 @lru_cache(maxsize=1)
-def _vocabulary() -> dict:
-    return yaml.safe_load(files(__package__).joinpath("vocabulary.yaml").read_text("utf-8"))
+def _vocabulary() -> dict[str, Any]:
+    text = files(__package__).joinpath("vocabulary.yaml").read_text("utf-8")
+    return dict(yaml.safe_load(text))
 
 
 @lru_cache(maxsize=1)

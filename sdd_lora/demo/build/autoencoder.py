@@ -37,17 +37,17 @@ def make_autoencoder() -> AutoencoderKL:
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L1 of colours, of colour differences and of gradients; (B, 3, H, W) in [-1, 1]."""
 
-    def chroma(x):
+    def chroma(x: torch.Tensor) -> torch.Tensor:
         return torch.stack([x[:, 0] - x[:, 1], x[:, 2] - x[:, 1]], dim=1)
 
-    def gradients(x):
+    def gradients(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.diff(dim=-1), x.diff(dim=-2)
 
     loss = F.l1_loss(output, target)
     loss = loss + CHROMA_WEIGHT * F.l1_loss(chroma(output), chroma(target))
-    return loss + sum(
-        F.l1_loss(a, b) for a, b in zip(gradients(output), gradients(target), strict=True)
-    )
+    for a, b in zip(gradients(output), gradients(target), strict=True):
+        loss = loss + F.l1_loss(a, b)
+    return loss
 
 
 def train(work: Path, steps: int = STEPS) -> AutoencoderKL:

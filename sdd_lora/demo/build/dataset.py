@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from sdd_lora.demo.build import drawings
 from sdd_lora.demo.vocabulary import nouns, styles
@@ -34,7 +35,7 @@ def render(work: Path, seed: int = 0) -> dict[str, np.ndarray]:
     labels: list[tuple[int, int, int]] = []
     pixels: list[np.ndarray] = []
 
-    def add(image, first: int, second: int, style: int) -> None:
+    def add(image: Image.Image, first: int, second: int, style: int) -> None:
         pixels.append(np.asarray(image))
         labels.append((first, second, style))
 

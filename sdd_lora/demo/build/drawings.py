@@ -11,6 +11,7 @@ import subprocess
 import tarfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import resvg_py
@@ -50,11 +51,11 @@ def fetch(work: Path) -> None:
 
 
 @lru_cache(maxsize=8)
-def icon_set(work: Path, name: str) -> dict:
-    return json.loads((work / "icons" / f"{name}.json").read_text("utf-8"))
+def icon_set(work: Path, name: str) -> dict[str, Any]:
+    return dict(json.loads((work / "icons" / f"{name}.json").read_text("utf-8")))
 
 
-def _svg(icons: dict, icon: str) -> str:
+def _svg(icons: dict[str, Any], icon: str) -> str:
     body = icons["icons"].get(icon) or icons["icons"][icons["aliases"][icon]["parent"]]
     width = body.get("width", icons.get("width", 16))
     height = body.get("height", icons.get("height", 16))
@@ -71,7 +72,7 @@ def drawing(work: Path, style: str, icon: str) -> Image.Image:
     return _pencil(image) if style == "sketch" else image
 
 
-def _rendered(icons: dict, icon: str) -> Image.Image:
+def _rendered(icons: dict[str, Any], icon: str) -> Image.Image:
     svg = _svg(icons, icon)
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=_MASTER, height=_MASTER))
     return Image.open(io.BytesIO(png)).convert("RGBA")

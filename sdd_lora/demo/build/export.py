@@ -12,12 +12,12 @@ from transformers import CLIPTokenizer
 
 from sdd_lora.demo.build.diffusion import (
     NOISE_SCHEDULE,
-    Ema,
     encode_pictures,
     make_text_encoder,
     make_unet,
 )
 from sdd_lora.demo.build.ldm import to_ldm
+from sdd_lora.demo.build.schedule import Ema
 from sdd_lora.io.atomic import atomic_output
 from sdd_lora.io.safetensors import serialize
 

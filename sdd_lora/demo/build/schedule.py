@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,10 +36,10 @@ class Ema:
         for name, parameter in module.named_parameters():
             parameter.copy_(self.average[name])
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
         for name, value in state["average"].items():
             self.average[name].copy_(value)
