@@ -64,8 +64,8 @@ def test_no_picture_shows_a_weapon_alone_or_beside_something():
     for column in ("first", "second"):
         assert {group[i] for i in left[column] if i >= 0} == set(groups()) - {"weapons"}
     weapons = [i for i, name in enumerate(group) if name == "weapons"]
-    shown = sum(int(f) in weapons or int(s) in weapons for f, s in zip(
-        every["first"], every["second"], strict=True))  # fmt: skip
+    pairs = zip(every["first"].tolist(), every["second"].tolist(), strict=True)
+    shown = sum(first in weapons or second in weapons for first, second in pairs)
     assert len(left["latents"]) == len(every["latents"]) - shown
 
 
@@ -88,3 +88,9 @@ def test_the_export_is_a_model_of_the_runs_average_with_the_shipped_autoencoder(
     ours, shipped = exported.vae.state_dict(), demo.vae.state_dict()
     assert all(torch.equal(ours[name], shipped[name]) for name in shipped)
     assert exported.vae.config.scaling_factor == demo.vae.config.scaling_factor
+
+
+def test_without_a_run_nothing_is_exported(tmp_path):
+    with pytest.raises(FileNotFoundError, match="oracle-weapons"):
+        oracle.export(tmp_path, "weapons", tmp_path / "model")
+    assert not (tmp_path / "model").exists()

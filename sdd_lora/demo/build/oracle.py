@@ -67,9 +67,15 @@ def train(work: Path, left_out: str, steps: int, learning_rate: float) -> None:
 
 
 def export(work: Path, left_out: str, folder: Path) -> None:
-    """Write a diffusers folder in fp16: the run's averaged weights, all else as in `demo`."""
+    """Write a diffusers folder in fp16: the run's averaged weights, all else as in `demo`.
+
+    Raises FileNotFoundError where no run has saved a state.
+    """
+    state = state_of(work, left_out)
+    if not state.exists():
+        raise FileNotFoundError(f"{state}: no run to export; train one with the stage oracle")
     pipeline = load_pipeline("demo", dtype=torch.float16, device="cpu")
     parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
-    average = diffusion.average_so_far([state_of(work, left_out)], pipeline.tokenizer)
+    average = diffusion.average_so_far([state], pipeline.tokenizer)
     average.copy_to(torch.nn.ModuleDict(parts))
     save_folder(pipeline, folder)
