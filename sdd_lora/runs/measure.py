@@ -181,6 +181,7 @@ def _save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def _write_adapter(adapter: Adapter, folder: Path) -> None:
-    adapter.save(folder / ADAPTER, format="kohya", dtype="fp16")
-    adapter.save(folder / PEFT_TWIN, format="peft", dtype="fp16")
+    adapter.save(folder / ADAPTER, dtype="fp16")
+    if not adapter.is_portable:
+        adapter.save(folder / PEFT_TWIN, format="peft", dtype="fp16")
     write_sidecar(adapter, folder / ADAPTER)

@@ -6,8 +6,10 @@ import pytest
 from sdd_lora import erase, sd1
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.errors import BadInput
+from sdd_lora.recipe import Recipe
 from sdd_lora.runs import erase as module
 from sdd_lora.runs.erase import solve
+from sdd_lora.runs.measure import measure
 from sdd_lora.sd.model import load_text_parts
 from sdd_lora.training import words
 
@@ -108,3 +110,18 @@ def test_the_vocabulary_is_whole_words_the_most_frequent_first():
     prompts = words.contexts(found, 10)
     assert prompts == words.contexts(found, 10) and len(prompts) == 15
     assert all(word in text for text, members in prompts for word in members)
+
+
+def test_an_eraser_is_measured_as_any_adapter(tmp_path):
+    prompts = {"concept": ["an axe"], "kept": ["a cat"]}
+    recipe = Recipe(
+        name="axe",
+        model="demo",
+        concepts=["axe"],
+        measure={"prompts": prompts, "images": 1, "steps": 2, "detector": "judge"},
+    )
+    metrics = measure(erase(["axe"]).adapter, recipe, tmp_path / "run")
+    assert {row["name"] for row in metrics["measures"]} == {"concept drawn", "noun kept"}
+    saved = Adapter.load(tmp_path / "run")
+    assert saved.is_portable and len(saved.metadata.measures) == 2
+    assert "rank 1" in (tmp_path / "run" / "README.md").read_text()
