@@ -13,15 +13,17 @@ HOUSE = """
 version
 errors
 progress
-io: atomic cache distributed pictures plugins sniff strict_yaml jsonl safetensors torch_pickle torch_zip
+io: atomic cache distributed pictures plugins sniff strict_yaml jsonl safetensors
+io: torch_pickle torch_zip
 sd1
 recipe: sections presets recipe reference
 adapter: factors metadata alphas formats hub adapter inspect loaders algebra interference card
-checkpoint: journal copying locate layout history rounding plan prediction describe editing detect portable
-checkpoint: undo_file undo in_place bake extract
+checkpoint: journal copying locate layout history rounding plan prediction describe editing detect
+checkpoint: portable undo_file undo in_place bake extract
 demo: vocabulary judge
 sd: devices schedulers clip_tokenizer prompts weights single_file model pipeline
-training: ema embeddings objectives nf4 memory interrupt optimizer roles rollout init projection words trainer plan
+training: ema embeddings objectives nf4 memory interrupt optimizer roles rollout init
+training: projection words trainer plan
 generation: prompt_files sampling decoding guided
 generation.methods: sd neg sld sega gated
 generation: manifest images img2img

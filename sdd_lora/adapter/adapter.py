@@ -24,7 +24,7 @@ from sdd_lora.adapter.metadata import ENTRY_KEY, MergedPart, Metadata, is_edited
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_folder, atomic_output, require_replaceable
 from sdd_lora.io.safetensors import data_sha256, header_of, open_input, read_tensor, serialize
-from sdd_lora.io.torch_zip import is_pickle
+from sdd_lora.io.torch_zip import is_torch_file
 from sdd_lora.progress import warn
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def is_adapter_folder(path: Path) -> bool:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], str]:
     """Tensors, the header's metadata, and the SHA-256 of the bytes after the header."""
-    if is_pickle(path):
+    if is_torch_file(path):
         return _read_pickle(path), {}, ""
     with open_input(path) as file:
         header = header_of(file, str(path))

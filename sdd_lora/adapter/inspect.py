@@ -14,7 +14,7 @@ from sdd_lora.adapter.factors import require_alpha
 from sdd_lora.adapter.metadata import Metadata, is_edited
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import DTYPES, Header, header_of, open_input, read_tensor
-from sdd_lora.io.torch_zip import is_pickle
+from sdd_lora.io.torch_zip import is_torch_file
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def describe_adapter(path: Path) -> AdapterDescription:
 
     A legacy pickle has no header and is refused.
     """
-    if is_pickle(path):
+    if is_torch_file(path):
         raise BadInput(f"{path}: a legacy pickle, without a header; sdd-lora convert it first")
     with open_input(path) as file:
         header = header_of(file, str(path))

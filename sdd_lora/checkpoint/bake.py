@@ -183,7 +183,7 @@ def _require_new_undo(plan: BakePlan, undo: Path, out: Path | None, force: bool)
                 raise BadInput(f"{undo}: lies inside {path}; choose another undo file")
         elif place in (_entry(path), _entry(journal_of(path))):
             raise BadInput(f"{undo}: is {path} itself or its journal; choose another undo file")
-    legacy = [file.path for file in plan.files if torch_zip.is_pickle(file.path)]
+    legacy = [file.path for file in plan.files if torch_zip.is_torch_file(file.path)]
     if legacy:
         raise BadInput(f"{legacy[0]}: a legacy file has no undo: the original stays; keep it")
     if plan.record.ema == "drop":
@@ -248,7 +248,7 @@ def _write_folder(plan: BakePlan, out: Path, undo: Path | None, report: BakeRepo
         report.left_out += tuple(path.relative_to(root).as_posix() for path in left_out)
         for file in plan.files:
             target = folder / file.path.relative_to(root)
-            if torch_zip.is_pickle(file.path):
+            if torch_zip.is_torch_file(file.path):
                 target = _as_safetensors(target)
             with open(target, "w+b") as opened:
                 _write_tensors(plan, file, opened, report)

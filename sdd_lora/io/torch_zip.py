@@ -60,7 +60,7 @@ class PickleHeader(Header):
         return tuple(name for name in self.refused if name not in _PLAIN_DATA)
 
 
-def is_pickle(path: Path) -> bool:
+def is_torch_file(path: Path) -> bool:
     """Whether a file is a zip or a bare pickle, by its first bytes and not by its name."""
     with open_input(path) as file:
         return sniff.is_pickle(file.read(sniff.HEAD_BYTES))

@@ -14,12 +14,11 @@ import torch
 from sdd_lora.errors import SddLoraError
 from sdd_lora.io.strict_yaml import as_options
 from sdd_lora.recipe import Recipe
+from sdd_lora.sd.devices import is_out_of_memory
 
 #: glibc's mallopt parameters (malloc.h): freed memory above this goes back to the kernel; memory
 #: asked of it at once; blocks above this are mapped each on their own
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-#: the words of allocators of host memory (Linux, Windows) and of Apple's GPUs
-_NO_MORE = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
 #: Linux (proc(5)): the highest resident size; writing this text to clear_refs resets it
 _STATUS, _CLEAR_REFS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "5"
 
@@ -79,13 +78,6 @@ def peak_bytes() -> int:
         return int(found[1]) * 1024  # getrusage's also knows what ran here before an exec
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, of a device or of the host, has no more."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MORE)
 
 
 @contextmanager

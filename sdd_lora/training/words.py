@@ -28,25 +28,25 @@ def whole_words(tokenizer: CLIPTokenizer, most: int) -> list[str]:
     return list(islice(plain, most))
 
 
-def with_article(words: str) -> str:
+def with_a(words: str) -> str:
     """ "axe" → "an axe"."""
     return f"{'an' if words[:1].lower() in tuple('aeiou') else 'a'} {words}"
 
 
 def fill(template: str, words: Sequence[str]) -> list[str]:
     """A template of `THINGS` with each of the words."""
-    return [template.format(word, a=with_article(word)) for word in words]
+    return [template.format(word, a=with_a(word)) for word in words]
 
 
 def in_company(concept: str, others: Sequence[str]) -> list[str]:
     """A concept beside each of other words, in each template of `COMPANY`."""
-    return [t.format(concept, w=with_article(other)) for t in COMPANY for other in others]
+    return [t.format(concept, w=with_a(other)) for t in COMPANY for other in others]
 
 
 def left_alone(others: Sequence[str]) -> list[str]:
     """The prompts of `in_company` without the concept."""
     alone = [t.removesuffix(" in the style of {}").removesuffix(", {}") for t in COMPANY]
-    return [t.format(w=with_article(other)) for t in alone for other in others]
+    return [t.format(w=with_a(other)) for t in alone for other in others]
 
 
 def contexts(words: Sequence[str], count: int) -> list[tuple[str, set[str]]]:
@@ -57,10 +57,10 @@ def contexts(words: Sequence[str], count: int) -> list[tuple[str, set[str]]]:
     found = []
     for i in range(count):
         thing, *style = draw.choices(words, k=2 + i % 2)
-        found.append((f"{with_article(thing)}, {' '.join(style)} style", {thing, *style}))
+        found.append((f"{with_a(thing)}, {' '.join(style)} style", {thing, *style}))
     for _ in range(count // 2):
         pair = draw.choices(words, k=2)
-        found.append((" and ".join(map(with_article, pair)), set(pair)))
+        found.append((" and ".join(map(with_a, pair)), set(pair)))
     return found
 
 

@@ -15,7 +15,7 @@ from sdd_lora.checkpoint.layout import read_any_header
 from sdd_lora.checkpoint.locate import locate, locate_file
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import read_tensors
-from sdd_lora.io.torch_zip import is_pickle
+from sdd_lora.io.torch_zip import is_torch_file
 
 ADAPTERS = [(models.adapter(), 1.0)]
 UNET = "diffusion_pytorch_model.safetensors"
@@ -50,7 +50,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, low_bytes):
     note = "x" * (low_bytes - read_any_header(short).data_start + 8)
     path = models.write(tmp_path / "m.safetensors", tensors, {"note": note})
     assert int.from_bytes(path.read_bytes()[:2], "little") == low_bytes
-    assert not is_pickle(path) and read_any_header(path).tensors.keys() == tensors.keys()
+    assert not is_torch_file(path) and read_any_header(path).tensors.keys() == tensors.keys()
 
 
 def test_names_say_nothing_of_the_content(tmp_path):

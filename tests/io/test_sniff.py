@@ -63,5 +63,5 @@ def test_a_header_whose_length_looks_like_another_file_is_read(tmp_path, length)
     header = header.ljust(length)
     path = tmp_path / "m.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + header + b"".join(rest))
-    assert not torch_zip.is_pickle(path)
+    assert not torch_zip.is_torch_file(path)
     assert list(read_any_header(path).tensors) == ["a"]
