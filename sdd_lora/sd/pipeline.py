@@ -13,8 +13,9 @@ from transformers import CLIPTextModel
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.prediction import PredictionType
 from sdd_lora.errors import BadInput
+from sdd_lora.progress import warn
 from sdd_lora.sd.devices import best_device, default_dtype
-from sdd_lora.sd.model import load_base_pipeline
+from sdd_lora.sd.model import load_base_pipeline, text_fingerprint
 from sdd_lora.sd.weights import apply_weights
 from sdd_lora.sd1 import misfits
 
@@ -48,6 +49,7 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     if weights is not None:
         apply_weights(pipeline.unet, Path(weights))
+    _tell_of_another_encoder(pipeline, adapters, model)
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for name, (adapter, _) in zip(names, adapters, strict=True):
         _check_fit(pipeline, adapter, model)
@@ -93,6 +95,20 @@ def _check_fit(pipeline: StableDiffusionPipeline, adapter: Adapter, model: str) 
     }
     if problems := misfits(wrong, shapes):
         raise BadInput(f"{adapter.name} does not fit {model}: {problems[0]}")
+
+
+def _tell_of_another_encoder(
+    pipeline: StableDiffusionPipeline, adapters: Sequence[tuple[Adapter, float]], model: str
+) -> None:
+    """A portable adapter was made of what one text encoder makes of words."""
+    made = {a.name: a.metadata.words.text_encoder for a, _ in adapters if a.metadata.words}
+    found = text_fingerprint(pipeline.text_encoder) if made else None
+    for name, digest in made.items():
+        if digest is not None and digest != found:
+            warn(
+                f"{name}: made with another text encoder than {model}'s, so it may miss; sdd-lora "
+                f"stack {name}.safetensors --model {model} -o OUT makes it anew from its words"
+            )
 
 
 def _weight(unet: UNet2DConditionModel, name: str) -> np.ndarray:

@@ -7,11 +7,13 @@ from support import checkpoint_models as models
 from support.portable import change, portable
 
 from sdd_lora import load_pipeline, sd1
+from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.detect import find
 from sdd_lora.checkpoint.layout import open_checkpoint
 from sdd_lora.checkpoint.portable import adapter_on
 from sdd_lora.errors import BadInput
+from sdd_lora.sd.model import text_fingerprint
 
 #: rounding of one bake, relative to the largest weight
 STEP = {"fp32": 1e-6, "fp16": 1e-3, "bf16": 8e-3}
@@ -112,3 +114,14 @@ def test_another_width_and_an_ordinary_adapter_are_refused(tmp_path):
         bake(model, [(portable(width=768), 1.0)], tmp_path / "out.safetensors")
     with pytest.raises(BadInput, match="portable"):
         adapter_on(models.adapter(), model)
+
+
+def test_another_text_encoder_is_told_of(tmp_path, caplog):
+    folder = models.write_folder(tmp_path / "folder")
+    own = text_fingerprint(load_pipeline(str(folder)).text_encoder)
+    for digest, told in ((own, False), ("0" * 16, True)):
+        caplog.clear()
+        made = {"words": {"text_encoder": digest}}
+        adapter = Adapter(portable().factors, {"name": "p"} | made)
+        load_pipeline(str(folder), [(adapter, 1.0)])
+        assert ("another text encoder" in caplog.text) == told
