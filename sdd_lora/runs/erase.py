@@ -22,7 +22,7 @@ from sdd_lora.training import words
 from sdd_lora.training.projection import Moments, Projection, Rank, moment
 
 #: how many of the tokenizer's words are kept, the most frequent ones
-VOCABULARY = 1000
+VOCABULARY = 3000
 #: prompts that show kept words in made-up styles; half as many show two side by side
 _CONTEXTS, _CONTEXT_WEIGHT = 600, 0.75
 #: tokens read of a prompt: those that follow change nothing on the embedded model

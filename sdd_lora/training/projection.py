@@ -100,7 +100,7 @@ class Projection:
     ) -> torch.Tensor:
         """How much of prompts' embeddings (N, tokens, d) the projection changes: (N,), 1 for the
         concepts' on the mean, 0 for what has no part in D. `shares` (tokens,) weigh the tokens."""
-        read = embeddings.double() @ self.down.T  # (N, tokens, r)
+        read = torch.cat([part.double() @ self.down.T for part in embeddings.split(_BATCH)])
         inverse = torch.linalg.inv(self.down @ moments.concept @ self.down.T)
         power = torch.einsum("ntr,rs,nts->nt", read, inverse, read) / len(self.down)
         weights = torch.ones(power.shape[1]) if shares is None else shares

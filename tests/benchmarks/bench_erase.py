@@ -44,7 +44,7 @@ def true_size() -> TextParts:
 
 def timed(label: str, concepts: list[str]) -> None:
     start = time.perf_counter()
-    erased = module.erase(concepts, "true size")
+    erased = module.erase(concepts, "true size", vocabulary=WORDS)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{label}: {seconds:.1f} s, rank {erased.adapter.rank}, peak {peak:.2f} GB", flush=True)
