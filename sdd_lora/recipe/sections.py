@@ -68,7 +68,7 @@ Prompts = Annotated[list[str], BeforeValidator(listed)]
 
 
 class Preserve(Section):
-    """Prompts on which the student is held to the base."""
+    """Prompts on which the student is held to the base; the empty prompt is held with them."""
 
     prompts: Prompts = []
     """What must stay as it is, near the concepts above all: what is not named here and is near goes

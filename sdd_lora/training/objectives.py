@@ -176,10 +176,14 @@ def total_loss(
     c: Tensor,
     c_k: Tensor | None,
 ) -> Tensor:
-    """A recipe's loss: its objective on the erased prompts c, preservation on the kept ones c_k."""
+    """A recipe's loss: its objective on the erased prompts c, preservation on the kept ones c_k.
+
+    ∅ is kept with them: ε(∅) is in every guided estimate, so that its drift moves kept prompts too.
+    """
     loss = objective.loss(student, base, z_t, t, c_0, c)
     if c_k is not None and preserve.weight > 0:
-        loss = loss + preserve.weight * preservation_loss(student, base, z_t, t, c_k)
+        for kept in (c_k, c_0):
+            loss = loss + preserve.weight * preservation_loss(student, base, z_t, t, kept)
     return loss
 
 

@@ -16,7 +16,7 @@ def planned(way):
 
 def test_fast_is_planned_at_an_eighth_of_the_papers_passes_and_a_sixth_of_its_arithmetic():
     (paper_passes, paper_cost), (passes, cost) = planned("paper@demo"), planned("fast")
-    assert round(paper_passes) == PAPER["training.iterations"] * (25 + 4)
+    assert round(paper_passes) == PAPER["training.iterations"] * (25 + 6)
     assert passes <= paper_passes / 8
     assert cost <= paper_cost / 6
 

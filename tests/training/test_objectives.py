@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sdd_lora.training.objectives import SDD, ESDx, preservation_loss
+from sdd_lora.recipe import Preserve
+from sdd_lora.training.objectives import SDD, ESDx, preservation_loss, total_loss
 
 
 def linear_estimate(weight):
@@ -62,6 +63,18 @@ def test_preservation_is_the_distance_to_the_base():
     assert torch.allclose(loss, ((0.3 * 2 * z) ** 2).mean(), rtol=1e-5)
     loss.backward()
     assert student.grad is not None and base.grad is None
+
+
+def test_a_recipes_loss_keeps_the_kept_prompts_and_the_empty_one():
+    z, t = points()
+    student, base = linear_estimate(0.7), linear_estimate(0.4)
+    objective = SDD(guidance_scale=3.0, t_in_bin=False)
+    loss = total_loss(
+        objective, Preserve(weight=2.0), student, base, z, t, prompts(2), prompts(5), prompts(3)
+    )
+    kept = [preservation_loss(student, base, z, t, prompts(c)) for c in (3, 2)]
+    expected = objective.loss(student, base, z, t, prompts(2), prompts(5)) + 2 * sum(kept)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("eta", [1.0, 3.0])

@@ -23,12 +23,12 @@ def test_the_teacher_follows_the_student_and_the_base_stays():
 @pytest.mark.parametrize(
     ("way", "kept", "passes"),
     [
-        ("8-bit", 2, 4),
+        ("8-bit", 2, 6),
         ("8-bit", 0, 2),
         ("prompts", 2, 10),
-        ("full", 2, 4),
+        ("full", 2, 6),
         ("esd-x", 0, 3),
-        ("esd-u", 2, 5),
+        ("esd-u", 2, 7),
     ],
 )
 def test_unet_passes_are_counted_as_made(way, kept, passes):
@@ -88,7 +88,8 @@ def test_each_latent_serves_several_concepts_and_kept_prompts(monkeypatch):
         trained, "_estimate", lambda z, t, c: calls.append((z, t, c)) or estimate(z, t, c)
     )
     trained.step()
-    (z_empty, _, _), (z, t, c), _, (z_kept, _, c_kept) = calls  # ∅, concept, base, kept
+    (z_empty, _, _), (z, t, c), _, (z_kept, _, c_kept), *held = calls  # ∅, concept, base, kept
+    assert [len(z) for z, _, _ in held] == [2, 2]  # ∅ is kept too
     assert torch.equal(z_empty, z[::3])
     for latent in (0, 3):
         assert torch.equal(z[latent], z[latent + 1]) and torch.equal(z[latent], z[latent + 2])
@@ -106,6 +107,27 @@ def test_a_prompt_is_used_once_with_a_latent():
         trained = trainer(recipe(objective=objective, **settings), concepts=1, kept=0)
         trained.step()
         assert trained.training_passes == 2 * (1 + 1)
+
+
+def test_the_unconditional_estimate_is_held_with_the_kept_prompts():
+    drifts = []
+    for weight in (0.0, 10.0):
+        settings = recipe(
+            training={"iterations": 30},
+            preserve={"weight": weight},
+            optimizer={"learning_rate": 1e-2},
+        )
+        trained = trainer(settings, kept=1)
+        # a kept prompt that is far from ∅ holds nothing of ∅ by itself
+        trained.run()
+        z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        inputs = (z, torch.tensor([500, 500]), embeddings().empty.expand(2, -1, -1))
+        with torch.no_grad():
+            with trained.roles.base() as unet:
+                base = unet(*inputs).sample
+            with trained.roles.teacher() as unet:
+                drifts.append((unet(*inputs).sample - base).pow(2).mean().item())
+    assert 0 < drifts[1] < 0.5 * drifts[0]
 
 
 def test_preservation_changes_what_is_learnt():
