@@ -4,8 +4,9 @@ Latents z_t are (B, 4, h, w), timesteps t are (B,), prompts are embeddings (B, 7
 of a loss may be P in a row for each latent, (B·P, 77, d).
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,8 @@ from sdd_lora.training.embeddings import Embeddings
 
 #: ε(z_t, t, prompt) → noise estimate, fp32, of z_t's shape
 Estimate = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: characters of joined concepts that fit 77 tokens: four of English to a token
+_CHARACTERS_OF_A_PROMPT = 300
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class Objective(ABC):
         """Prompts c (N, 77, d) of the loss, in turn."""
         return embeddings.concepts
 
+    def loss_prompt_count(self, concepts: Sequence[str]) -> int:
+        """The number N of `loss_prompts`, for a plan, which has no tokenizer."""
+        return len(concepts)
+
     def start_prompts(self, embeddings: Embeddings) -> Tensor:
         """Prompts (N, 77, d) that a start in closed form erases."""
         return self.loss_prompts(embeddings)
@@ -94,6 +101,9 @@ class SDD(Objective):
     def loss_prompts(self, embeddings: Embeddings) -> Tensor:
         return embeddings.joined
 
+    def loss_prompt_count(self, concepts: Sequence[str]) -> int:
+        return math.ceil(len(", ".join(concepts)) / _CHARACTERS_OF_A_PROMPT)  # about
+
     def start_prompts(self, embeddings: Embeddings) -> Tensor:
         return embeddings.erased
 
@@ -117,6 +127,9 @@ class SDDReference(SDD):
 
     def loss_prompts(self, embeddings: Embeddings) -> Tensor:
         return embeddings.concepts
+
+    def loss_prompt_count(self, concepts: Sequence[str]) -> int:
+        return len(concepts)
 
     def start_prompts(self, embeddings: Embeddings) -> Tensor:
         return embeddings.concepts

@@ -212,7 +212,8 @@ class _Rehearsal:
         recipe = self.recipe
         z, t, c_0 = self._inputs(recipe.rollout.batch)
         prompts = recipe.rollout.prompts_per_latent
-        c = c_0.repeat_interleave(min(prompts, len(recipe.concepts)), dim=0)
+        erased = min(prompts, self.objective.loss_prompt_count(recipe.concepts))
+        c = c_0.repeat_interleave(erased, dim=0)
         c_k = c_0.repeat_interleave(prompts, dim=0) if recipe.preserve.prompts else None
         with self.roles.student():
             loss = total_loss(
