@@ -198,7 +198,8 @@ def stack(
         typer.Option(
             "--how",
             help="sum: Σ wᵢ·ΔWᵢ, exactly; solve: of erasers from words, one eraser of all their "
-            "concepts [default: solve where all are such, at weight 1; else sum].",
+            "concepts [default: solve where all are such, as they were made, at weight 1; else "
+            "sum].",
         ),
     ] = None,
     model: Annotated[
@@ -234,8 +235,9 @@ def stack(
 
     check_outputs(force, output, *([heat_map] if heat_map else []))
     parts = [(Adapter.load(path), weight) for path, weight in map(weighted, adapters)]
-    from_words = all(part.metadata.words and weight == 1 for part, weight in parts)
-    if (how or ("solve" if from_words else "sum")) == "solve":
+    from_words = all(p.is_portable and p.metadata.words and weight == 1 for p, weight in parts)
+    as_made = from_words and not any(part.lineage for part, _ in parts)
+    if (how or ("solve" if as_made else "sum")) == "solve":
         if not from_words or heat_map is not None:
             raise BadInput(
                 "--how solve: expected erasers from words, at weight 1, and no --heat-map; "

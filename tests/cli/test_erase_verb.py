@@ -49,6 +49,13 @@ def test_from_words_to_a_stack_and_an_ordinary_adapter(tmp_path, capsys):
     lora = tmp_path / "lora.safetensors"
     code, data, _ = call(capsys, "convert", one, "--base", "demo", "-o", lora)
     assert code == 0 and data["module_count"] == 32 and data["form"] == "kohya"
+    smaller = tmp_path / "smaller.safetensors"
+    call(capsys, "resize", one, "--rank", "1", "-o", smaller)
+    for changed in (lora, smaller):  # no longer what the words give
+        code, data, _ = call(
+            capsys, "stack", changed, "-o", tmp_path / "again.safetensors", "--force"
+        )
+        assert code == 0 and data["how"] == "sum" and data["rank"] == Adapter.load(changed).rank
     direct = tmp_path / "direct.safetensors"
     call(capsys, "erase", words, "--keep", "skull", "--rank", "4", "--form", "lora", "-o", direct)
     # the portable file holds fp16
