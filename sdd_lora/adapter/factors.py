@@ -116,13 +116,24 @@ class EmbeddingFactors(Factors):
     ΔW = W · (scale · up @ down): of one change, every model gets a delta of its own.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.down.shape[1] != self.up.shape[0]:
+            raise BadInput(
+                f"down {self.down.shape} and up {self.up.shape}: a change of embeddings keeps "
+                "their width; expected (rank, width) and (width, rank)"
+            )
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight of this shape reads embeddings of this width."""
         return len(shape) >= 2 and same_shape(shape, (shape[0], self.down.shape[1]))
 
     def on(self, weight: np.ndarray) -> Factors:
-        """The factors of ΔW for a `weight` (out, d): down as it is, up = W · up."""
+        """The factors of ΔW for a `weight` (out, d): down as it is, up = W · up. Raises BadInput
+        where the weight is not finite."""
         matrix = weight.reshape(len(weight), -1).astype(np.float64)
+        if not np.isfinite(matrix).all():
+            raise BadInput("a to_k or to_v holds NaN or infinite weights; the model is damaged")
         up = matrix @ self.up.astype(np.float64)
         return Factors(self.down, up.astype(np.float32), self.alpha)
 

@@ -177,13 +177,18 @@ def decode_factors(
     """Factors per canonical module name, from a file of any format.
 
     `tensors` are numpy or torch arrays of any float dtype. `path` is the file that they are from.
-    Raises BadInput as `group` does, and where a value is bad.
+    Raises BadInput as `group` does, where a value is bad, and for two adapters in one file.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     modules = group(shapes)
     if embeddings := bundled_embeddings(tensors):
         shown = ", ".join(embeddings)
         warn(f"textual inversions beside the adapter are not part of it, and left out: {shown}")
+    if names.EMBEDDINGS in modules and len(modules) > 1:
+        raise BadInput(
+            f"a portable adapter and {len(modules) - 1} modules of one for a model in one file; "
+            "expected a file of each"
+        )
     alphas = known_alphas(modules, shapes, header, path)
     return {
         name: _factors(name, {part: tensors[key] for part, key in parts.items()}, alphas)

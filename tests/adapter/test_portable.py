@@ -68,6 +68,21 @@ def test_formats_of_one_model_and_the_portable_one_don_t_mix(tmp_path):
     assert not (tmp_path / "p.safetensors").exists()
 
 
+def test_a_change_of_the_width_and_two_adapters_in_one_file_are_refused():
+    tensors = portable().to_state_dict("portable")
+    up = next(key for key in tensors if tensors[key].shape == (128, 3))
+    with pytest.raises(BadInput, match="width"):
+        Adapter.from_state_dict(tensors | {up: tensors[up][:64]})
+    with pytest.raises(BadInput, match="one file"):
+        Adapter.from_state_dict(tensors | models.adapter().to_state_dict("kohya"))
+
+
+def test_a_damaged_weight_is_told_as_the_model_s():
+    weight = np.full((8, 128), np.nan, np.float32)
+    with pytest.raises(BadInput, match="model is damaged"):
+        portable().factors[sd1.EMBEDDINGS].on(weight)
+
+
 def test_it_fits_models_of_its_width():
     assert portable().fits(sd1.DEMO) and not portable().fits(sd1.SD15)
     assert portable(width=768).fits(sd1.SD15)
