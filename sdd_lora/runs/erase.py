@@ -78,7 +78,8 @@ def erase(
     if rank is not None and rank > width:
         raise BadInput(f"--rank: expected {width} at most, the prompts' width, found {rank}")
     known = _Vocabulary.of(text, vocabulary)
-    gone = {word for concept in concepts for word in concept.lower().split()} - set(keep)
+    stay = {phrase.lower() for phrase in keep}
+    gone = {word for concept in concepts for word in concept.lower().split()} - stay
     anchors = words.sample(known.words, _ANCHORS)
     prompts = _Prompts(text, concepts, anchors, into)
     empty = _embed(text, [""])
@@ -95,7 +96,7 @@ def erase(
         power = projection.power(kept.embeddings[: len(kept.words)], moments, _SHARES)
         limit = _NEAR * float(projection.power(prompts.bare, moments, _SHARES).median())
         found = [word for word, p in zip(kept.words, power.tolist(), strict=True) if p > limit]
-        near += [word for word in found if word not in keep]
+        near += [word for word in found if word not in stay]
     down, up = (part.float().numpy() for part in (projection.down, projection.up))
     metadata = {
         "name": name or "no-" + "-".join(concepts).replace(" ", "-")[:40],
@@ -129,7 +130,7 @@ def solve(
     """
     made = [adapter.metadata.words for adapter in adapters]
     for adapter, entry in zip(adapters, made, strict=True):
-        if not adapter.is_portable or entry is None:
+        if not adapter.is_portable or entry is None or not adapter.metadata.concepts:
             raise BadInput(
                 f"{adapter.name}: doesn't tell the words it was made from; only erasers of "
                 "sdd-lora erase are solved; expected --how sum"
@@ -160,13 +161,21 @@ def _read(
     text: TextParts, concepts: Sequence[str], keep: Sequence[str], into: str | None
 ) -> tuple[list[str], list[str], str | None]:
     """The words of a call, checked."""
+    if not concepts:
+        raise BadInput("CONCEPT: expected at least one, found none")
     erased = words.require_readable("CONCEPT", concepts, text.tokenizer, _TOKENS)
     kept = words.require_readable("--keep", keep, text.tokenizer, _TOKENS) if keep else []
     if into is not None:
         (into,) = words.require_readable("--into", [into], text.tokenizer, _TOKENS)
-    if both := [concept for concept in erased if concept in (*kept, into)]:
+    stay = {_as_read(text, phrase) for phrase in (*kept, into or "")}
+    if both := [concept for concept in erased if _as_read(text, concept) in stay]:
         raise BadInput(f"{both[0]!r}: is to go, and to stay or come instead; expected one of them")
     return erased, kept, into
+
+
+def _as_read(text: TextParts, phrase: str) -> tuple[int, ...]:
+    """The tokens of a phrase: to the model, "Axe" is "axe"."""
+    return tuple(text.tokenizer(phrase, add_special_tokens=False).input_ids)
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,10 @@ class _Vocabulary:
             [len(self.words), len(self.embeddings) - len(self.words)]
         )
         if not len(alone):
-            raise BadInput("nothing of the tokenizer's words is left to keep; erase less at once")
+            raise BadInput(
+                "nothing of the tokenizer's words is left to keep; erase less at once, or at a "
+                "lower --rank"
+            )
         total = moment(alone, alone, _SHARES)
         if len(together):
             total += _CONTEXT_WEIGHT * moment(together, together, _SHARES)

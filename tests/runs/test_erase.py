@@ -45,7 +45,7 @@ def test_words_too_near_are_named_and_go_unless_they_are_kept():
     erased = erase(["kitchen knife", "dagger", "bomb"])
     assert {"blade", "explosive"} <= set(erased.near)
     assert "pizza" not in erased.near
-    kept = erase(["kitchen knife", "dagger", "bomb"], keep=["blade"])
+    kept = erase(["kitchen knife", "dagger", "bomb"], keep=["Blade"])
     assert "blade" not in kept.near
     assert moved(kept.adapter, "a blade") < 0.7 * moved(erased.adapter, "a blade")
 
@@ -75,9 +75,10 @@ def test_one_eraser_solved_is_itself_and_several_are_the_eraser_of_all(tmp_path)
 
 def test_only_erasers_from_words_are_solved():
     adapter = erase(["axe"]).adapter
-    bare = Adapter(adapter.factors, {"name": "bare"})
-    with pytest.raises(BadInput, match="words"):
-        solve([adapter, bare])
+    for metadata in ({"name": "bare"}, {"name": "of nothing", "words": {}}):
+        bare = Adapter(adapter.factors, metadata)
+        with pytest.raises(BadInput, match="words"):
+            solve([bare, bare])
     with pytest.raises(BadInput, match="--into"):
         solve([adapter, erase(["bomb"], into="cat").adapter])
 
@@ -88,7 +89,10 @@ def test_only_erasers_from_words_are_solved():
         ([""], {}, "reads nothing"),
         (["axe", "  "], {}, "reads nothing"),
         (["very " * 60 + "sharp axe"], {}, "too long"),
+        ([], {}, "CONCEPT"),
         (["axe"], {"keep": ["axe"]}, "axe"),
+        (["Axe"], {"keep": ["axe"]}, "Axe"),
+        (["hot  dog"], {"into": "Hot dog"}, "hot"),
         (["axe"], {"into": "axe"}, "axe"),
         (["axe"], {"rank": 129}, "128"),
     ],
