@@ -101,7 +101,8 @@ def _tell_of_another_encoder(
     pipeline: StableDiffusionPipeline, adapters: Sequence[tuple[Adapter, float]], model: str
 ) -> None:
     """A portable adapter was made of what one text encoder makes of words."""
-    made = {a.name: a.metadata.words.text_encoder for a, _ in adapters if a.metadata.words}
+    portable = [adapter for adapter, _ in adapters if adapter.is_portable]
+    made = {a.name: a.metadata.words.text_encoder for a in portable if a.metadata.words}
     found = text_fingerprint(pipeline.text_encoder) if made else None
     for name, digest in made.items():
         if digest is not None and digest != found:

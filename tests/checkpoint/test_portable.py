@@ -125,3 +125,6 @@ def test_another_text_encoder_is_told_of(tmp_path, caplog):
         adapter = Adapter(portable().factors, {"name": "p"} | made)
         load_pipeline(str(folder), [(adapter, 1.0)])
         assert ("another text encoder" in caplog.text) == told
+    caplog.clear()
+    load_pipeline(str(folder), [(adapter_on(adapter, folder), 1.0)])
+    assert not caplog.text  # converted, it can't be made anew from its words
