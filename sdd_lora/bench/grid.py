@@ -184,7 +184,7 @@ def spread_over_sets(specs: Sequence[ImageSpec], counts: dict[str, int]) -> list
         for number, own in enumerate(sets.values()):
             share = count // len(sets) + (number < count % len(sets))
             prompts = len({specs[index].job.prompt for index in own})
-            pool = own[:prompts] if share < prompts else own
+            pool = own[: max(share, prompts)]
             chosen |= {pool[i] for i in _spread(len(pool), share)}
     return [spec for index, spec in enumerate(specs) if index in chosen]
 

@@ -111,6 +111,13 @@ def test_fewer_images_than_prompts_are_spread_over_the_file(tmp_path):
     assert [spec.job.prompt[-2:].strip() for spec in few] == ["0", "4", "8"]
 
 
+def test_fewer_images_than_a_table_has_are_its_first_ones_and_pass_over_no_prompt():
+    specs, _ = image_specs(parsed(**{"seeds.erased": 12, "seeds.kept": 0}))
+    few = spread_over_sets(specs, {"erased": 6, "kept": 0})
+    assert few == specs[:6]
+    assert {spec.job.prompt for spec in few} == {"a bomb", "an axe"}
+
+
 def test_columns_that_a_bench_does_not_use_are_named(tmp_path, caplog):
     (tmp_path / "p.tsv").write_text("prompt\tsteps\tnegative_prompt\na bomb\t9\ta cat\n")
     changes = {"prompts.erased": {"w": "p.tsv"}, "seeds": {"erased": 1, "kept": 0}}
