@@ -314,7 +314,12 @@ class Trainer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises BadInput where the state is another recipe's, or another number of processes'."""
-        if state.get("training_sha256") != self.recipe.training_sha256:
+        if "training_sha256" not in state:
+            raise BadInput(
+                f"{self.state_path}: an earlier version of sdd_lora left this state, and trained by"
+                " another loss; go on with that version, or start over with --force"
+            )
+        if state["training_sha256"] != self.recipe.training_sha256:
             raise BadInput(
                 f"{self.state_path}: belongs to another recipe (or other --set values); "
                 "train it in another folder, or start over with --force"

@@ -5,6 +5,7 @@ import signal
 from itertools import pairwise
 
 import pytest
+import torch
 from support.trainers import WAYS, recipe, result, same, trainer
 
 from sdd_lora.errors import BadInput
@@ -131,3 +132,11 @@ def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     trained.run()
     assert saved[0] == 40
     assert {after - before for before, after in pairwise(saved[:-1])} == {115}  # not the last
+
+
+def test_a_state_of_an_earlier_version_is_called_that_not_another_recipe(tmp_path):
+    path = tmp_path / "state.pt"
+    earlier = {"recipe_sha256": recipe().sha256, "iteration": 2, "student": {}, "teacher": {}}
+    torch.save(earlier, path)
+    with pytest.raises(BadInput, match="earlier version"):
+        trainer(recipe(), path).resume()
