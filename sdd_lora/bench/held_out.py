@@ -17,10 +17,13 @@ def named_nouns(texts: Iterable[str]) -> set[Noun]:
 
 
 def grouping_of(bench: Bench) -> Grouping:
-    """Groups of kept images by whether a recipe that the bench trains names their one noun; no
-    groups where it names all of them, none, or where nothing is trained."""
+    """Groups of kept images by whether a recipe that the bench trains, or UCE's list, names their
+    one noun; no groups where they name all of them, none, or where nothing is trained."""
     recipes = [bench.recipe(name) for name in bench.recipes]
-    named = named_nouns(t for r in recipes for t in (*r.concepts, *r.preserve.prompts))
+    told = [text for r in recipes for text in (*r.concepts, *r.preserve.prompts)]
+    if bench.uce is not None:
+        told += [*bench.uce.concepts, *bench.uce.preserve]
+    named = named_nouns(told)
 
     def groups(record: ImageRecord) -> list[str]:
         nouns = asked_for(record.prompt).nouns

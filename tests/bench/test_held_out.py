@@ -53,6 +53,14 @@ def test_kept_nouns_are_told_apart_by_whether_a_recipe_names_them(bench):
     assert grouping_of(Bench.parse(SMALL))(ImageRecord(**fields | {"kind": "kept"})) == []
 
 
+def test_nouns_that_only_uce_is_told_are_named_ones():
+    group = grouping_of(Bench.parse(SMALL, overrides={"uce": {"preserve": ["cat"]}}))
+    fields = {"method": "sd", "variation": None, "setting": None, "file": "f", "values": {}}
+    fields |= {"kind": "kept", "set": "animals", "seed": 0}
+    cat, dog = (ImageRecord(**fields, prompt=prompt) for prompt in ("a cat", "a dog"))
+    assert (group(cat), group(dog)) == ([NAMED], [NOT_NAMED])
+
+
 def seeds_of_a_card(recipe):
     return range(recipe.measure.seed, recipe.measure.seed + 10_000 * (len(groups()) + 1))
 
