@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.generation import manifest
 from sdd_lora.generation.decoding import decode
-from sdd_lora.generation.methods import METHODS, gated
+from sdd_lora.generation.methods import METHODS, gated, neg
 from sdd_lora.generation.prompt_files import SIDES, is_side
 from sdd_lora.generation.sampling import Job, Sampling
 from sdd_lora.io.atomic import atomic_output, locked
@@ -182,7 +182,7 @@ def _draw_into(
 def parameters_text(job: Job, sampling: Sampling, shape: tuple[int, ...]) -> PngInfo:
     """The text chunk `parameters` of an image (H, W, 3), as A1111 writes and reads it."""
     own = sampling.for_job(job)
-    negative = own.concept if own.method == "neg" else own.negative_prompt
+    negative = neg.negative_prompt(own) if own.method == "neg" else own.negative_prompt
     settings: dict[str, object] = {
         "Steps": own.steps,
         "Sampler": NAMES_IN_A1111[own.scheduler],

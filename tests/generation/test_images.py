@@ -10,7 +10,7 @@ from PIL import Image
 from support.adapters import random_adapter
 
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.generation.images import check_sampling, draw, generate
+from sdd_lora.generation.images import check_sampling, draw, generate, parameters_text
 from sdd_lora.generation.manifest import drawn_in, is_drawn
 from sdd_lora.generation.methods import METHODS
 from sdd_lora.generation.prompt_files import Prompt
@@ -116,6 +116,12 @@ def test_an_image_carries_its_parameters_as_a1111_reads_them(pipeline, tmp_path)
     assert (prompt, negative) == ("a cat, 猫", "Negative prompt: a dog")
     assert settings.startswith("Steps: 1, Sampler: DDIM, CFG scale: 9.0, Seed: 1, Size: 64x64")
     assert second.split("\n")[1].startswith("Steps: 3, ")
+
+
+def test_the_parameters_of_neg_name_all_that_it_guides_away_from():
+    sampling = Sampling(method="neg", concept="bomb")
+    info = parameters_text(Job("a cat", 1, negative_prompt="a dog"), sampling, (64, 64, 3))
+    assert b"Negative prompt: bomb, a dog" in b"".join(chunk[1] for chunk in info.chunks)
 
 
 def test_a_lost_image_is_drawn_again_and_named_once(pipeline, tmp_path):

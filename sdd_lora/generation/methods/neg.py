@@ -16,6 +16,10 @@ def sample(
     sampling: Sampling,
 ) -> torch.Tensor:
     """Latents (B, 4, h, w), one a prompt."""
-    negative = ", ".join(filter(None, (sampling.concept, sampling.negative_prompt)))
-    own = replace(sampling, negative_prompt=negative)
+    own = replace(sampling, negative_prompt=negative_prompt(sampling))
     return sd.sample(pipeline, prompts, generators, own)
+
+
+def negative_prompt(sampling: Sampling) -> str:
+    """The concept, and what is guided away from besides."""
+    return ", ".join(filter(None, (sampling.concept, sampling.negative_prompt)))
