@@ -170,11 +170,12 @@ def _delimiter(text: str, where: str, column: str | None) -> tuple[str, int]:
     if lines[0].lower().startswith("sep=") and len(lines[0].rstrip("\r")) == len("sep=;"):
         return lines[0][len("sep=")], 1
     header = next((line for line in lines if line.strip(" \r" + _DELIMITERS)), "")
-    for delimiter in _DELIMITERS:
+    is_tsv = where.lower().endswith(".tsv")  # of one column there is no tab in the header
+    for delimiter in reversed(_DELIMITERS) if is_tsv else _DELIMITERS:
         names = [name.strip(' "\r') for name in header.split(delimiter)]
         if column in names or any(name.lower() in COLUMNS["text"] for name in names):
             return delimiter, 0
-    return ",", 0
+    return "\t" if is_tsv else ",", 0
 
 
 def _json(text: str, where: str, column: str | None) -> Iterator[_Entry]:

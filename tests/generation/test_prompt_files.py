@@ -116,6 +116,10 @@ def test_columns_stand_between_commas_semicolons_or_tabs(tmp_path, name, text):
     assert read(tmp_path, name, text) == [Prompt("a cat, asleep", 7)]
 
 
+def test_a_tsv_of_one_column_keeps_its_commas(tmp_path):
+    assert read(tmp_path, "a.tsv", "prompt\na cat, asleep\n") == [Prompt("a cat, asleep")]
+
+
 def test_lines_are_counted_behind_a_sep_line(tmp_path):
     with pytest.raises(BadInput, match="line 4: seed"):
         read(tmp_path, "a.csv", "sep=;\nprompt;seed\na;1\nb;x\n")
