@@ -164,6 +164,8 @@ def generate(
     texts = [*map(Prompt, prompt or []), *(read_prompts(prompts, column) if prompts else [])]
     if not texts:
         raise BadInput("no prompt: give --prompt TEXT or --prompts FILE")
+    if column is not None and prompts is None:
+        raise BadInput(f"--column {column}: names a column of --prompts FILE, which is not given")
     from sdd_lora.generation.images import check_sampling
     from sdd_lora.generation.images import generate as draw_images
     from sdd_lora.generation.sampling import Sampling, jobs_of

@@ -101,6 +101,7 @@ def test_after_a_kill_no_image_is_missing_and_none_twice(tmp_path):
         (["--prompt", "x", "--weights", "gone.safetensors"], "gone.safetensors: can't be read"),
         (["--prompt", "x", "--method", "sdd", "--concept", "y"], "expected one of: sd, neg, sld-"),
         (["--prompt", "x", "--method", "sdd-gated", "--concept", "y"], "no adapter to gate"),
+        (["--prompt", "x", "--column", "Wish"], "--column Wish: names a column of --prompts"),
         (["--prompt", "x", "--width", "100"], "a multiple of 8, up to 8192 pixels, found 100"),
         (["--prompt", "x", "--steps", "1000"], "1000 is not in the range 1<=x<=999"),
     ],
