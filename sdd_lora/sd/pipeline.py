@@ -100,7 +100,10 @@ def _check_fit(pipeline: StableDiffusionPipeline, adapter: Adapter, model: str) 
 def _tell_of_another_encoder(
     pipeline: StableDiffusionPipeline, adapters: Sequence[tuple[Adapter, float]], model: str
 ) -> None:
-    """A portable adapter was made of what one text encoder makes of words."""
+    """A portable adapter was made of what one text encoder makes of words. Weights in bf16 have
+    lost the bits that tell which encoder they are."""
+    if pipeline.text_encoder.dtype == torch.bfloat16:
+        return
     portable = [adapter for adapter, _ in adapters if adapter.is_portable]
     made = {a.name: a.metadata.words.text_encoder for a in portable if a.metadata.words}
     found = text_fingerprint(pipeline.text_encoder) if made else None

@@ -129,3 +129,11 @@ def test_another_text_encoder_is_told_of(tmp_path, caplog):
     load_pipeline(str(folder), [(adapter_on(adapter, folder), 1.0)])
     # converted, it can't be made anew from its words
     assert "another text encoder" not in caplog.text
+
+
+def test_drawn_in_bf16_its_own_text_encoder_is_not_called_another(tmp_path, caplog):
+    folder = models.write_folder(tmp_path / "folder")
+    own = text_fingerprint(load_pipeline(str(folder)).text_encoder)
+    adapter = Adapter(portable().factors, {"name": "p", "words": {"text_encoder": own}})
+    load_pipeline(str(folder), [(adapter, 1.0)], dtype=torch.bfloat16)
+    assert "another text encoder" not in caplog.text
