@@ -123,7 +123,8 @@ def merge_parts(folder: Path) -> None:
     """
     path = folder / MANIFEST
     entries = {entry["file"]: entry for entry in _all_entries(folder)}
-    there = sorted(name for name in entries if _is_whole(folder / name))
+    whole = [name for name in entries if _is_whole(folder / name)]
+    there = sorted(whole, key=lambda name: (len(name), name))  # 99999.png before 100000.png
     text = "".join(as_line(entries[name]) for name in there)
     if not path.exists() or path.read_bytes() != text.encode():
         write_text(path, text)

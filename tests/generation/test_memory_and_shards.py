@@ -9,7 +9,7 @@ import torch
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.generation import images as drawing
 from sdd_lora.generation.images import draw, generate
-from sdd_lora.generation.manifest import drawn_in, is_drawn
+from sdd_lora.generation.manifest import as_line, drawn_in, is_drawn, merge_parts
 from sdd_lora.generation.methods import METHODS
 from sdd_lora.generation.sampling import Sampling, jobs_for
 from sdd_lora.io.atomic import locked
@@ -90,3 +90,13 @@ def test_shards_share_a_folder_but_not_with_a_whole_call(pipeline, tmp_path):
             generate(pipeline, JOBS, SAMPLING, tmp_path, {})
     with locked(tmp_path), pytest.raises(BadInput, match="another process"):
         generate(pipeline, JOBS, SAMPLING, tmp_path, {}, Shard(2, 5))
+
+
+def test_a_manifest_of_more_than_99999_images_keeps_the_jobs_order(tmp_path):
+    names = ["99999.png", "100000.png"]
+    entries = [{"file": name, "prompt": "a cat", "seed": 1} for name in names]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "manifest.jsonl").write_text("".join(map(as_line, reversed(entries))))
+    merge_parts(tmp_path)
+    assert list(map(json.loads, (tmp_path / "manifest.jsonl").open())) == entries
