@@ -60,7 +60,11 @@ def measure(
         if not before_after.wanted(recipe):
             raise BadInput(f"{recipe.name}: expected a recipe that names prompts to measure with")
         before_after.check(recipe)
-        made_by = {"measured_by": recipe.name, "measured_on": recipe.model}
+        made_by = {
+            "measured_by": recipe.name,
+            "measured_on": recipe.model,
+            "measured_with": recipe.measure.model_dump(mode="json", exclude={"prompts"}),
+        }
         with replacement(folder) as place:
             finish_adapter(adapter, place, recipe, made_by, training={})
         return read_metrics(folder)

@@ -89,3 +89,14 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(folder, arguments, message)
     done = measure(folder, *arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not (folder / "out").exists()
+
+
+def test_metrics_say_how_an_adapter_was_measured(folder, monkeypatch):
+    arguments = ["measure", "a.safetensors", "--recipe", "r.yaml", "-o", "out"]
+    arguments += ["--precision", "bf16", "--set", "measure.steps=2"]
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    told = json.loads((folder / "out" / "metrics.json").read_text())["measured_with"]
+    expected = {"precision": "bf16", "steps": 2, "detector": "judge", "images": 2}
+    assert expected.items() <= told.items() and "prompts" not in told
