@@ -239,9 +239,12 @@ class Weights:
         path = locate(model)
         out = self.cache / "baked" / (key if path.is_dir() else f"{key}.safetensors")
         state = processes()
-        if not out.exists() and state.is_main_process:
+        while not out.exists() and state.is_main_process:
             out.parent.mkdir(parents=True, exist_ok=True)
-            bake(model, parts, out)
+            try:
+                bake(model, parts, out)
+            except Busy:  # another shard bakes it
+                time.sleep(_LOOK_AGAIN_S)
         state.wait_for_everyone()
         return out
 

@@ -3,10 +3,15 @@
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 
+from support.adapters import random_adapter
 from support.benches import SMALL, images_of, never_train, parsed, ran, same
 
+from sdd_lora.bench import methods
+from sdd_lora.bench.methods import Weights
 from sdd_lora.bench.run import draw_shard
+from sdd_lora.io.atomic import locked
 from sdd_lora.io.distributed import Shard
 
 
@@ -21,6 +26,29 @@ def test_shards_fill_one_folder_and_the_last_call_measures(small, tmp_path):
     ]
     ours, theirs = images_of(tmp_path), images_of(small[0])
     assert all(same(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_shard_waits_for_the_model_that_another_one_bakes(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDD_LORA_CACHE", str(tmp_path))
+    bake, parts = methods.bake, [(random_adapter(strength=0.1), 1.0)]
+
+    def wait(seconds):
+        monkeypatch.setattr(methods, "bake", bake)
+        lock.close()
+
+    (tmp_path / "baked").mkdir()
+    lock = ExitStack()
+
+    def bake_beside_another(model, adapters, out):
+        temporary = out.with_name(f".{out.name}.tmp")
+        temporary.mkdir()
+        lock.enter_context(locked(temporary))
+        return bake(model, adapters, out)
+
+    monkeypatch.setattr(methods, "bake", bake_beside_another)
+    monkeypatch.setattr(methods.time, "sleep", wait)
+    baked = Weights(parsed(), never_train).baked("demo", parts)
+    assert (baked / "unet").is_dir()
 
 
 def test_torchruns_processes_share_the_drawing(tmp_path):
