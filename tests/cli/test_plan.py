@@ -61,7 +61,7 @@ def test_a_hundred_concepts_are_counted_once_and_planned_as_each_is_alone(recipe
     assert plans["one"] == alone
     assert plans["n99"]["bytes"] == alone["bytes"]
     assert plans["n99"]["unet_passes"] == 99 * alone["unet_passes"]
-    assert plans["kept"]["unet_passes"] == alone["unet_passes"] + 2 * 4 * 1500
+    assert plans["kept"]["unet_passes"] == alone["unet_passes"] + (2 + 2) * 4 * 1500
     assert plans["kept"]["bytes"]["total"] > alone["bytes"]["total"]
     assert found["sum"]["recipes"] == 101
 
