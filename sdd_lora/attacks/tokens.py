@@ -8,6 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdd_lora.sd.prompts import tokenize
+
 _END_OF_WORD = "</w>"
 
 
@@ -28,14 +30,7 @@ def plain_words(tokenizer: CLIPTokenizer, without: Sequence[str] = ()) -> list[s
 
 def token_ids(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> torch.Tensor:
     """Tokens (B, 77) as the pipeline reads them."""
-    tokenizer = pipeline.tokenizer
-    return tokenizer(
-        list(prompts),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids.to(pipeline.device)
+    return tokenize(prompts, pipeline.tokenizer).to(pipeline.device)
 
 
 def encoded(pipeline: StableDiffusionPipeline, ids: torch.Tensor) -> torch.Tensor:

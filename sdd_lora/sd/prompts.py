@@ -39,6 +39,18 @@ def join_concepts(concepts: Sequence[str], tokenizer: CLIPTokenizer) -> list[str
     return joined
 
 
+def tokenize(texts: Sequence[str], tokenizer: CLIPTokenizer) -> torch.Tensor:
+    """Tokens (N, 77) of prompts, int64, padded, and cut off where a prompt is longer."""
+    tokens: torch.Tensor = tokenizer(
+        list(texts),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
+    return tokens
+
+
 @torch.no_grad()
 def embed(
     texts: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel
@@ -50,14 +62,8 @@ def embed(
     for text in texts:
         if lost := cut_off(tokenizer, text):
             warn(f"prompt over {tokenizer.model_max_length} tokens: not read: {lost!r}")
-    tokens = tokenizer(
-        list(texts),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids
-    embeddings = text_encoder(tokens.to(text_encoder.device)).last_hidden_state.float()
+    tokens = tokenize(texts, tokenizer).to(text_encoder.device)
+    embeddings = text_encoder(tokens).last_hidden_state.float()
     if not torch.isfinite(embeddings).all():
         raise BadInput("the text encoder's output is not finite: its weights are damaged")
     return embeddings

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdd_lora.io.atomic import atomic_output
 from sdd_lora.io.safetensors import serialize
+from sdd_lora.sd.prompts import tokenize
 
 _KEYS_AND_VALUES = (".attn2.to_k.weight", ".attn2.to_v.weight")
 
@@ -38,13 +39,7 @@ def edited(
 def last_subject_tokens(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
     """Embeddings (n, d) of each text's last word's last token; ∅'s is its first end token."""
     tokenizer = pipeline.tokenizer
-    ids = tokenizer(
-        list(texts),
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    ).input_ids.to(pipeline.device)
+    ids = tokenize(texts, tokenizer).to(pipeline.device)
     hidden = pipeline.text_encoder(ids).last_hidden_state  # (n, 77, d)
     ends = (ids == tokenizer.eos_token_id).int().argmax(1)
     places = [
