@@ -38,7 +38,15 @@ def inspect(
 
 
 def _inspected(path: Path, norms: bool) -> dict[str, Any]:
-    from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
+    from sdd_lora.adapter.adapter import adapter_file
+
+    path, is_adapter = _found(path)
+    return _adapter_data(adapter_file(path), norms) if is_adapter else _checkpoint_data(path, norms)
+
+
+def _found(path: Path) -> tuple[Path, bool]:
+    """Where a file or folder lies, and whether it is an adapter; else it is taken for a model."""
+    from sdd_lora.adapter.adapter import is_adapter_folder
     from sdd_lora.adapter.formats import looks_like_adapter
     from sdd_lora.checkpoint.journal import require_no_journal
     from sdd_lora.checkpoint.layout import read_any_header
@@ -47,10 +55,8 @@ def _inspected(path: Path, norms: bool) -> dict[str, Any]:
     path = locate_file(path)
     require_no_journal(path)
     if path.is_dir():
-        is_adapter = is_adapter_folder(path)
-    else:
-        is_adapter = looks_like_adapter(read_any_header(path).tensors)
-    return _adapter_data(adapter_file(path), norms) if is_adapter else _checkpoint_data(path, norms)
+        return path, is_adapter_folder(path)
+    return path, looks_like_adapter(read_any_header(path).tensors)
 
 
 def _adapter_data(path: Path, norms: bool) -> dict[str, Any]:
@@ -174,18 +180,9 @@ def verify(
 
         sdd-lora verify safe.safetensors --adapter weapons.safetensors --base model.safetensors
     """
-    from sdd_lora.adapter.adapter import adapter_file, is_adapter_folder
-    from sdd_lora.adapter.formats import looks_like_adapter
-    from sdd_lora.checkpoint.journal import require_no_journal
-    from sdd_lora.checkpoint.layout import read_any_header
-    from sdd_lora.checkpoint.locate import locate_file
+    from sdd_lora.adapter.adapter import adapter_file
 
-    file = locate_file(file)
-    require_no_journal(file)
-    if file.is_dir():
-        is_adapter = is_adapter_folder(file)
-    else:
-        is_adapter = looks_like_adapter(read_any_header(file).tensors)
+    file, is_adapter = _found(file)
     if not is_adapter:
         if model is not None:
             raise BadInput("--model goes with an adapter; a checkpoint takes --adapter")
