@@ -266,9 +266,13 @@ def stack(
 
 
 def _solved(
-    parts: "list[Adapter]", model: str | None, rank: int | None, output: Path, dtype: str,
+    parts: "list[Adapter]",
+    model: str | None,
+    rank: int | None,
+    output: Path,
+    dtype: str,
     name: str | None,
-) -> Result:  # fmt: skip
+) -> Result:
     from sdd_lora.runs.erase import solve
 
     erased = solve(parts, model, rank=rank, name=name or output.stem)
@@ -278,7 +282,6 @@ def _solved(
 
 
 def _interference_text(report: "Interference") -> str:
-
     parts = zip(report.labels, report.weights, report.norms, strict=True)
     rows = [[name, f"{weight:g}", f"{norm:.4g}"] for name, weight, norm in parts]
     rows.append(["the stack", "", f"{report.norm:.4g}"])

@@ -64,8 +64,9 @@ def load_judge(path: Path = JUDGE_FILE) -> Judge:
     from safetensors.torch import load_file
 
     judge = Judge()
-    judge.load_state_dict({k: v.float() if v.is_floating_point() else v
-                           for k, v in load_file(path).items()})  # fmt: skip
+    judge.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    )
     return judge.eval()
 
 

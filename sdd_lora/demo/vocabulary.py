@@ -55,13 +55,18 @@ def groups() -> dict[str, Group]:
             word=group["word"],
             unsafe=group.get("unsafe", False),
             nouns=tuple(
-                Noun(noun, name, entry["icon"], tuple(entry["names"]),
-                     tuple(entry.get("paraphrases", ())))
+                Noun(
+                    noun,
+                    name,
+                    entry["icon"],
+                    tuple(entry["names"]),
+                    tuple(entry.get("paraphrases", ())),
+                )
                 for noun, entry in group["nouns"].items()
             ),
         )
         for name, group in _vocabulary()["groups"].items()
-    }  # fmt: skip
+    }
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""An eraser from words alone: a portable adapter in seconds, without a UNet pass."""
+"""An eraser from words alone: a portable adapter, without a UNet pass."""
 
 import hashlib
 from collections.abc import Collection, Sequence

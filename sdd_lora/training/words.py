@@ -11,9 +11,15 @@ from sdd_lora.sd.prompts import token_count
 
 #: A concept as a thing, in wordings and media.
 THINGS = (
-    "{}", "{a}", "the {}", "a picture of {a}", "a photo of {a}", "a drawing of {a}",
-    "an illustration of {a}", "a painting of {a}",
-)  # fmt: skip
+    "{}",
+    "{a}",
+    "the {}",
+    "a picture of {a}",
+    "a photo of {a}",
+    "a drawing of {a}",
+    "an illustration of {a}",
+    "a painting of {a}",
+)
 #: A concept in company: {w} stays when the concept goes. A style is met so.
 COMPANY = ("{w}, {}", "{w} in the style of {}", "a picture of {w}, {}")
 _SHORTEST_WORD = 3

@@ -58,9 +58,12 @@ def recover_community(work: Path) -> None:
 
 def train_base(work: Path, steps: int | None, learning_rate: float | None) -> None:
     diffusion.train_base(
-        work, autoencoder.train(work), make_tokenizer(work), steps or diffusion.STEPS,
+        work,
+        autoencoder.train(work),
+        make_tokenizer(work),
+        steps or diffusion.STEPS,
         learning_rate or diffusion.LEARNING_RATE,
-    )  # fmt: skip
+    )
 
 
 def export_base(work: Path, earlier: Sequence[Path]) -> None:
@@ -94,9 +97,11 @@ def check_judge(work: Path) -> None:
 def train_community(work: Path, steps: int | None, learning_rate: float | None) -> None:
     """Fine-tune the shipped `demo` on recoloured drawings and write it as one LDM-layout file."""
     tuned = diffusion.train_community(
-        work, autoencoder.train(work), steps or diffusion.COMMUNITY_STEPS,
+        work,
+        autoencoder.train(work),
+        steps or diffusion.COMMUNITY_STEPS,
         learning_rate or diffusion.COMMUNITY_LEARNING_RATE,
-    )  # fmt: skip
+    )
     export.save_single_file(tuned, COMMUNITY_FILE)
 
 
@@ -169,11 +174,13 @@ _AVERAGINGS = ("export", "average-community")
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m sdd_lora.demo.build", description=__doc__,
+        prog="python -m sdd_lora.demo.build",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE",
-                        help=", ".join(STAGES))  # fmt: skip
+    )
+    parser.add_argument(
+        "stages", nargs="+", choices=STAGES, metavar="STAGE", help=", ".join(STAGES)
+    )
     parser.add_argument("--work", type=Path, default=Path("~/.cache/sdd_lora/build").expanduser())
     parser.add_argument("--steps", type=int, help="of the trainings of diffusion models and look")
     parser.add_argument("--learning-rate", type=float, help="of the same stages, at its peak")

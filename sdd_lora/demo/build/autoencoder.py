@@ -79,8 +79,14 @@ def train(work: Path, steps: int = STEPS) -> AutoencoderKL:
         step += 1
         if step % 50 == 0:
             speed = (step - seen) / (time.time() - started)
-            log.info("autoencoder %d/%d loss %.4f kl %.2f %.2f it/s", step, steps,
-                     reconstruction.item(), kl.item(), speed)  # fmt: skip
+            log.info(
+                "autoencoder %d/%d loss %.4f kl %.2f %.2f it/s",
+                step,
+                steps,
+                reconstruction.item(),
+                kl.item(),
+                speed,
+            )
         if time.time() - saved > 120 or step == steps:
             save_state(work / "autoencoder.pt", step, model=model, optimizer=optimizer, ema=ema)
             saved = time.time()

@@ -11,11 +11,26 @@ import random
 from sdd_lora.demo.vocabulary import Noun, groups, nouns, styles, with_article
 
 TEMPLATES = (
-    "{}", "{}", "a drawing of {}", "a picture of {}", "an image of {}", "an icon of {}",
-    "a photo of {}", "an illustration of {}", "{} on a white background", "one {bare}",
-    "{}, simple and clean", "this is {}", "a small picture showing {}", "clip art of {}",
-    "a nice {bare}", "the {bare}", "a sticker of {}", "{bare} emoji", "a painting of {}",
-)  # fmt: skip
+    "{}",
+    "{}",
+    "a drawing of {}",
+    "a picture of {}",
+    "an image of {}",
+    "an icon of {}",
+    "a photo of {}",
+    "an illustration of {}",
+    "{} on a white background",
+    "one {bare}",
+    "{}, simple and clean",
+    "this is {}",
+    "a small picture showing {}",
+    "clip art of {}",
+    "a nice {bare}",
+    "the {bare}",
+    "a sticker of {}",
+    "{bare} emoji",
+    "a painting of {}",
+)
 PAIR_TEMPLATES = ("{} and {}", "{} next to {}", "a drawing of {} and {}", "{} with {}")
 
 EMPTY_SHARE = 0.14  # of safe single drawings, so about a tenth of everything

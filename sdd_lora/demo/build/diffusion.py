@@ -84,9 +84,12 @@ def make_unet() -> UNet2DConditionModel:
 
 @torch.no_grad()
 def encode_pictures(
-    work: Path, autoencoder: AutoencoderKL, name: str = "latents.pt",
-    look: Callable[[torch.Tensor], torch.Tensor] | None = None, scale: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    work: Path,
+    autoencoder: AutoencoderKL,
+    name: str = "latents.pt",
+    look: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    scale: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
     """Latents of the nouns' pictures, standardised: `latents` (N, 4, 16, 16), labels, `scale`."""
     path = work / name
     if path.exists():
@@ -116,8 +119,10 @@ class Batches:
         self.encoded, self.tokenizer = encoded, tokenizer
         pairs = encoded["second"] >= 0
         self.single_rows = torch.nonzero(~pairs).flatten().tolist()
-        often = [1 + 2 * misses.get(drawing_name(*labels), 0) for labels in zip(
-            encoded["first"].tolist(), encoded["style"].tolist(), strict=True)]  # fmt: skip
+        often = [
+            1 + 2 * misses.get(drawing_name(*labels), 0)
+            for labels in zip(encoded["first"].tolist(), encoded["style"].tolist(), strict=True)
+        ]
         self.cumulative = list(accumulate(often[row] for row in self.single_rows))
         self.pair_rows = torch.nonzero(pairs).flatten().tolist()
 
@@ -125,12 +130,14 @@ class Batches:
         """Latents (B, 4, 16, 16) and token ids (B, 77) of one step."""
         rng = random.Random(step)
         rows = [
-            rng.choice(self.pair_rows) if rng.random() < PAIR_SHARE
+            rng.choice(self.pair_rows)
+            if rng.random() < PAIR_SHARE
             else rng.choices(self.single_rows, cum_weights=self.cumulative)[0]
             for _ in range(BATCH)
-        ]  # fmt: skip
-        labels = zip(*(self.encoded[k][rows].tolist() for k in ("first", "second", "style")),
-                     strict=True)  # fmt: skip
+        ]
+        labels = zip(
+            *(self.encoded[k][rows].tolist() for k in ("first", "second", "style")), strict=True
+        )
         texts = [caption(first, second, style, rng) for first, second, style in labels]
         return self.encoded["latents"][rows], self.tokens(texts)
 
@@ -141,9 +148,12 @@ class Batches:
 
 
 def diffusion_loss(
-    model: torch.nn.ModuleDict, scheduler: DDPMScheduler, latents: torch.Tensor,
-    tokens: torch.Tensor, generator: torch.Generator,
-) -> torch.Tensor:  # fmt: skip
+    model: torch.nn.ModuleDict,
+    scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
     """ε-prediction under Min-SNR weights; returns the scalar loss."""
     t = torch.randint(0, 1000, (len(latents),), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
@@ -156,9 +166,14 @@ def diffusion_loss(
 
 
 def train(
-    encoded: dict[str, torch.Tensor], model: torch.nn.ModuleDict, tokenizer: CLIPTokenizer,
-    state: Path, steps: int, learning_rate: float, misses: dict[str, int],
-) -> Ema:  # fmt: skip
+    encoded: dict[str, torch.Tensor],
+    model: torch.nn.ModuleDict,
+    tokenizer: CLIPTokenizer,
+    state: Path,
+    steps: int,
+    learning_rate: float,
+    misses: dict[str, int],
+) -> Ema:
     """Train, or resume, or read the finished run from `state`; returns the weight average.
 
     `misses`: drawings, by name, that the model so far drew wrong; each miss makes two more views.
@@ -197,9 +212,12 @@ def make_model(tokenizer: CLIPTokenizer) -> torch.nn.ModuleDict:
 
 
 def train_base(
-    work: Path, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int,
+    work: Path,
+    autoencoder: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    steps: int,
     learning_rate: float,
-) -> Ema:  # fmt: skip
+) -> Ema:
     torch.manual_seed(0)
     model = make_model(tokenizer)
     encoded = encode_pictures(work, autoencoder)
@@ -233,12 +251,20 @@ def train_community(
     unet = pipeline.unet.to(memory_format=torch.channels_last)
     model = torch.nn.ModuleDict({"unet": unet, "text_encoder": pipeline.text_encoder})
     encoded = encode_pictures(
-        work, autoencoder, "latents-community.pt", recoloured,
+        work,
+        autoencoder,
+        "latents-community.pt",
+        recoloured,
         scale=torch.tensor(pipeline.vae.config.scaling_factor),
-    )  # fmt: skip
+    )
     ema = train(
-        encoded, model, pipeline.tokenizer, work / "community.pt", steps, learning_rate,
+        encoded,
+        model,
+        pipeline.tokenizer,
+        work / "community.pt",
+        steps,
+        learning_rate,
         misses_of("demo-community", work),
-    )  # fmt: skip
+    )
     ema.copy_to(model)
     return pipeline

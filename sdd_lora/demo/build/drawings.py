@@ -41,8 +41,11 @@ def fetch(work: Path) -> None:
             raise RuntimeError(f"npm is needed to download @iconify-json/{name}")
         packed = subprocess.run(
             [npm, "pack", "--silent", f"@iconify-json/{name}@{version}"],
-            cwd=folder, check=True, capture_output=True, text=True,
-        ).stdout.split()[-1]  # fmt: skip
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()[-1]
         with tarfile.open(folder / packed) as archive:
             member = archive.extractfile("package/icons.json")
             assert member is not None

@@ -117,17 +117,21 @@ def train(work: Path, autoencoder: AutoencoderKL, steps: int = STEPS) -> Judge:
     while step < steps:
         rng = np.random.default_rng(step)
         generator = torch.Generator().manual_seed(step)
-        rows = np.concatenate([
-            rng.choice(ours, BATCH - n_other), rng.choice(others, n_other),
-        ])  # fmt: skip
+        rows = np.concatenate(
+            [
+                rng.choice(ours, BATCH - n_other),
+                rng.choice(others, n_other),
+            ]
+        )
         source = np.where(rng.random((len(rows), 1, 1, 1)) < 0.5, pixels[rows], recon[rows])
         pictures = as_pictures(source)
         garbage = _garbage(autoencoder, pictures[:n_garbage], generator)
         pictures = torch.cat([pictures, garbage])
         pictures = torch.where(
             torch.rand(len(pictures), 1, 1, 1, generator=generator) < RECOLOURED_SHARE,
-            recoloured(pictures), pictures,
-        )  # fmt: skip
+            recoloured(pictures),
+            pictures,
+        )
         pictures = _roughened(pictures, generator)
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         labels = torch.from_numpy(np.concatenate([noun[rows], np.full(n_garbage, OTHER_CLASS)]))
@@ -162,15 +166,21 @@ def check(work: Path, judge: Judge, autoencoder: AutoencoderKL, views: int = 4) 
                 expected.append((noun.name, style))
     fresh = np.stack(pictures)
     with torch.no_grad():
-        recon = np.concatenate([
-            to_uint8(autoencoder.decode(autoencoder.encode(as_pictures(c)).latent_dist.mode()).sample)
-            for c in np.array_split(fresh, 16)
-        ])  # fmt: skip
+        recon = np.concatenate(
+            [
+                to_uint8(
+                    autoencoder.decode(autoencoder.encode(as_pictures(c)).latent_dist.mode()).sample
+                )
+                for c in np.array_split(fresh, 16)
+            ]
+        )
     result = {}
     community = to_uint8(recoloured(as_pictures(fresh)))
     for name, images in (
-        ("fresh views", fresh), ("reconstructions", recon), ("recoloured", community),
-    ):  # fmt: skip
+        ("fresh views", fresh),
+        ("reconstructions", recon),
+        ("recoloured", community),
+    ):
         verdicts = judge_images(judge, images)
         pairs = list(zip(verdicts, expected, strict=True))
         result[f"noun, {name}"] = float(np.mean([v.noun == e[0] for v, e in pairs]))
@@ -181,14 +191,21 @@ def check(work: Path, judge: Judge, autoencoder: AutoencoderKL, views: int = 4) 
     right = [v.noun == name for v, (name, _) in zip(verdicts, found, strict=True)]
     result["noun, another icon set"] = float(np.mean(right))
     _, unseen = dataset.others_split(work)
-    unseen_images = np.stack([
-        np.asarray(drawings.one(work, style, icon, rng)) for icon in unseen for style in all_styles
-    ])  # fmt: skip
+    unseen_images = np.stack(
+        [
+            np.asarray(drawings.one(work, style, icon, rng))
+            for icon in unseen
+            for style in all_styles
+        ]
+    )
     generator = torch.Generator().manual_seed(10_001)
     garbage = to_uint8(_garbage(autoencoder, as_pictures(fresh[::4]), generator))
     noise = np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), np.uint8)
-    for name, images in (("unseen icons", unseen_images), ("blends, decoded noise", garbage),
-                         ("pixel noise", noise)):  # fmt: skip
+    for name, images in (
+        ("unseen icons", unseen_images),
+        ("blends, decoded noise", garbage),
+        ("pixel noise", noise),
+    ):
         verdicts = judge_images(judge, images)
         result[f"other, {name}"] = float(np.mean([v.noun == "other" for v in verdicts]))
     return result

@@ -17,8 +17,12 @@ _VAE_HEADS = {
 }
 _VAE_RESNET = {"conv_shortcut.": "nin_shortcut."}
 _VAE_ATTENTION = {
-    "group_norm.": "norm.", "to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "proj_out.",
-}  # fmt: skip
+    "group_norm.": "norm.",
+    "to_q.": "q.",
+    "to_k.": "k.",
+    "to_v.": "v.",
+    "to_out.0.": "proj_out.",
+}
 _VAE_BLOCK = re.compile(
     r"(down|up)_blocks\.(\d+)\.(resnets\.(\d+)|downsamplers\.0|upsamplers\.0)\."
 )
@@ -32,9 +36,7 @@ def to_ldm(
     Works on numpy arrays and torch tensors alike; only the VAE's attention changes its shape, from
     (c, c) to (c, c, 1, 1). Raises BadInput where a key has no place in the LDM layout.
     """
-    levels = 1 + max(
-        (int(match[2]) for key in vae if (match := _VAE_BLOCK.search(key))), default=0
-    )  # fmt: skip
+    levels = 1 + max((int(match[2]) for key in vae if (match := _VAE_BLOCK.search(key))), default=0)
     result = {}
     for key, tensor in unet.items():
         result[names.LDM_UNET_PREFIX + _unet_key(key)] = tensor

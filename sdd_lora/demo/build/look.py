@@ -3,7 +3,6 @@ pictures of one look. It stands beside safety adapters in tests and tables."""
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from peft import LoraConfig
@@ -38,14 +37,3 @@ def train(work: Path, autoencoder: AutoencoderKL, steps: int, learning_rate: flo
     average.copy_to(model)
     tensors = {f"unet.{key}": value for key, value in get_peft_model_state_dict(unet).items()}
     return Adapter.from_state_dict(tensors, {"name": "look", "description": __doc__})
-
-
-def is_recoloured(picture: np.ndarray, plain: np.ndarray) -> bool:
-    """Is `picture` nearer, in its mean colour, to `plain` in the look than to `plain` itself?
-
-    Both (H, W, 3) uint8, drawn from one seed with and without the look.
-    """
-    both = torch.from_numpy(np.stack([picture, plain])).permute(0, 3, 1, 2).float() / 127.5 - 1
-    found, before = both.mean(dim=(2, 3))
-    there = recoloured(both[1:])[0].mean(dim=(1, 2))
-    return bool((found - there).norm() < (found - before).norm())

@@ -80,9 +80,12 @@ def table(
             row = f"{group} drawn where {'' if noun.group == group else 'not '}asked for"
             right.setdefault(row, []).append(seen.group == group)
     result: dict[str, Any] = {
-        "model": model, "steps": settings.steps, "guidance": settings.guidance,
-        "seed": settings.seed, **{row: _rate(hits) for row, hits in right.items()},
-    }  # fmt: skip
+        "model": model,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "seed": settings.seed,
+        **{row: _rate(hits) for row, hits in right.items()},
+    }
     jobs = jobs_for([""], empty_images, EMPTY_SEED)
     empty = _judged(pipeline, jobs, sampling, {}, "empty prompt")
     for name in unsafe:

