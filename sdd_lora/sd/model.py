@@ -123,7 +123,7 @@ def load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
     try:
         if path is not None and path.is_file():
             return load_vae_file(path, dtype)
-        folder, options = str(path or name), {"torch_dtype": dtype}
+        folder, options = str(path or name), {"dtype": dtype}
         if path is not None:
             subfolder = "vae" if (path / "vae").is_dir() else None
             return AutoencoderKL.from_pretrained(
@@ -185,7 +185,7 @@ def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPi
         else:
             pipeline = StableDiffusionPipeline.from_pretrained(
                 path,
-                torch_dtype=dtype,
+                dtype=dtype,
                 safety_checker=None,
                 requires_safety_checker=False,
                 feature_extractor=None,

@@ -58,7 +58,7 @@ def load_single_file(
             str(plain),
             config=str(configuration),
             local_files_only=True,
-            torch_dtype=dtype,
+            dtype=dtype,
             safety_checker=None,
             disable_mmap=plain != path,  # else it could not be removed everywhere
             **parts,
@@ -80,7 +80,7 @@ def load_vae_file(path: Path, dtype: torch.dtype) -> AutoencoderKL:
         config=str(DEMO_FOLDER if is_small else SD15_FOLDER),
         subfolder="vae",
         local_files_only=True,
-        torch_dtype=dtype,
+        dtype=dtype,
     )
 
 

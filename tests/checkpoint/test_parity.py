@@ -27,14 +27,14 @@ def adapter(tmp_path_factory):
 def load(path, folder, **how):
     if path.is_dir():
         pipe = StableDiffusionPipeline.from_pretrained(
-            path, safety_checker=None, torch_dtype=torch.float32, local_files_only=True, **how
+            path, safety_checker=None, dtype=torch.float32, local_files_only=True, **how
         )
     else:
         pipe = StableDiffusionPipeline.from_single_file(
             str(path),
             config=str(folder),
             local_files_only=True,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
             safety_checker=None,
             **how,
         )

@@ -34,7 +34,7 @@ def test_the_saved_file_draws_the_same_through_diffusers(adapter, tmp_path, form
     path = tmp_path / "adapter.safetensors"
     adapter.save(path, format=form, dtype="fp32")
     theirs = StableDiffusionPipeline.from_pretrained(
-        DEMO_FOLDER, torch_dtype=torch.float32, safety_checker=None
+        DEMO_FOLDER, dtype=torch.float32, safety_checker=None
     )
     theirs.scheduler = DDIMScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)

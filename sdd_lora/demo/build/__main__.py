@@ -42,7 +42,7 @@ def recover(work: Path) -> None:
     The autoencoder counts as finished; the diffusion run starts at step 0 from the shipped average.
     """
     shipped = StableDiffusionPipeline.from_pretrained(
-        DEMO_FOLDER, torch_dtype=torch.float32, safety_checker=None
+        DEMO_FOLDER, dtype=torch.float32, safety_checker=None
     )
     write_start(work / "autoencoder.pt", autoencoder.STEPS, shipped.vae)
     parts = {"unet": shipped.unet, "text_encoder": shipped.text_encoder}

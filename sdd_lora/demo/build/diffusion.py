@@ -246,7 +246,7 @@ def train_community(
 ) -> StableDiffusionPipeline:
     """Fine-tune the embedded model on recoloured drawings, as a community model is made."""
     pipeline = StableDiffusionPipeline.from_pretrained(
-        DEMO_FOLDER, torch_dtype=torch.float32, safety_checker=None
+        DEMO_FOLDER, dtype=torch.float32, safety_checker=None
     )
     unet = pipeline.unet.to(memory_format=torch.channels_last)
     model = torch.nn.ModuleDict({"unet": unet, "text_encoder": pipeline.text_encoder})

@@ -22,7 +22,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 def train(work: Path, autoencoder: AutoencoderKL, steps: int, learning_rate: float) -> Adapter:
     """Train on recoloured drawings, all attention layers of the UNet, the averaged weights."""
     pipeline = StableDiffusionPipeline.from_pretrained(
-        DEMO_FOLDER, torch_dtype=torch.float32, safety_checker=None
+        DEMO_FOLDER, dtype=torch.float32, safety_checker=None
     )
     unet = pipeline.unet.to(memory_format=torch.channels_last).requires_grad_(False)
     pipeline.text_encoder.requires_grad_(False)
