@@ -14,7 +14,7 @@ from sdd_lora.adapter.inspect import describe_adapter
 from sdd_lora.adapter.loaders import verdicts
 from sdd_lora.checkpoint.describe import open_sd1
 from sdd_lora.checkpoint.locate import locate
-from sdd_lora.checkpoint.plan import misfits
+from sdd_lora.checkpoint.plan import misfits_of
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import before_after
@@ -89,7 +89,7 @@ def test_each_is_sound_complete_and_as_its_metrics_say(folder):
     assert sha256_of(path) == metrics["adapter"]["sha256"]
     adapter = Adapter.load(path)
     assert adapter.metadata["measures"] == metrics["measures"]
-    assert misfits(open_sd1(locate("demo")), [(adapter, 1.0)]) == []
+    assert misfits_of(open_sd1(locate("demo")), [(adapter, 1.0)]) == []
     loads = {v.loader: v.loads for v in verdicts(describe_adapter(path))}
     assert loads["diffusers"]
     assert not loads["A1111"], "of the embedded model's size, it fits no Stable Diffusion 1.5"
@@ -117,7 +117,7 @@ def test_weapons_measured_again():
     overrides = {"measure.images": 16, "measure.seed": 7_000_000, "measure.prompts.kept": []}
     recipe = Recipe.load(ADAPTERS / "demo" / "weapons" / "recipe.yaml", overrides)
     adapter = Adapter.load(ADAPTERS / "demo" / "weapons")
-    row = before_after.measure(recipe, adapter, "demo").rows[0]
+    row = before_after.measure_before_after(recipe, adapter, "demo").rows[0]
     assert (row.name, row.group, row.n) == ("concept drawn", "weapons", 16)
     assert row.before >= 0.7 and row.after <= 0.2
 

@@ -10,7 +10,7 @@ import pytest
 from sdd_lora.bench import text
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.report import best_that_keeps
-from sdd_lora.bench.results import ALL, Results, find
+from sdd_lora.bench.results import ALL, Results, find_row
 from sdd_lora.bench.text import percent
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ def table(folder: Path) -> list[str]:
 
 
 def _lost(results: Results, method: str) -> str:
-    row = find(results.rows, method, "noun kept", ALL)
+    row = find_row(results.rows, method, "noun kept", ALL)
     if row is None or row.difference is None:
         return "–"
     low, high = row.ci95_difference
@@ -60,7 +60,7 @@ def test_each_is_the_whole_table_of_its_bench(folder):
     assert {v.name for v in results.variations} == set(bench.variations)
     assert {row.attack for row in results.attacks} == set(bench.attacks.chosen)
     for method in bench.methods:
-        row = find(results.rows, method, "concept drawn", ALL)
+        row = find_row(results.rows, method, "concept drawn", ALL)
         assert row.n == bench.seeds.erased
     assert results.sampling == bench.sampling.model_dump(exclude={"batch"})
     assert Bench.load(folder / "bench.yaml").sha256_of_images == bench.sha256_of_images

@@ -8,7 +8,7 @@ from support.recipe_reference import README, renewed
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.strict_yaml import parse_override
-from sdd_lora.recipe import Recipe, Rollout
+from sdd_lora.recipe import Recipe, RolloutSettings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 #: of rollout: the earlier names, and those of now
@@ -183,7 +183,7 @@ def test_a_problem_under_an_earlier_name_has_its_line():
 def test_a_preset_is_applied_in_python_as_in_a_file():
     fields = {"name": "mine", "model": "demo", "concepts": ["bomb"], "preset": "demo"}
     assert Recipe(**fields) == Recipe.parse(MINIMAL + "preset: demo\n")
-    changed = Recipe(**fields, rollout=Rollout(steps=7), objective={"kind": "esd-x"})
+    changed = Recipe(**fields, rollout=RolloutSettings(steps=7), objective={"kind": "esd-x"})
     assert changed == Recipe.parse(
         MINIMAL + "preset: demo\nrollout: {steps: 7}\nobjective: {kind: esd-x}\n"
     )

@@ -65,7 +65,7 @@ class Adapter:
         Raises BadInput, in one line, where there is none, or it is broken, or of another family.
         """
         path = adapter_file(path)
-        tensors, header, data_hash = _read(path)
+        tensors, header, data_hash = _read_file(path)
         try:
             factors = formats.decode_factors(tensors, header, path)
             metadata = Metadata.from_header(header, data_hash)
@@ -269,7 +269,7 @@ def stored_dtype(source: str | Path) -> str:
     """The dtype that an adapter's factors are stored in, of `STORED_DTYPES`; fp32 for others, and
     where there are several.
     """
-    tensors, *_ = _read(adapter_file(source))
+    tensors, *_ = _read_file(adapter_file(source))
     found = {
         str(tensor.dtype).removeprefix("torch.")
         for key, tensor in tensors.items()
@@ -283,7 +283,7 @@ def is_adapter_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in hub.ADAPTER_FILES)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str], str]:
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str], str]:
     """Tensors, the header's metadata, and the SHA-256 of the bytes after the header."""
     if is_torch_file(path):
         return _read_pickle(path), {}, ""

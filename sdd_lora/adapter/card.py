@@ -15,7 +15,7 @@ from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.metadata import ENTRY_KEY, SHOWN_CONCEPTS, Metadata, shortened
 from sdd_lora.io.atomic import write_text
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def sidecar(adapter: Adapter) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _front_matter(metadata: Metadata, tags: Iterable[str]) -> str:
     if metadata.license:
         entries["license"] = metadata.license
     base = metadata.base_model
-    if base and _HUB_ID.fullmatch(base):
+    if base and _MODEL_ID.fullmatch(base):
         entries["base_model"] = base
         entries["widget"] = [{"text": concept} for concept in metadata.concepts[:SHOWN_CONCEPTS]]
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).rstrip()

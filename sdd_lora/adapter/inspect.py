@@ -13,7 +13,7 @@ from sdd_lora.adapter.alphas import scalar
 from sdd_lora.adapter.factors import require_alpha
 from sdd_lora.adapter.metadata import Metadata, is_edited
 from sdd_lora.errors import BadInput
-from sdd_lora.io.safetensors import DTYPES, Header, header_of, open_input, read_tensor
+from sdd_lora.io.safetensors import NUMPY_DTYPES, Header, header_of, open_input, read_tensor
 from sdd_lora.io.torch_zip import is_torch_file
 
 
@@ -70,7 +70,7 @@ class AdapterDescription:
 
     def kinds(self) -> dict[str, int]:
         """How many modules of each kind, such as "attn2.to_k"."""
-        return dict(Counter(_kind(name) for name in self.ranks))
+        return dict(Counter(_kind_of_module(name) for name in self.ranks))
 
 
 def describe_adapter(path: Path) -> AdapterDescription:
@@ -85,12 +85,12 @@ def describe_adapter(path: Path) -> AdapterDescription:
         file.seek(0)
         content = file.read()
     try:
-        return _describe(path, header, content)
+        return _describe_adapter(path, header, content)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from error
 
 
-def _describe(path: Path, header: Header, content: bytes) -> AdapterDescription:
+def _describe_adapter(path: Path, header: Header, content: bytes) -> AdapterDescription:
     tensor_shapes = {key: info.shape for key, info in header.tensors.items()}
     modules = formats.group(tensor_shapes)
     alphas = formats.known_alphas(modules, tensor_shapes, header.metadata, path)
@@ -99,7 +99,7 @@ def _describe(path: Path, header: Header, content: bytes) -> AdapterDescription:
         try:
             down, up = (header.tensors[keys[part]] for part in ("down", "up"))
             for info in (down, up):
-                formats.require_float(DTYPES[info.dtype])
+                formats.require_float(NUMPY_DTYPES[info.dtype])
             ranks[name], _, shapes[name] = formats.geometry_of(name, down.shape, up.shape)
             if "alpha" in keys:
                 alpha = scalar(read_tensor(io.BytesIO(content), header, keys["alpha"]))
@@ -128,7 +128,7 @@ def _describe(path: Path, header: Header, content: bytes) -> AdapterDescription:
     )
 
 
-def _kind(name: str) -> str:
+def _kind_of_module(name: str) -> str:
     """A module's name without its place."""
     for mark in ("transformer_blocks.0.", "encoder.layers."):
         if mark in name:

@@ -19,7 +19,7 @@ def ring_a_bell(case: Case, settings: RingABell) -> Attacked:
     that are one token each. The erased concepts' own words are not used; ĉ is of those concepts
     that the prompt names, or of all where it names none."""
     words = plain_words(case.base.tokenizer, without=case.concepts)
-    goal = _encode(case.base, [case.prompt]) + settings.strength * concept_vector(
+    goal = _embeddings_of(case.base, [case.prompt]) + settings.strength * concept_vector(
         case.base, settings.pairs or sentence_pairs(named_in(case.prompt, case.concepts))
     )
     generator = case.generator()
@@ -27,8 +27,8 @@ def ring_a_bell(case: Case, settings: RingABell) -> Attacked:
     population = torch.randint(len(words), size, generator=generator)
 
     def distances(rows: torch.Tensor) -> torch.Tensor:
-        texts = [_text(words, row) for row in rows]
-        return (_encode(case.base, texts) - goal).square().sum(1).cpu()
+        texts = [_text_of(words, row) for row in rows]
+        return (_embeddings_of(case.base, texts) - goal).square().sum(1).cpu()
 
     found = distances(population)
     before = found.min().item()
@@ -39,7 +39,7 @@ def ring_a_bell(case: Case, settings: RingABell) -> Attacked:
         population = torch.cat([parents, children])
         found = torch.cat([found, distances(children)])
     best = found.argmin()
-    return Attacked(_text(words, population[best]), before=before, after=found[best].item())
+    return Attacked(_text_of(words, population[best]), before=before, after=found[best].item())
 
 
 def named_in(prompt: str, concepts: Sequence[str]) -> Sequence[str]:
@@ -64,7 +64,7 @@ def concept_vector(
 ) -> torch.Tensor:
     """ĉ, (1, 77 · d): the mean of f(with the concept) − f(without it) over pairs of texts (the
     paper's equation for ĉ)."""
-    there, without = (_encode(pipeline, texts) for texts in zip(*pairs, strict=True))
+    there, without = (_embeddings_of(pipeline, texts) for texts in zip(*pairs, strict=True))
     return (there - without).mean(0, keepdim=True)
 
 
@@ -88,11 +88,11 @@ def _children(
     return children
 
 
-def _text(words: Sequence[str], row: torch.Tensor) -> str:
+def _text_of(words: Sequence[str], row: torch.Tensor) -> str:
     return " ".join(words[index] for index in row.tolist())
 
 
 @torch.no_grad()
-def _encode(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> torch.Tensor:
+def _embeddings_of(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> torch.Tensor:
     """f: embeddings (B, 77 · d), fp32."""
     return encoded(pipeline, token_ids(pipeline, texts)).float().flatten(1)

@@ -7,10 +7,10 @@ from pydantic import AfterValidator, Field, model_validator
 from sdd_lora.io.strict_yaml import Fraction, Positive, Real, Section, Text, Whole
 
 Rate = Annotated[Real, Field(gt=0)]
-T = TypeVar("T")
+Item = TypeVar("Item")
 
 
-def distinct(values: list[T]) -> list[T]:
+def distinct(values: list[Item]) -> list[Item]:
     """Raises ValueError where one stands twice: its images would count twice, and intervals would
     be narrower than they are."""
     for value in values:
@@ -19,7 +19,7 @@ def distinct(values: list[T]) -> list[T]:
     return values
 
 
-Methods = Annotated[list[Text], Field(min_length=1), AfterValidator(distinct)]
+AttackedMethods = Annotated[list[Text], Field(min_length=1), AfterValidator(distinct)]
 
 #: attack's field → its name in tables, and what the report says of it
 NAMES = {
@@ -89,7 +89,7 @@ class Attacks(Section):
     """The first `targets` erased prompts of the main table, asked in other ways; each attack that
     has a field here is run on each of `methods`."""
 
-    methods: Methods
+    methods: AttackedMethods
     targets: Positive = 10
     paraphrase: Words | None = None
     group_word: Words | None = None

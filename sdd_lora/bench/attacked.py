@@ -31,7 +31,7 @@ from sdd_lora.io.jsonl import append_lines, read_lines
 from sdd_lora.progress import progress
 from sdd_lora.sd.pipeline import load_pipeline
 
-ATTACKS: dict[str, Callable[[Case, Any], Attacked]] = {
+ATTACK_FUNCTIONS: dict[str, Callable[[Case, Any], Attacked]] = {
     "paraphrase": words.paraphrase,
     "group_word": words.group_word,
     "ring_a_bell": ring_a_bell,
@@ -132,7 +132,7 @@ class Attacking:
     def _find(self, name: str, case: Case) -> dict[str, Any]:
         started = time.monotonic()
         with counted([case.protected, case.base]) as passes:
-            found = ATTACKS[name](case, self._settings(name))
+            found = ATTACK_FUNCTIONS[name](case, self._settings(name))
         return {
             "asked": found.prompt,
             "words": {word: vector.tolist() for word, vector in found.words.items()},

@@ -35,9 +35,9 @@ Field_ = Literal["weight", "guidance", "steps", "scheduler", "model", "image", "
 #: fields of a bench that all its images depend on
 _FIXED = ("model", "concepts", "style", "concept", "prompts", "seeds", "sampling")
 #: what the attacks' images go by where variations have their names
-ATTACKS = "attacks"
+ATTACK_VARIATION = "attacks"
 #: rows of the table in their order → what the report says of them
-METHODS = {
+METHOD_TEXTS = {
     "sd": "the model as it is",
     "neg": "the concept as negative prompt",
     "sld-weak": "Safe Latent Diffusion, weak",
@@ -62,7 +62,7 @@ METHODS = {
 }
 
 
-class Prompts(Section):
+class PromptSets(Section):
     """Sets by name: prompts that ask for what is erased, and prompts that must not change.
 
     An entry that ends in .txt, .csv, .json or .jsonl is a file beside the bench; its prompts may
@@ -73,7 +73,7 @@ class Prompts(Section):
     kept: dict[Name, str | list[str]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _sets_hold_some(self) -> "Prompts":
+    def _sets_hold_some(self) -> "PromptSets":
         for name, entries in [*self.erased.items(), *self.kept.items()]:
             if not entries and isinstance(entries, list):
                 raise ValueError(f"{name}: expected prompts, or files of them, found none")
@@ -180,7 +180,7 @@ class Bench(Section):
     concepts: list[Text] = Field(default_factory=list)
     style: Text | None = None
     concept: Text | None = None
-    prompts: Prompts
+    prompts: PromptSets
     seeds: Seeds = Seeds()
     sampling: BenchSampling = BenchSampling()
     methods: Methods
@@ -202,8 +202,8 @@ class Bench(Section):
         if bool(self.concepts) == bool(self.style):
             raise ValueError("expected either concepts or a style, what is erased")
         for method in self.every_method:
-            if method not in METHODS and not self.has_weights(method):
-                known = ", ".join(METHODS)
+            if method not in METHOD_TEXTS and not self.has_weights(method):
+                known = ", ".join(METHOD_TEXTS)
                 raise ValueError(
                     f"method {method}: expected one of {known}; or a name of your own under "
                     "recipes, adapters, weights, images or code"
@@ -215,8 +215,10 @@ class Bench(Section):
             raise ValueError("seeds: expected images, of erased or of kept prompts, found none")
         if self.attacks and not self.seeds.erased:
             raise ValueError("attacks: expected erased prompts to attack; seeds.erased is 0")
-        if ATTACKS in self.variations:
-            raise ValueError(f"variations.{ATTACKS}: taken by the attacks; choose another name")
+        if ATTACK_VARIATION in self.variations:
+            raise ValueError(
+                f"variations.{ATTACK_VARIATION}: taken by the attacks; choose another name"
+            )
         for name, variation in self.variations.items():
             for value in variation.values if variation.field == "image" else ():
                 if isinstance(value, float) and self.sampling.steps * value < 1:

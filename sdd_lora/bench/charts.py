@@ -115,7 +115,7 @@ def scatter(
     lines = []
     for label, path in paths.items():
         dots = [(x.at(a), y.at(b)) for a, b in path]
-        lines.append(Curve(label, _listed(dots), "", dots))
+        lines.append(Curve(label, _coordinates(dots), "", dots))
     return Chart(x, y, points=points, lines=lines)
 
 
@@ -129,11 +129,11 @@ def curves(series: dict[str, list[tuple[float, float, Interval]]]) -> Chart:
         dots = [(x.at(a), y.at(value)) for a, value, _ in line]
         low = [(x.at(a), y.at(ci[0])) for a, _, ci in line]
         high = [(x.at(a), y.at(ci[1])) for a, _, ci in line]
-        lines.append(Curve(label, _listed(dots), _listed([*low, *reversed(high)]), dots))
+        lines.append(Curve(label, _coordinates(dots), _coordinates([*low, *reversed(high)]), dots))
     return Chart(x, y, lines=lines)
 
 
-def _listed(places: Sequence[tuple[float, float]]) -> str:
+def _coordinates(places: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:g},{y:g}" for x, y in places)
 
 

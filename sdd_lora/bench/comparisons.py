@@ -10,7 +10,7 @@ from sdd_lora.measures.base import Interval
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RateEstimate:
     """A rate with its 95 % interval."""
 
     value: float
@@ -27,7 +27,7 @@ class Comparison:
     measure: str
     title: str
     methods: list[str]
-    rows: Mapping[str, list[Estimate | None]]
+    rows: Mapping[str, list[RateEstimate | None]]
     costs: Mapping[str, tuple[float, float] | None] = field(default_factory=dict)
 
 
@@ -41,11 +41,11 @@ def robustness(results: Results) -> Iterator[Comparison]:
         info = results.info(measure)
         if info.kind != "rate" or info.of == "kept" or info.better != "lower":
             continue
-        found: dict[str, dict[str, Estimate]] = {}
+        found: dict[str, dict[str, RateEstimate]] = {}
         for v, row in varied:
             if row.measure == measure and row.ci95:
                 condition = found.setdefault(f"{v.name}: {setting_names(v)[row.setting]}", {})
-                condition[row.method] = Estimate(row.value, row.ci95)
+                condition[row.method] = RateEstimate(row.value, row.ci95)
         rows = {where: [rates.get(m) for m in methods] for where, rates in found.items()}
         yield Comparison(measure, "does it hold elsewhere", methods, rows)
 
@@ -58,12 +58,12 @@ def attack_comparisons(results: Results) -> Iterator[Comparison]:
         own = {(r.attack, r.method): r for r in results.attacks if r.measure == measure}
         first = {row.method: row for row in reversed(own.values())}
         plain = [first.get(method) for method in methods]
-        rows = {"none": [Estimate(r.before, r.ci95_before) if r else None for r in plain]}
+        rows = {"none": [RateEstimate(r.before, r.ci95_before) if r else None for r in plain]}
         costs: dict[str, tuple[float, float] | None] = {"none": None}
         for attack in dict.fromkeys(attack for attack, _ in own):
             found = [own.get((attack, method)) for method in methods]
             name = NAMES.get(attack, (attack,))[0]
-            rows[name] = [Estimate(r.after, r.ci95_after) if r else None for r in found]
+            rows[name] = [RateEstimate(r.after, r.ci95_after) if r else None for r in found]
             costs[name] = _mean_cost([row for row in found if row])
         prompts = max(row.n for row in own.values())
         yield Comparison(measure, f"attack, {prompts} prompts", methods, rows, costs)

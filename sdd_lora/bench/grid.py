@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd_lora.attacks.settings import GRADIENTS
-from sdd_lora.bench.bench_file import ATTACKS, Bench
+from sdd_lora.bench.bench_file import ATTACK_VARIATION, Bench
 from sdd_lora.bench.results import PromptUse
 from sdd_lora.errors import BadInput
 from sdd_lora.generation import methods as drawing
@@ -105,9 +105,9 @@ def _attack_cells(bench: Bench, default: Conditions, specs: Sequence[ImageSpec])
         return []
     fewer = spread_over_sets(specs, {"erased": bench.attacks.targets, "kept": 0})
     methods = bench.attacks.methods
-    cells = [Cell(m, ATTACKS, "none", default, fewer, m in bench.methods) for m in methods]
+    cells = [Cell(m, ATTACK_VARIATION, "none", default, fewer, m in bench.methods) for m in methods]
     return cells + [
-        Cell(m, ATTACKS, name, replace(default, attack=name), fewer, False)
+        Cell(m, ATTACK_VARIATION, name, replace(default, attack=name), fewer, False)
         for name in bench.attacks.chosen
         for m in methods
         if _can_be_attacked(bench, m, name)

@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.algebra import stack
 from sdd_lora.adapter.interference import interference
-from sdd_lora.bench.bench_file import METHODS, Bench
+from sdd_lora.bench.bench_file import METHOD_TEXTS, Bench
 from sdd_lora.bench.grid import Cell, draws_with
 from sdd_lora.bench.peers.uce import write_uce
 from sdd_lora.bench.results import AdapterCosines
@@ -285,7 +285,7 @@ class Weights:
     def report_fields(self, method: str) -> dict[str, Any]:
         """What the report says about where a row comes from."""
         bench = self.bench
-        fields: dict[str, Any] = {"how": METHODS.get(method, "")}
+        fields: dict[str, Any] = {"how": METHOD_TEXTS.get(method, "")}
         whole = self.whole(method)
         if method in bench.adapters:
             fields["adapters"] = bench.adapters[method]

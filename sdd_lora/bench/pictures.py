@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from sdd_lora.attacks.settings import NAMES
-from sdd_lora.bench.bench_file import ATTACKS
+from sdd_lora.bench.bench_file import ATTACK_VARIATION
 from sdd_lora.bench.results import DAMAGED_IMAGE, IMAGES, ImageRecord, Results, Variation
 from sdd_lora.errors import BadInput
 from sdd_lora.io.pictures import reading
@@ -80,7 +80,7 @@ class Pictures:
         """For each attacked method, the first prompts under each attack."""
         grids = {}
         for method in dict.fromkeys(row.method for row in self.results.attacks):
-            own = self._of(ATTACKS, method)
+            own = self._of(ATTACK_VARIATION, method)
             columns = list(dict.fromkeys(str(record.setting) for record in own))
             grid = self._grid(own, columns, lambda r: str(r.setting), _ATTACKED_SHOWN, 0)
             names = [NAMES[name][0] if name in NAMES else name for name in columns]

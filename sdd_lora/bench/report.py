@@ -18,7 +18,7 @@ from sdd_lora.bench.results import (
     Row,
     SettingRow,
     Variation,
-    find,
+    find_row,
 )
 
 REPORT = "report.html"
@@ -48,7 +48,7 @@ def render_report(folder: Path) -> str:
         style=_beside("report.css"),
         text=text,
         ALL=ALL,
-        find=find,
+        find=find_row,
         family=family,
         scales={name: _scale(results, name) for name in results.headline()},
         counts={name: image_counts(results, name) for name in results.headline()},
@@ -56,7 +56,7 @@ def render_report(folder: Path) -> str:
         fewest=fewest_images(results),
         best=best,
         headline=headline_pair(results),
-        trade=_trade_off(results),
+        trade=_trade_off_chart(results),
         groups={name: _groups(results.rows, name) for name in results.measure_names()},
         main_grid=pictures.main(["sd", best[0].method] if best else ["sd"])
         if "sd" in results.method_names()
@@ -98,12 +98,12 @@ def best_that_keeps(results: Results) -> tuple[Row, Row] | None:
     if pair is None:
         return None
     erased, kept = pair
-    base, base_kept = (find(results.rows, "sd", name, ALL) for name in (erased, kept))
+    base, base_kept = (find_row(results.rows, "sd", name, ALL) for name in (erased, kept))
     if base is None or base_kept is None:
         return None
     candidates = []
     for method in results.method_names():
-        removal, keeping = (find(results.rows, method, name, ALL) for name in (erased, kept))
+        removal, keeping = (find_row(results.rows, method, name, ALL) for name in (erased, kept))
         holds = keeping is not None and base_kept.value - keeping.value <= TOLERATED_LOSS + 1e-9
         if removal is not None and holds and removal.value < base.value:
             candidates.append(removal)
@@ -142,7 +142,7 @@ def _scale(results: Results, measure: str) -> tuple[float, float]:
     return min(values), max(*values, min(values) + 1e-9)
 
 
-def _trade_off(results: Results) -> tuple[str, str, Chart] | None:
+def _trade_off_chart(results: Results) -> tuple[str, str, Chart] | None:
     """Erased against kept: a point a method, and a curve over the weight where that was varied."""
     pair = headline_pair(results)
     if pair is None:
@@ -150,7 +150,7 @@ def _trade_off(results: Results) -> tuple[str, str, Chart] | None:
     spots = [
         spot
         for method in results.method_names()
-        if (spot := _spot(method, *(find(results.rows, method, name, ALL) for name in pair)))
+        if (spot := _spot(method, *(find_row(results.rows, method, name, ALL) for name in pair)))
     ]
     curves_of: dict[str, list[tuple[float, float]]] = {}
     for variation in results.variations:

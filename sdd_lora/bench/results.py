@@ -206,7 +206,7 @@ class Results(FrozenModel):
         return list(dict.fromkeys(row.method for row in self.rows))
 
 
-def find(rows: Sequence[Row], method: str, measure: str, group: str) -> Row | None:
+def find_row(rows: Sequence[Row], method: str, measure: str, group: str) -> Row | None:
     """The row of these three, if there is one."""
     wanted = (method, measure, group)
     return next((r for r in rows if (r.method, r.measure, r.group) == wanted), None)

@@ -115,24 +115,24 @@ def _prepared(bench: Bench, folder: Path, train: Train) -> tuple[Grid, Weights, 
     """What is to be drawn, with what, all checked; and a word on prompts that are left out."""
     grid, weights = grid_of(bench), Weights(bench, train)
     attacking = Attacking(bench, weights, folder)
-    _check(bench, grid, weights, attacking)
+    _check_before_drawing(bench, grid, weights, attacking)
     for line in prompt_notes(grid):
         say(line)
     return grid, weights, attacking
 
 
-def _check(bench: Bench, grid: Grid, weights: Weights, attacking: Attacking) -> None:
+def _check_before_drawing(bench: Bench, grid: Grid, weights: Weights, attacking: Attacking) -> None:
     """Raises BadInput for what can't be drawn or attacked; nothing is written yet."""
     weights.check(grid.cells)
     for cell in grid.cells:
-        check_sampling(sampling_of(cell, bench), [spec.job for spec in cell.specs])
+        check_sampling(sampling_of_cell(cell, bench), [spec.job for spec in cell.specs])
     attacking.check(grid.cells)
     for cell in grid.cells:
         if cell.method in bench.images:
             ready_made(bench.file(bench.images[cell.method]), [spec.job for spec in cell.specs])
             continue
         try:
-            check_concept(sampling_of(cell, bench), weights.tokenizer(cell.conditions.model))
+            check_concept(sampling_of_cell(cell, bench), weights.tokenizer(cell.conditions.model))
         except BadInput as error:
             raise BadInput(f"method {cell.method}: {error}") from None
 
@@ -208,7 +208,7 @@ def draw_cell(
 
     `words` are new ones in its prompts, with embeddings (d,).
     """
-    conditions, sampling = cell.conditions, sampling_of(cell, bench)
+    conditions, sampling = cell.conditions, sampling_of_cell(cell, bench)
     target, jobs = folder / cell.folder, [spec.job for spec in cell.specs]
     if cell.method in bench.images:
         state, copied = processes(), 0
@@ -232,7 +232,7 @@ def draw_cell(
     return generate(pipeline, jobs, sampling, target, settings, shard)
 
 
-def sampling_of(cell: Cell, bench: Bench) -> Sampling:
+def sampling_of_cell(cell: Cell, bench: Bench) -> Sampling:
     """How a cell's images are drawn."""
     conditions, method = cell.conditions, draws_with(bench, cell.method)
     return Sampling(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sdd_lora.bench.bench_file import ATTACKS
+from sdd_lora.bench.bench_file import ATTACK_VARIATION
 from sdd_lora.bench.results import (
     ALL,
     AttackRow,
@@ -26,7 +26,7 @@ Records = Sequence[ImageRecord]
 Info = Mapping[str, MeasureInfo]
 #: groups of a kept image besides its set
 Grouping = Callable[[ImageRecord], Sequence[str]]
-T = TypeVar("T")
+Key = TypeVar("Key")
 _PAIRED_WITH = "sd"
 
 
@@ -34,7 +34,7 @@ def rows(records: Records, info: Info, grouping: Grouping = lambda _: ()) -> lis
     """The main table: every method, measure and group."""
     main = _by([r for r in records if r.variation is None], lambda r: r.method)
     base = main.get(_PAIRED_WITH, [])
-    return [row for own in main.values() for row in _rows(own, base, info, grouping)]
+    return [row for own in main.values() for row in _measured_rows(own, base, info, grouping)]
 
 
 def variations(records: Records, fields: Mapping[str, str], info: Info) -> list[Variation]:
@@ -48,7 +48,7 @@ def variations(records: Records, fields: Mapping[str, str], info: Info) -> list[
         found = [
             SettingRow.model_validate(row.model_dump() | {"setting": setting})
             for (setting, _), own in cells.items()
-            for row in _rows(own, cells.get((setting, _PAIRED_WITH), default), info)
+            for row in _measured_rows(own, cells.get((setting, _PAIRED_WITH), default), info)
         ]
         out.append(Variation(name=name, field=field, rows=found))
     return out
@@ -62,7 +62,8 @@ def attacks(
     `costs` are seconds and UNet passes a prompt, of what (attack, method).
     """
     cells = _by(
-        [r for r in records if r.variation == ATTACKS], lambda r: (str(r.setting), r.method)
+        [r for r in records if r.variation == ATTACK_VARIATION],
+        lambda r: (str(r.setting), r.method),
     )
     rates = [
         name
@@ -72,14 +73,14 @@ def attacks(
     found = []
     for (attack, method), (seconds, passes) in costs.items():
         for measure in rates:
-            pairs = _pairs(cells["none", method], cells[attack, method], measure)
+            pairs = _paired_values(cells["none", method], cells[attack, method], measure)
             if pairs:
                 found.append(
                     AttackRow(
                         attack=attack,
                         method=method,
                         measure=measure,
-                        **_change(pairs),
+                        **_rates_before_and_after(pairs),
                         ci95_before=wilson(sum(before for before, _ in pairs), len(pairs)),
                         ci95_after=wilson(sum(after for _, after in pairs), len(pairs)),
                         seconds=seconds,
@@ -104,13 +105,13 @@ def concept_shifts(
             if measure in r.values and r.method != _PAIRED_WITH and concept is not None:
                 cells.setdefault((r.method, r.set, concept), []).append(r)
         for (method, group, concept), own in cells.items():
-            if pairs := _pairs(base, own, measure):
-                rates = _change(pairs)
+            if pairs := _paired_values(base, own, measure):
+                rates = _rates_before_and_after(pairs)
                 found.append(ConceptShift(method=method, concept=concept, group=group, **rates))
     return sorted(found, key=lambda row: row.change)
 
 
-def _pairs(before: Records, after: Records, measure: str) -> list[tuple[Any, Any]]:
+def _paired_values(before: Records, after: Records, measure: str) -> list[tuple[Any, Any]]:
     """A measure's values of the images of `after`, each with that of the same key in `before`."""
     there = {r.key: r.values[measure] for r in before if measure in r.values}
     return [
@@ -118,7 +119,7 @@ def _pairs(before: Records, after: Records, measure: str) -> list[tuple[Any, Any
     ]
 
 
-def _change(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
+def _rates_before_and_after(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
     """Rates before and after, and the paired difference."""
     before, after = zip(*pairs, strict=True)
     n = len(pairs)
@@ -127,7 +128,7 @@ def _change(pairs: Sequence[tuple[bool, bool]]) -> dict[str, Any]:
     return rates | {"change": change, "ci95_change": (low, high), "n": n}
 
 
-def _rows(
+def _measured_rows(
     own: Records, base: Records, info: Info, grouping: Grouping = lambda _: ()
 ) -> Iterable[Row]:
     """The rows of a method's images."""
@@ -145,7 +146,7 @@ def _rows(
                 if group != ALL or len(sets) == 1:
                     yield from _maximum_row(measure, group, chosen, told.maximum_of)
             elif chosen:
-                yield _row(measure, group, chosen, base, told.kind)
+                yield _measured_row(measure, group, chosen, base, told.kind)
 
 
 def _maximum_row(measure: str, group: str, chosen: Records, of: str) -> Iterable[Row]:
@@ -164,7 +165,7 @@ def _maximum_row(measure: str, group: str, chosen: Records, of: str) -> Iterable
         )
 
 
-def _row(measure: str, group: str, chosen: Records, base: Records, kind: str) -> Row:
+def _measured_row(measure: str, group: str, chosen: Records, base: Records, kind: str) -> Row:
     """A rate, mean or total of images; its difference to `sd` where every image has its pair."""
     values = [r.values[measure] for r in chosen]
     n, scale = len(values), len(values) if kind == "total" else 1
@@ -180,7 +181,7 @@ def _row(measure: str, group: str, chosen: Records, base: Records, kind: str) ->
         ci95=interval,
         n=n,
     )
-    pairs = _pairs(base, chosen, measure)
+    pairs = _paired_values(base, chosen, measure)
     if row.method == _PAIRED_WITH or len(pairs) < n:
         return row
     if kind == "rate":
@@ -198,9 +199,9 @@ def _scaled(interval: tuple[float, float], scale: int) -> tuple[float, float]:
 
 
 def _by(
-    items: Iterable[ImageRecord], key: Callable[[ImageRecord], T]
-) -> dict[T, list[ImageRecord]]:
-    found: dict[T, list[ImageRecord]] = {}
+    items: Iterable[ImageRecord], key: Callable[[ImageRecord], Key]
+) -> dict[Key, list[ImageRecord]]:
+    found: dict[Key, list[ImageRecord]] = {}
     for item in items:
         found.setdefault(key(item), []).append(item)
     return found

@@ -4,8 +4,8 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 
-from sdd_lora.bench.comparisons import Comparison, Estimate, attack_comparisons, robustness
-from sdd_lora.bench.results import ALL, Results, find
+from sdd_lora.bench.comparisons import Comparison, RateEstimate, attack_comparisons, robustness
+from sdd_lora.bench.results import ALL, Results, find_row
 from sdd_lora.measures.base import MeasureInfo
 
 #: any rate, for numbers that are of no measure of a table
@@ -60,7 +60,7 @@ def heading(results: Results, measure: str) -> str:
 
 def cell(results: Results, method: str, measure: str) -> str:
     """The number over all images, with its interval in brackets."""
-    row, info = find(results.rows, method, measure, ALL), results.info(measure)
+    row, info = find_row(results.rows, method, measure, ALL), results.info(measure)
     if row is None:
         return MISSING
     text = number(info, row.value)
@@ -86,7 +86,7 @@ def comparison_table(results: Results, comparison: Comparison) -> Table:
         heads += ["seconds a prompt", "UNet passes a prompt"]
     rows = []
     for condition, estimates in comparison.rows.items():
-        row = [condition, *map(_rate, estimates)]
+        row = [condition, *map(_rate_text, estimates)]
         if comparison.costs:
             cost = comparison.costs[condition]
             row += [f"{cost[0]:.1f}", f"{cost[1]:,.0f}"] if cost else [MISSING, MISSING]
@@ -94,7 +94,7 @@ def comparison_table(results: Results, comparison: Comparison) -> Table:
     return heads, rows
 
 
-def _rate(estimate: Estimate | None) -> str:
+def _rate_text(estimate: RateEstimate | None) -> str:
     if estimate is None:
         return MISSING
     low, high = estimate.ci95

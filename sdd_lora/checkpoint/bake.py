@@ -176,12 +176,12 @@ def _require_new_undo(plan: BakePlan, undo: Path, out: Path | None, force: bool)
     refuse_existing(undo, force)
     if undo.exists() and any(undo.samefile(path) for path in plan.checkpoint.headers):
         raise BadInput(f"{undo}: is the model itself; choose another undo file")
-    source, place = plan.checkpoint.path, _entry(undo)
+    source, place = plan.checkpoint.path, _entry_of_folder(undo)
     for path in (source,) if out is None else (source, out):
         if source.is_dir():
             if place.is_relative_to(path.resolve()):
                 raise BadInput(f"{undo}: lies inside {path}; choose another undo file")
-        elif place in (_entry(path), _entry(journal_of(path))):
+        elif place in (_entry_of_folder(path), _entry_of_folder(journal_of(path))):
             raise BadInput(f"{undo}: is {path} itself or its journal; choose another undo file")
     legacy = [file.path for file in plan.files if torch_zip.is_torch_file(file.path)]
     if legacy:
@@ -192,7 +192,7 @@ def _require_new_undo(plan: BakePlan, undo: Path, out: Path | None, force: bool)
         )
 
 
-def _entry(path: Path) -> Path:
+def _entry_of_folder(path: Path) -> Path:
     """The folder entry that writing `path` makes, whatever links lead to that folder."""
     return path.absolute().parent.resolve() / path.name
 

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from sdd_lora.errors import BadInput
-from sdd_lora.io.safetensors import DTYPES, METADATA_KEY, Header, TensorInfo
+from sdd_lora.io.safetensors import METADATA_KEY, NUMPY_DTYPES, Header, TensorInfo
 from sdd_lora.io.torch_pickle import StridedInfo
 
 #: One request to the kernel; between two of them Ctrl-C is heard.
@@ -71,7 +71,7 @@ def read_pieces(file: BinaryIO, header: Header, key: str) -> Iterator[bytes]:
 
 def as_array(data: bytes, info: TensorInfo) -> np.ndarray:
     """A tensor from its bytes, in its stored dtype and shape."""
-    return np.frombuffer(data, DTYPES[info.dtype]).reshape(info.shape)
+    return np.frombuffer(data, NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
 def encode_header(
@@ -162,7 +162,7 @@ def write_at(target: BinaryIO, position: int, data: bytes | memoryview) -> None:
         left = left[written:]
 
 
-def merged(segments: Iterator[Segment]) -> Iterator[Segment]:
+def merged_segments(segments: Iterator[Segment]) -> Iterator[Segment]:
     """Segments that follow each other both in the input and in the output, made one."""
     last: Segment | None = None
     for segment in segments:

@@ -89,12 +89,12 @@ class ModelDescription:
 
 def describe_model(path: Path) -> ModelDescription:
     """Describe a MODEL of any family. Raises BadInput where it is missing or damaged."""
-    return _describe(open_checkpoint(path))
+    return _describe_model(open_checkpoint(path))
 
 
 def require_sd1(path: Path) -> ModelDescription:
     """`describe_model`, and BadInput where it is of another family or its UNet is incomplete."""
-    return _describe(open_sd1(path))
+    return _describe_model(open_sd1(path))
 
 
 def open_sd1(path: Path) -> Checkpoint:
@@ -140,7 +140,7 @@ def family_of(checkpoint: Checkpoint) -> str:
     return "sd2" if linear_projection or contexts == {1024} else "sd1"
 
 
-def _describe(checkpoint: Checkpoint) -> ModelDescription:
+def _describe_model(checkpoint: Checkpoint) -> ModelDescription:
     family = family_of(checkpoint)
     widths = _widths_of(checkpoint) if family == "sd1" else None
     conv_in = _shape(checkpoint, "conv_in")

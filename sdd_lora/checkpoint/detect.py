@@ -61,7 +61,7 @@ def history_of_model(path: str | Path) -> tuple[BakeRecord, ...]:
     return tuple(record for record in merged if record.adapters)
 
 
-def find(model: str | Path, adapter: Adapter, base: str | Path | None = None) -> Presence:
+def find_adapter(model: str | Path, adapter: Adapter, base: str | Path | None = None) -> Presence:
     """Whether `adapter` is in `model`. Raises BadInput where the files can't be compared."""
     wanted = {adapter.identity, *adapter.lineage}
     known = [baked for record in history_of_model(model) for baked in record.adapters]
@@ -101,7 +101,7 @@ def project(model: Checkpoint, base: Checkpoint, adapter: Adapter) -> tuple[floa
     """
     product = square = difference_square = 0.0
     for module, factors in adapter.modules.items():
-        theirs, ours = _weight(base, module), _weight(model, module)
+        theirs, ours = _weight_of(base, module), _weight_of(model, module)
         if theirs.shape != ours.shape or not factors.fits(ours.shape):
             raise BadInput(
                 f"{module}: {model.path}, {base.path} and {adapter.name} differ in shape: "
@@ -111,7 +111,7 @@ def project(model: Checkpoint, base: Checkpoint, adapter: Adapter) -> tuple[floa
         for block in delta.blocks():
             change = delta.rows(block)
             with np.errstate(invalid="ignore"):  # seen below
-                difference = _rows(ours, block) - _rows(theirs, block)
+                difference = _rows_of(ours, block) - _rows_of(theirs, block)
             product += float((difference * change).sum())
             square += float((change * change).sum())
             difference_square += float((difference * difference).sum())
@@ -141,12 +141,12 @@ def cross_attention_norms(model: Path) -> dict[str, float]:
     return norms
 
 
-def _rows(weight: np.ndarray, block: slice) -> np.ndarray:
+def _rows_of(weight: np.ndarray, block: slice) -> np.ndarray:
     """Some rows of a weight as a matrix, widened."""
     return weight.reshape(len(weight), -1)[block].astype(np.float64)
 
 
-def _weight(checkpoint: Checkpoint, module: str) -> np.ndarray:
+def _weight_of(checkpoint: Checkpoint, module: str) -> np.ndarray:
     location = checkpoint.find(module)
     if location is None:
         raise BadInput(f"{checkpoint.path}: no weight for {module}")

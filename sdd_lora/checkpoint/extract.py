@@ -80,7 +80,7 @@ def extract(
     require_one_size(rank, energy)
     factors, kept, norms, outside = {}, {}, {}, {}
     ours, theirs = open_checkpoint(tuned), open_checkpoint(base)
-    pairs, not_compared = _pairs(ours, theirs)
+    pairs, not_compared = _paired_locations(ours, theirs)
     for parameter, change in _changes(ours, theirs, pairs):
         module = parameter.removesuffix(".weight")
         norm = math.sqrt(float(np.square(change, dtype=np.float64).sum()))
@@ -98,7 +98,7 @@ def extract(
     return Extraction(Adapter(factors, metadata), kept, norms, outside, not_compared)
 
 
-def _pairs(
+def _paired_locations(
     tuned: Checkpoint, base: Checkpoint
 ) -> tuple[dict[str, tuple[TensorLocation, TensorLocation]], tuple[str, ...]]:
     """Where both models keep each parameter that they share, and the tuned model's other names."""
@@ -149,7 +149,7 @@ def _changes(
     """
     with progress("comparing", len(pairs)) as advance:
         for name, (after, before) in pairs.items():
-            change = _change(name, tuned.read(after), base.read(before))
+            change = _change_of(name, tuned.read(after), base.read(before))
             if change is not None:
                 yield name, change
             advance()
@@ -194,7 +194,7 @@ def canonical_parameter(key: str, of_text_encoder: bool = False) -> str | None:
         return None
 
 
-def _change(name: str, after: np.ndarray, before: np.ndarray) -> np.ndarray | None:
+def _change_of(name: str, after: np.ndarray, before: np.ndarray) -> np.ndarray | None:
     before = before.reshape(after.shape)
     alike = np.array_equal if after.dtype == before.dtype else _is_a_cast
     if alike(after.reshape(-1), before.reshape(-1)):

@@ -20,7 +20,7 @@ from sdd_lora.io.safetensors import Header, header_of, open_input
 from sdd_lora.progress import warn
 from sdd_lora.version import __version__
 
-METADATA_KEY = "sdd_lora.baked"
+HISTORY_KEY = "sdd_lora.baked"
 UNKNOWN_DIGEST = "0" * 64
 SAMPLE_BYTES = 256  # a full file has 1,800 tensors, and a bake in place samples nearly all
 
@@ -98,11 +98,11 @@ def parts_of(adapter: Adapter) -> dict[str, float]:
     return found
 
 
-def encode(history: Iterable[BakeRecord]) -> str:
+def encode_history(history: Iterable[BakeRecord]) -> str:
     return json.dumps([asdict(record) for record in history], sort_keys=True, ensure_ascii=False)
 
 
-def decode(text: str, where: str) -> tuple[BakeRecord, ...]:
+def decode_history(text: str, where: str) -> tuple[BakeRecord, ...]:
     """A history from its JSON. Raises BadInput where it is none."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -110,7 +110,7 @@ def decode(text: str, where: str) -> tuple[BakeRecord, ...]:
         return TypeAdapter(tuple[BakeRecord, ...]).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]["msg"]
-        raise BadInput(f"{where}: its {METADATA_KEY} can't be read: {first}") from error
+        raise BadInput(f"{where}: its {HISTORY_KEY} can't be read: {first}") from error
 
 
 def history_of(path: Path, header: Header) -> tuple[BakeRecord, ...]:
@@ -119,10 +119,10 @@ def history_of(path: Path, header: Header) -> tuple[BakeRecord, ...]:
     if sidecar.is_file():
         content = _read_sidecar(sidecar)
         if _is_tied(path, header, content):
-            return decode(json.dumps(content["chain"]), str(sidecar))
+            return decode_history(json.dumps(content["chain"]), str(sidecar))
         warn(f"{sidecar}: is about another file than {path.name} now is; not used")
-    text = header.metadata.get(METADATA_KEY)
-    return decode(text, str(path)) if text else ()
+    text = header.metadata.get(HISTORY_KEY)
+    return decode_history(text, str(path)) if text else ()
 
 
 def metadata_with(header: Header, history: Iterable[BakeRecord]) -> dict[str, str]:
@@ -130,13 +130,13 @@ def metadata_with(header: Header, history: Iterable[BakeRecord]) -> dict[str, st
 
     transformers refuses a header that has metadata but no format in it.
     """
-    return (header.metadata or {"format": "pt"}) | {METADATA_KEY: encode(history)}
+    return (header.metadata or {"format": "pt"}) | {HISTORY_KEY: encode_history(history)}
 
 
 def is_metadata_of(found: dict[str, str], original: dict[str, str]) -> bool:
     """Whether `found` is `original` but for the history."""
-    rest = {key: value for key, value in found.items() if key != METADATA_KEY}
-    before = {key: value for key, value in original.items() if key != METADATA_KEY}
+    rest = {key: value for key, value in found.items() if key != HISTORY_KEY}
+    before = {key: value for key, value in original.items() if key != HISTORY_KEY}
     return rest == before or (not original and rest == {"format": "pt"})
 
 
@@ -144,11 +144,14 @@ def sidecar_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.baked.json")
 
 
-def write_sidecar(path: Path, history: Iterable[BakeRecord], key: str) -> None:
+def write_history(path: Path, history: Iterable[BakeRecord], key: str) -> None:
     """Write the history beside a file, tied to it by one of the tensors that were edited."""
     with open_input(path) as file:
         tie = digest_of_samples(file, header_of(file, str(path)), [key])
-    content = {"chain": json.loads(encode(history)), "tied_to": {"tensor": key, "sha256": tie}}
+    content = {
+        "chain": json.loads(encode_history(history)),
+        "tied_to": {"tensor": key, "sha256": tie},
+    }
     write_text(sidecar_of(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -17,7 +17,7 @@ from sdd_lora.checkpoint.editing import (
     workers,
     write_edits,
 )
-from sdd_lora.checkpoint.history import BakeRecord, metadata_with, sidecar_of, write_sidecar
+from sdd_lora.checkpoint.history import BakeRecord, metadata_with, sidecar_of, write_history
 from sdd_lora.checkpoint.journal import journal_of
 from sdd_lora.checkpoint.plan import BakePlan, FilePlan
 from sdd_lora.checkpoint.undo import require_sole, roll_back
@@ -106,7 +106,7 @@ def _write_record(file: FilePlan, record: BakeRecord, opened: BinaryIO) -> None:
     if inside:
         sidecar_of(file.path).unlink(missing_ok=True)
     else:
-        write_sidecar(file.path, history, next(iter(file.edits)))
+        write_history(file.path, history, next(iter(file.edits)))
 
 
 @contextmanager

@@ -119,7 +119,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def read_any_header(path: Path) -> Header:
     """The header of a safetensors file, or its counterpart from a legacy pickle."""
-    return torch_zip.read_header(path) if torch_zip.is_torch_file(path) else read_header(path)
+    return (
+        torch_zip.read_pickle_header(path) if torch_zip.is_torch_file(path) else read_header(path)
+    )
 
 
 # One file

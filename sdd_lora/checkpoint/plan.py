@@ -8,7 +8,7 @@ from typing import Literal
 
 from sdd_lora.adapter.algebra import Weighted
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.checkpoint.copying import Segment, merged
+from sdd_lora.checkpoint.copying import Segment, merged_segments
 from sdd_lora.checkpoint.history import BakedAdapter, BakeRecord, history_of
 from sdd_lora.checkpoint.layout import (
     Checkpoint,
@@ -20,7 +20,7 @@ from sdd_lora.checkpoint.layout import (
 from sdd_lora.checkpoint.rounding import Rounding
 from sdd_lora.errors import BadInput
 from sdd_lora.io import torch_zip
-from sdd_lora.io.safetensors import DTYPES, Header, TensorInfo
+from sdd_lora.io.safetensors import NUMPY_DTYPES, Header, TensorInfo
 from sdd_lora.io.torch_pickle import StridedInfo
 
 EmaChoice = Literal["patch", "drop"]
@@ -62,10 +62,10 @@ class FilePlan:
         kept = {k: info for k, info in self.header.tensors.items() if k not in self.dropped}
         placed, offset = {}, 0
         for key in sorted(
-            kept, key=lambda k: -DTYPES[kept[k].dtype].itemsize if legacy else kept[k].start
+            kept, key=lambda k: -NUMPY_DTYPES[kept[k].dtype].itemsize if legacy else kept[k].start
         ):
             info = kept[key]
-            end = offset + math.prod(info.shape) * DTYPES[info.dtype].itemsize
+            end = offset + math.prod(info.shape) * NUMPY_DTYPES[info.dtype].itemsize
             placed[key] = TensorInfo(info.dtype, info.shape, offset, end)
             offset = end
         return {key: placed[key] for key in kept}
@@ -79,7 +79,7 @@ class FilePlan:
         """The ranges to copy, in the output's order, neighbours together."""
         start, tensors = self.header.data_start, self.header.tensors
         rewritten = self.strided() | set(self.edits)
-        return merged(
+        return merged_segments(
             Segment(start + tensors[key].start, output.data_start + info.start, info.nbytes)
             for key, info in sorted(output.tensors.items(), key=lambda item: item[1].start)
             if key not in rewritten
@@ -136,7 +136,7 @@ def plan_bake(
     Raises BadInput where a module doesn't land, or an adapter is in the model already.
     """
     collected = _by_module(adapters)
-    if problems := misfits(checkpoint, adapters, ema):
+    if problems := misfits_of(checkpoint, adapters, ema):
         raise BadInput(
             f"{checkpoint.path}: {len(problems)} of the adapters' {len(collected)} modules don't "
             f"land in it, the first: {problems[0]}"
@@ -168,7 +168,7 @@ def plan_bake(
     return plan
 
 
-def misfits(checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice = "patch") -> list[str]:
+def misfits_of(checkpoint: Checkpoint, adapters: Weighted, ema: EmaChoice = "patch") -> list[str]:
     """A line for each module that can't be added to a weight set; none where all can be baked."""
     problems = []
     for module, parts in _by_module(adapters).items():

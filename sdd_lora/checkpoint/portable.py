@@ -7,7 +7,7 @@ import numpy as np
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.describe import open_sd1
 from sdd_lora.checkpoint.locate import locate
-from sdd_lora.checkpoint.plan import misfits
+from sdd_lora.checkpoint.plan import misfits_of
 from sdd_lora.errors import BadInput
 
 
@@ -20,7 +20,7 @@ def adapter_on(adapter: Adapter, model: str | Path) -> Adapter:
     if not adapter.is_portable:
         raise BadInput(f"{adapter.name}: is for one model already; only portable adapters take one")
     checkpoint = open_sd1(locate(model))
-    if problems := misfits(checkpoint, [(adapter, 1.0)]):
+    if problems := misfits_of(checkpoint, [(adapter, 1.0)]):
         raise BadInput(f"{adapter.name} does not fit {model}: {problems[0]}")
 
     def weight_of(module: str) -> np.ndarray:

@@ -134,13 +134,13 @@ def edit(
             lost = after - exact
             error_square = float(np.vdot(lost, lost))
             if not math.isfinite(error_square):  # one number tells of a whole block
-                _require_finite(name, info, weight[block], change, exact, after)
+                _require_finite_weight(name, info, weight[block], change, exact, after)
             square = float(np.vdot(change, change))
             tally += Tally(square, square + float(np.vdot(lost, change)), error_square)
     return result.reshape(-1).view(np.uint8).data, tally
 
 
-def _require_finite(
+def _require_finite_weight(
     name: str,
     info: TensorInfo,
     before: np.ndarray,

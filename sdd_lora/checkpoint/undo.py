@@ -136,7 +136,7 @@ def free_undo_name(model: Path) -> Path:
 
 
 def _unbake_to(out: Path, model: Path, undo: UndoFile) -> Unbaked:
-    paths = _check(model, undo)
+    paths = _require_as_baked(model, undo)
     require_space(out.absolute().parent, sum(original.size for original in undo.files))
     with open(undo.path, "rb") as kept:
         if not model.is_dir():
@@ -157,7 +157,7 @@ def _unbake_to(out: Path, model: Path, undo: UndoFile) -> Unbaked:
 
 
 def _unbake_in_place(model: Path, undo: UndoFile) -> Unbaked:
-    paths = _check(model, undo)
+    paths = _require_as_baked(model, undo)
     for path in paths:
         require_sole(path, model)
         require_writable(path)
@@ -167,7 +167,7 @@ def _unbake_in_place(model: Path, undo: UndoFile) -> Unbaked:
     return Unbaked(model, tuple(paths), True)
 
 
-def _check(model: Path, undo: UndoFile) -> list[Path]:
+def _require_as_baked(model: Path, undo: UndoFile) -> list[Path]:
     """The files that the undo file is of; BadInput unless each is what was baked then."""
     require_no_journal(model)
     paths = [file_of(model, original.name) for original in undo.files]

@@ -33,7 +33,7 @@ from sdd_lora.io.safetensors import (
     read_header,
 )
 
-METADATA_KEY = "sdd_lora.undo"
+UNDO_KEY = "sdd_lora.undo"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class UndoFile:
         self.path = Path(path)
         self.header = read_header(self.path)
         where = f"{path}: expected an undo file, as `sdd-lora bake --undo` writes them"
-        text = self.header.metadata.get(METADATA_KEY)
+        text = self.header.metadata.get(UNDO_KEY)
         if text is None:
             raise BadInput(where)
         try:
@@ -169,7 +169,7 @@ def write_undo(target: BinaryIO, plan: BakePlan) -> dict[Path, str]:
     for name, (_, _, info) in sources.items():
         tensors[name] = TensorInfo(info.dtype, info.shape, offset, offset := offset + info.nbytes)
     content = {"version": 3, "files": [asdict(original) for original in originals]}
-    head = encode_header(tensors, {METADATA_KEY: json.dumps(content)})
+    head = encode_header(tensors, {UNDO_KEY: json.dumps(content)})
     write_at(target, 0, head)
     with ExitStack() as stack:
         opened = {file.path: stack.enter_context(open_input(file.path)) for file in plan.files}

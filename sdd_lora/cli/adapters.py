@@ -8,12 +8,12 @@ import typer
 
 from sdd_lora.cli.common import (
     AdapterFile,
+    AdapterName,
     Energy,
     Force,
-    Name,
+    HighestRank,
     NewDtype,
     OutputFile,
-    Rank,
     Result,
     StoredDtype,
     WeightedAdapters,
@@ -142,7 +142,7 @@ def convert(
 def resize(
     file: AdapterFile,
     output: OutputFile,
-    rank: Rank = None,
+    rank: HighestRank = None,
     energy: Energy = None,
     dtype: StoredDtype = None,
     force: Force = False,
@@ -192,7 +192,7 @@ def resize(
 def stack(
     adapters: WeightedAdapters,
     output: OutputFile,
-    rank: Rank = None,
+    rank: HighestRank = None,
     how: Annotated[
         Literal["sum", "solve"] | None,
         typer.Option(
@@ -207,7 +207,7 @@ def stack(
         typer.Option("--model", help="For solve: whose text encoder [default: as they were made]."),
     ] = None,
     dtype: NewDtype = "fp16",
-    name: Name = None,
+    name: AdapterName = None,
     heat_map: Annotated[
         Path | None, typer.Option("--heat-map", help="Draw the cosines between adapters as a PNG.")
     ] = None,

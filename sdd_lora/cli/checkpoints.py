@@ -10,10 +10,10 @@ from sdd_lora.cli.adapters import check_outputs, line, write
 from sdd_lora.cli.common import (
     Energy,
     Force,
+    HighestRank,
     Model,
     NewDtype,
     OutputFile,
-    Rank,
     Result,
     WeightedAdapters,
     verb,
@@ -151,16 +151,16 @@ def _bake_text(report: "BakeReport") -> str:
     if report.dropped:
         lines.append(f"left out: {report.dropped} tensors of EMA copies")
     if report.left_out:
-        lines.append(f"left out: {_listed(report.left_out)}")
+        lines.append(f"left out: {_first_names(report.left_out)}")
     if report.refused:
-        lines.append(f"refused in the pickle: {_listed(report.refused)}")
+        lines.append(f"refused in the pickle: {_first_names(report.refused)}")
     if report.undo:
         paths = shlex.join([str(report.output), str(report.undo)])
         lines.append(f"undo: sdd-lora unbake {paths} --in-place")
     return "\n".join(lines)
 
 
-def _listed(names: tuple[str, ...], shown: int = 8) -> str:
+def _first_names(names: tuple[str, ...], shown: int = 8) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 
@@ -207,7 +207,7 @@ def extract(
     ],
     base: Annotated[str, typer.Option("--base", help="The model that it was tuned from.")],
     output: OutputFile,
-    rank: Rank = None,
+    rank: HighestRank = None,
     energy: Energy = None,
     dtype: NewDtype = "fp16",
     force: Force = False,
@@ -260,5 +260,7 @@ def _extract_text(found: "Extraction") -> str:
             f"{len(found.outside)} parameters, most in {worst}"
         )
     if found.not_compared:
-        lines.append(f"not compared, since the base has no such: {_listed(found.not_compared)}")
+        lines.append(
+            f"not compared, since the base has no such: {_first_names(found.not_compared)}"
+        )
     return "\n".join(lines)

@@ -70,7 +70,9 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field: training.iterations=300. Repeatable."),
 ]
-Name = Annotated[str | None, typer.Option("--name", help="Its name [default: that of the output].")]
+AdapterName = Annotated[
+    str | None, typer.Option("--name", help="Its name [default: that of the output].")
+]
 Dtype = Literal["fp16", "bf16", "fp32"]
 Precision = Annotated[
     Dtype | None,
@@ -82,7 +84,9 @@ StoredDtype = Annotated[
     Dtype | None, typer.Option("--dtype", help="How to store it [default: as in FILE].")
 ]
 NewDtype = Annotated[Dtype, typer.Option("--dtype", help="How to store it.")]
-Rank = Annotated[int | None, typer.Option("--rank", min=1, help="The highest rank of a module.")]
+HighestRank = Annotated[
+    int | None, typer.Option("--rank", min=1, help="The highest rank of a module.")
+]
 Energy = Annotated[
     float | None, typer.Option("--energy", help="The share of each module's squared norm to keep.")
 ]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from sdd_lora.cli.adapters import check_outputs, line, write
-from sdd_lora.cli.common import Force, Name, NewDtype, OutputFile, Result, verb
+from sdd_lora.cli.common import AdapterName, Force, NewDtype, OutputFile, Result, verb
 from sdd_lora.cli.tables import erased_table
 
 
@@ -49,7 +49,7 @@ def erase(
         ),
     ] = "portable",
     dtype: NewDtype = "fp16",
-    name: Name = None,
+    name: AdapterName = None,
     force: Force = False,
 ) -> Result:
     """Make an eraser from words alone, in seconds.

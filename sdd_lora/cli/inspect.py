@@ -34,7 +34,7 @@ def inspect(
         sdd-lora inspect lora.safetensors --norms
     """
     found = [_inspected(path, norms) for path in files]
-    return Result({"files": found}, "\n\n".join(map(_text, found)))
+    return Result({"files": found}, "\n\n".join(map(_description_text, found)))
 
 
 def _inspected(path: Path, norms: bool) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _checkpoint_data(path: Path, norms: bool) -> dict[str, Any]:
     return data
 
 
-def _text(data: dict[str, Any]) -> str:
+def _description_text(data: dict[str, Any]) -> str:
     lines = [f"{data['file']}: {data['kind']}"]
     for key, value in data.items():
         if key in ("file", "kind") or value in ([], {}, ""):
@@ -200,7 +200,7 @@ def _verify_adapter(path: Path, model: str | None, base: str | None) -> Result:
     from sdd_lora.adapter.loaders import verdicts
     from sdd_lora.checkpoint.describe import open_sd1
     from sdd_lora.checkpoint.locate import locate
-    from sdd_lora.checkpoint.plan import misfits
+    from sdd_lora.checkpoint.plan import misfits_of
     from sdd_lora.progress import warn
 
     adapter = Adapter.load(path)
@@ -226,7 +226,7 @@ def _verify_adapter(path: Path, model: str | None, base: str | None) -> Result:
     if model is None:
         return Result(data, "\n".join(lines))
     where = locate(model)
-    problems = misfits(open_sd1(where), [(adapter, 1.0)])
+    problems = misfits_of(open_sd1(where), [(adapter, 1.0)])
     data |= {"model": model, "fits": not problems, "misfits": problems}
     lines.append(f"  {model}: {'it fits' if not problems else 'it does NOT fit'}")
     lines += [f"    {problem}" for problem in problems]
@@ -260,10 +260,10 @@ def _verify_checkpoint(path: Path, adapter: Path | None, base: str | None) -> Re
 
 def _presence(model: Path, adapter: Any, base: str | None) -> tuple[dict[str, Any], str]:
     """Whether an adapter is in a model: by its record, and with a base by its weights."""
-    from sdd_lora.checkpoint.detect import find
+    from sdd_lora.checkpoint.detect import find_adapter
     from sdd_lora.checkpoint.locate import locate
 
-    found = find(model, adapter, None if base is None else locate(base))
+    found = find_adapter(model, adapter, None if base is None else locate(base))
     text = "not recorded as baked in"
     if (known := found.recorded) is not None:
         other = f" with {known.name}" if known.identity != adapter.identity else ""

@@ -21,7 +21,7 @@ _RESERVED = 600_000_000
 #: sheet promises; an estimate, not measured here
 _CARD, _CARD_FLOPS = "RTX 3060", 1e13
 #: SD 1.x's text encoder and UNet in fp32, which is what a training loads of a hub repository
-_DOWNLOAD = 3_930_000_000
+_DOWNLOAD_BYTES = 3_930_000_000
 #: parts of the memory (fields of Footprint), as they are printed
 _PARTS = {
     "base": "base",
@@ -69,7 +69,7 @@ def plan(
     counted: dict[str, Counted] = {}
     plans = []
     for recipe in read:
-        kind = _kind(recipe)
+        kind = _footprint_key(recipe)
         if kind not in counted:
             counted[kind] = _count(recipe, most)
         plans.append(_planned(recipe, most, *counted[kind]))
@@ -77,7 +77,7 @@ def plan(
     several = len(plans) > 1
     text = "\n\n".join(text for _, text in plans)
     if several and most is None:
-        text = _rows(data["plans"])
+        text = _plans_table(data["plans"])
     if several:
         data["sum"] = _sum(data["plans"])
         text += "\n\n" + _sum_text(data["sum"])
@@ -85,14 +85,14 @@ def plan(
     return Result(data, text, exit_code=1 if unfit else 0)
 
 
-def _kind(recipe: "Recipe") -> str:
+def _footprint_key(recipe: "Recipe") -> str:
     """Of the recipe, what its footprint depends on: that of a hundred concepts is counted once."""
-    from sdd_lora.recipe import Measure
+    from sdd_lora.recipe import MeasureSettings
 
     prompts = [""] if recipe.preserve.prompts else []
     preserve = recipe.preserve.model_copy(update={"prompts": prompts})
     training = recipe.training.model_copy(update={"iterations": 1, "seed": 0})
-    alike = {"name": "", "concepts": [], "measure": Measure(), "preset": "paper"}
+    alike = {"name": "", "concepts": [], "measure": MeasureSettings(), "preset": "paper"}
     return recipe.model_copy(update=alike | {"preserve": preserve, "training": training}).to_yaml()
 
 
@@ -129,7 +129,7 @@ def _planned(
         "estimated_seconds": {_CARD: flops / _CARD_FLOPS},
         "disk": _disk(recipe, found, downloaded=local(recipe.model) is None),
     }
-    text = _text(data)
+    text = _plan_text(data)
     if most is not None:
         least = savings[-1].plan.total if savings else found.total
         data["fits"] = least + _RESERVED <= most
@@ -144,13 +144,13 @@ def _disk(recipe: "Recipe", found: "Footprint", downloaded: bool) -> dict[str, i
     """Adapter files are fp16, in two forms; the state holds student, average and optimizer."""
     result = 2 * 2 * found.trained if recipe.parameters == "lora" else found.adapter
     return {
-        "download": _DOWNLOAD if downloaded else 0,
+        "download": _DOWNLOAD_BYTES if downloaded else 0,
         "result": result,
         "state_while_training": found.adapter + found.average + found.optimizer,
     }
 
 
-def _text(data: dict[str, Any]) -> str:
+def _plan_text(data: dict[str, Any]) -> str:
     disk, passes = data["disk"], data["unet_passes"]
     seconds = data["estimated_seconds"][_CARD]
     rows = [[label, f"{data['bytes'][part] / 1e9:.3f}"] for part, label in _PARTS.items()]
@@ -171,7 +171,7 @@ def _text(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rows(plans: list[dict[str, Any]]) -> str:
+def _plans_table(plans: list[dict[str, Any]]) -> str:
     head = ["recipe", "peak GB", "iterations", "UNet passes", f"{_CARD}, about", "results MB"]
     rows = [
         [

@@ -30,8 +30,8 @@ def erased_table(erased: "Erased") -> str:
         [
             f"{row.rank}{' *' if row.rank == chosen else ''}",
             f"{row.worth:.1f}",
-            percent(row.left),
-            percent(row.moved),
+            as_percent(row.left),
+            as_percent(row.moved),
         ]
         for row in erased.ranks
     ]
@@ -41,7 +41,7 @@ def erased_table(erased: "Erased") -> str:
     return f"{table(head, shown)}\nwords that go too, being near: {near}"
 
 
-def percent(value: float) -> str:
+def as_percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
@@ -57,9 +57,9 @@ def measures_table(metrics: dict[str, Any]) -> str:
         [
             f"{m['name']} ({m['group']})",
             str(m["n"]),
-            percent(m["before"]),
+            as_percent(m["before"]),
             interval(m["ci95_before"]),
-            percent(m["after"]),
+            as_percent(m["after"]),
             interval(m["ci95_after"]),
             f"{100 * (m['after'] - m['before']):+.1f}",
             "{:+.1f} … {:+.1f}".format(*(100 * bound for bound in m["ci95_change"])),
@@ -94,4 +94,4 @@ def _pooled(measures: Sequence[dict[str, Any]], name: str) -> str:
     if not n:
         return "–"
     before, after = (sum(m[when] * m["n"] for m in groups) / n for when in ("before", "after"))
-    return f"{percent(before)} → {percent(after)}"
+    return f"{as_percent(before)} → {as_percent(after)}"

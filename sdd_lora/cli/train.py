@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from sdd_lora.cli.common import (
+    AdapterName,
     Changes,
     ForceRun,
-    Name,
     Precision,
     Recipes,
     Result,
@@ -175,7 +175,7 @@ def measure(
         Path, typer.Option("--output", "-o", help="The folder for the adapter and its numbers.")
     ],
     changes: Changes = None,
-    name: Name = None,
+    name: AdapterName = None,
     precision: Precision = None,
     force: ForceRun = False,
 ) -> Result:

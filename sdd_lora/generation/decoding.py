@@ -11,7 +11,7 @@ from sdd_lora.generation.sampling import Job
 
 
 @torch.no_grad()
-def decode(
+def decode_latents(
     pipeline: StableDiffusionPipeline, latents: torch.Tensor, jobs: Sequence[Job]
 ) -> tuple[np.ndarray, int]:
     """Images (B, H, W, 3) uint8 of latents (B, 4, h, w), one a job; and how many of them needed the
@@ -20,14 +20,14 @@ def decode(
     NaN and infinity would become black images, in which no detector finds anything. Raises
     SddLoraError for them, naming the job and the likely cause.
     """
-    _require_finite(latents, jobs, "the latents", pipeline)
+    _require_finite_latents(latents, jobs, "the latents", pipeline)
     scaled = latents / pipeline.vae.config.scaling_factor
     images = pipeline.vae.decode(scaled, return_dict=False)[0]
     overflowed = ~_are_finite(images)
     if overflowed.any() and pipeline.vae.dtype != torch.float32:
         images = images.float()
         images[overflowed] = _decode_in_fp32(pipeline, scaled[overflowed])
-    _require_finite(images, jobs, "the decoded image", pipeline)
+    _require_finite_latents(images, jobs, "the decoded image", pipeline)
     floats = pipeline.image_processor.postprocess(images, output_type="np")
     return (floats * 255).round().astype(np.uint8), int(overflowed.sum())
 
@@ -46,7 +46,7 @@ def _are_finite(values: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(values).flatten(1).all(dim=1)
 
 
-def _require_finite(
+def _require_finite_latents(
     values: torch.Tensor, jobs: Sequence[Job], of: str, pipeline: StableDiffusionPipeline
 ) -> None:
     finite = _are_finite(values).tolist()

@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.generation import manifest
-from sdd_lora.generation.decoding import decode
+from sdd_lora.generation.decoding import decode_latents
 from sdd_lora.generation.methods import METHODS, gated, neg
 from sdd_lora.generation.prompt_files import SIDES, is_side
 from sdd_lora.generation.sampling import Job, Sampling
@@ -94,11 +94,11 @@ def draw(
 def _draw_batch(
     pipeline: StableDiffusionPipeline, jobs: Sequence[Job], sampling: Sampling
 ) -> tuple[np.ndarray, int]:
-    """What `decode` gives for the jobs' latents."""
+    """What `decode_latents` gives for the jobs' latents."""
     generators = [torch.Generator().manual_seed(job.seed) for job in jobs]
     sample = METHODS[sampling.method]
     latents = sample(pipeline, [job.prompt for job in jobs], generators, sampling)
-    return decode(pipeline, latents, jobs)
+    return decode_latents(pipeline, latents, jobs)
 
 
 def _half_of(batch: int, error: Exception) -> int:
@@ -129,7 +129,7 @@ def generate(
     BadInput where the folder holds another run, or another process draws into it.
     """
     state = processes()
-    _check_fit(pipeline, sampling)
+    _check_method_fits(pipeline, sampling)
     if state.is_main_process:
         _warn_of_long_prompts(pipeline, jobs)
         _warn_of_low_guidance(sampling, jobs)
@@ -199,7 +199,7 @@ def parameters_text(job: Job, sampling: Sampling, shape: tuple[int, ...]) -> Png
     return info
 
 
-def _check_fit(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
+def _check_method_fits(pipeline: StableDiffusionPipeline, sampling: Sampling) -> None:
     """Raises BadInput where a method can't work with the pipeline: before anything is written."""
     check_concept(sampling, pipeline.tokenizer)
     if sampling.method == "sdd-gated":

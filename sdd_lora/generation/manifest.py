@@ -105,7 +105,7 @@ def take_settings(folder: Path, sampling: Sampling, settings: dict[str, Any]) ->
         write_text(path, json.dumps(wanted, indent=2, ensure_ascii=False))
         return
     try:
-        found = _parsed(path.read_text("utf-8"), path)
+        found = _parsed_json(path.read_text("utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: can't read it ({error}); draw into another folder") from error
     changed = [k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k)]
@@ -150,7 +150,7 @@ def _all_entries(folder: Path) -> list[dict[str, Any]]:
 
 def _entries(path: Path) -> list[dict[str, Any]]:
     """A manifest's whole lines. Raises BadInput for one that is damaged."""
-    entries = [_parsed(line, path) for line in whole_lines(path)]
+    entries = [_parsed_json(line, path) for line in whole_lines(path)]
     for number, entry in enumerate(entries, 1):
         typed = all(type(value) in _ENTRY_TYPES.get(name, ()) for name, value in entry.items())
         whole = typed and {"file", "prompt", "seed"} <= entry.keys()
@@ -159,7 +159,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _parsed(text: str, path: Path) -> dict[str, Any]:
+def _parsed_json(text: str, path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:

@@ -37,7 +37,7 @@ COLUMNS = {
 #: columns about drawing that are not used, and named where they stand in a file
 _UNUSED = ("scheduler", "sampler", "sampler_name", "clip_skip", "strength", "model", "sd_model")
 #: syntax of other tools, which a text encoder reads as plain words
-_FOREIGN = re.compile(
+_FOREIGN_SYNTAX = re.compile(
     r"<(?:lora|lyco|hypernet):[^>]*>"  # A1111's networks
     r"|\([^()]*:\d*\.?\d+\)"  # A1111's (word:1.3)
     r"|(?:^|\s)--[a-z]+\b"  # sd-scripts' and Midjourney's --n, --ar
@@ -114,7 +114,7 @@ def read_prompts(path: Path, column: str | None = None) -> list[Prompt]:
 
 def warn_of_foreign_syntax(texts: Sequence[str], where: str) -> None:
     """Say once that prompts hold what other tools act on: networks, weights, options, comments."""
-    found = [match.group().strip() for text in texts if (match := _FOREIGN.search(text))]
+    found = [match.group().strip() for text in texts if (match := _FOREIGN_SYNTAX.search(text))]
     if found:
         shown = ", ".join(dict.fromkeys(found[:3]))
         warn(
@@ -270,14 +270,14 @@ def _columns_of(found: Sequence[str], where: str, column: str | None) -> dict[st
 def _prompt(entry: dict[str, Any], where: str, column: str | None) -> Prompt:
     """A prompt from its entry, texts or numbers; empty ones say nothing."""
     columns = _columns_of(list(entry), where, column)
-    text = _text(entry[columns["text"]], where)
+    text = _cell_text(entry[columns["text"]], where)
     own: dict[str, Any] = {}
     for field, name in columns.items():
         value = entry[name]
         if field in ("text", "categories") or value is None or not str(value).strip():
             continue
         own[field] = (
-            _text(value, where) if field == "negative_prompt" else _number(value, field, where)
+            _cell_text(value, where) if field == "negative_prompt" else _number(value, field, where)
         )
         is_the_drawings = name.lower().startswith("sd_")  # else it may be a photograph's
         if field in ("width", "height") and is_the_drawings and not is_side(own[field]):
@@ -286,7 +286,7 @@ def _prompt(entry: dict[str, Any], where: str, column: str | None) -> Prompt:
     return Prompt(text, **own, categories=_categories(categories, where))
 
 
-def _text(value: Any, where: str) -> str:
+def _cell_text(value: Any, where: str) -> str:
     """A cell's text; "" for an empty one, or pandas' NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""

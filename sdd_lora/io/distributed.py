@@ -11,7 +11,7 @@ from sdd_lora.errors import BadInput
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-T = TypeVar("T")
+Shared = TypeVar("Shared")
 _WAIT = timedelta(days=7)
 
 
@@ -43,6 +43,6 @@ class Shard:
             raise BadInput(f"--shard {text}: expected I/N with I from 1 to N, such as 1/4 … 4/4")
         return cls(int(found[1]), int(found[2]))
 
-    def take(self, items: Sequence[T]) -> list[T]:
+    def take(self, items: Sequence[Shared]) -> list[Shared]:
         """The items that belong to this shard, in their order."""
         return list(items[self.index - 1 :: self.count])

@@ -28,7 +28,7 @@ METADATA_KEY = "__metadata__"
 MAX_DIMENSIONS = 64
 MAX_ELEMENTS = 1 << 59
 
-DTYPES: dict[str, np.dtype] = {
+NUMPY_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -45,7 +45,7 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in NUMPY_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def read_tensor(file: BinaryIO, header: Header, name: str) -> np.ndarray:
     """One tensor of an open file by a range read."""
     info = header.tensors[name]
     file.seek(header.data_start + info.start)
-    return np.frombuffer(file.read(info.nbytes), DTYPES[info.dtype]).reshape(info.shape)
+    return np.frombuffer(file.read(info.nbytes), NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
 def serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Iterator[bytes]:
@@ -217,14 +217,16 @@ def _tensor_info(name: str, entry: Any, where: str) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise BadInput(f"{where}: {name}: expected dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise BadInput(f"{where}: {name}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
+        raise BadInput(
+            f"{where}: {name}: unknown dtype {dtype!r}; known: {', '.join(NUMPY_DTYPES)}"
+        )
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
         raise BadInput(f"{where}: {name}: shape and data_offsets must be whole numbers from 0 up")
     if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) > MAX_ELEMENTS:
         raise BadInput(f"{where}: {name}: no array can have its shape, of {len(shape)} dimensions")
     start, end = offsets
-    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
     if end - start != expected:
         raise BadInput(
             f"{where}: {name}: {dtype} {tuple(shape)} takes {expected:,} bytes, "

@@ -8,7 +8,7 @@ HEAD_BYTES = 64
 _DOWNLOAD = "download the file again"
 _WEB_PAGE = f"a web page, of a login or an error: log in, or give a token, and {_DOWNLOAD}"
 #: first bytes in small letters, spaces before them left away → what the file is, and the remedy
-_FOREIGN = (
+_FIRST_BYTES = (
     (b"version https://git-lfs", "a git-LFS pointer, not the file: run `git lfs pull`"),
     (b"<!doctype html", _WEB_PAGE),
     (b"<html", _WEB_PAGE),
@@ -34,7 +34,7 @@ def require_weights(head: bytes, where: str) -> None:
     if not head:
         raise BadInput(f"{where}: truncated: 0 bytes, an empty file: {_DOWNLOAD}")
     start = head[:HEAD_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    for mark, found in _FOREIGN:
+    for mark, found in _FIRST_BYTES:
         if start.startswith(mark):
             raise BadInput(f"{where}: {found}")
 

@@ -213,7 +213,7 @@ def put(
         place[last] = value
 
 
-def merged(
+def merged_fields(
     base: Mapping[str, Any], over: Mapping[str, Any], other_name: Mapping[str, str]
 ) -> dict[str, Any]:
     """`over` on top of `base`, section by section; a field replaces its `other_name` too."""
@@ -221,7 +221,7 @@ def merged(
     for key, value in over.items():
         below = base.get(key)
         is_section = isinstance(value, dict) and isinstance(below, dict)
-        found[key] = merged(below or {}, value, other_name) if is_section else value
+        found[key] = merged_fields(below or {}, value, other_name) if is_section else value
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sdd_lora.io.safetensors import DTYPES, TensorInfo
+from sdd_lora.io.safetensors import NUMPY_DTYPES, TensorInfo
 
 MAX_OPCODES = 1_000_000
 
@@ -44,7 +44,7 @@ class StridedInfo(TensorInfo):
 
     def gather(self, span: bytes) -> np.ndarray:
         """The tensor, row by row, from the bytes it spans."""
-        flat = np.frombuffer(span, DTYPES[self.dtype])
+        flat = np.frombuffer(span, NUMPY_DTYPES[self.dtype])
         steps = [stride * flat.itemsize for stride in self.strides]
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, steps))
 
@@ -102,7 +102,7 @@ class _InertUnpickler(_Unpickler):  # type: ignore[misc]
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}"
-        if path not in _KNOWN:
+        if path not in _KNOWN_GLOBALS:
             self.refused.add(path[:200])
         return _Global(path)
 
@@ -215,7 +215,7 @@ class PickledTensor:
 
     def info(self, start: int, end: int) -> TensorInfo:
         """Where the tensor lies, its storage being at `start` to `end`. Raises ValueError."""
-        itemsize = DTYPES[self.dtype].itemsize
+        itemsize = NUMPY_DTYPES[self.dtype].itemsize
         count = math.prod(self.shape)
         span = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
         first = start + self.offset * itemsize
@@ -244,7 +244,7 @@ def _storage(identity: Any) -> _Storage:
     return _Storage(_TYPED_STORAGES.get(kind.path), name)
 
 
-def _tensor(
+def _rebuilt_tensor(
     storage: Any,
     offset: Any,
     shape: Any,
@@ -261,7 +261,7 @@ def _tensor(
         code = _TORCH_DTYPES.get(dtype.path)
     if code is None:
         raise ValueError("a tensor of unknown dtype")
-    if not _are_counts(shape) or not _are_counts(strides) or not _are_counts((offset,)):
+    if not _are_sizes(shape) or not _are_sizes(strides) or not _are_sizes((offset,)):
         raise ValueError("a tensor whose shape, strides or offset aren't whole numbers")
     if len(shape) != len(strides):
         raise ValueError("a tensor with another number of strides than of dimensions")
@@ -286,11 +286,11 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor,
+    "torch._utils._rebuild_tensor": _rebuilt_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuilt_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuilt_tensor,
 }
-_KNOWN = {
+_KNOWN_GLOBALS = {
     *_TYPED_STORAGES,
     *_TORCH_DTYPES,
     *_MAKERS,
@@ -300,7 +300,7 @@ _KNOWN = {
 }
 
 
-def _are_counts(values: Any) -> bool:
+def _are_sizes(values: Any) -> bool:
     return (
         isinstance(values, tuple)
         and len(values) <= 16

@@ -23,7 +23,7 @@ MAX_PICKLE_BYTES = 8 << 20
 MAX_READ_BYTES = 4 << 20  # of zip directories
 MAX_NESTING = 4
 #: Names that trainers give to a model's tensors among other things.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params", "unet")
+_WRAPPING_NAMES = ("state_dict", "model_state_dict", "model", "module", "params", "unet")
 
 #: Globals by which numbers, arrays and containers are pickled, and nothing else can be.
 _PLAIN_DATA = {
@@ -66,7 +66,7 @@ def is_torch_file(path: Path) -> bool:
         return sniff.is_pickle(file.read(sniff.HEAD_BYTES))
 
 
-def read_header(path: Path) -> PickleHeader:
+def read_pickle_header(path: Path) -> PickleHeader:
     """Names, dtypes, shapes and offsets of a torch file's tensors.
 
     A model within `state_dict`s, or other names that trainers use, is found. Raises BadInput where
@@ -176,7 +176,7 @@ def _find_state(value: Any) -> tuple[dict[Any, Any], list[str]]:
     for _ in range(MAX_NESTING):
         if not isinstance(value, dict):
             break
-        wrapped = [name for name in _WRAPPERS if isinstance(value.get(name), dict)]
+        wrapped = [name for name in _WRAPPING_NAMES if isinstance(value.get(name), dict)]
         models = [value, *(value[name] for name in wrapped)]
         named = [names for names in map(_parameter_names, models) if names]
         if any(2 * len(named[0] & other) >= len(named[0]) for other in named[1:]):

@@ -38,11 +38,11 @@ def card_rows(
             if place is not None:
                 images = found.setdefault(place, [])
                 images.append((spec.prompt, bool(old[name]), bool(new[name])))
-        rows += [_row(*place, images) for place, images in found.items()]
+        rows += [_card_row(*place, images) for place, images in found.items()]
     return rows
 
 
-def _row(name: str, group: str, images: Sequence[tuple[str, bool, bool]]) -> CardRow:
+def _card_row(name: str, group: str, images: Sequence[tuple[str, bool, bool]]) -> CardRow:
     prompts, before, after = zip(*images, strict=True)
     n = len(images)
     _, low, high = paired_difference(before, after)

@@ -16,7 +16,7 @@ from sdd_lora.sd.devices import best_device
 #: model.safetensors of openai/clip-vit-large-patch14
 VIT_L_14 = "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_BATCH = 32
+_CLIP_BATCH = 32
 
 
 class ClipEncoder:
@@ -62,8 +62,8 @@ class ClipEncoder:
     def images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Unit vectors (B, D) fp32 of images (H, W, 3) uint8 RGB."""
         found = []
-        for start in range(0, len(images), _BATCH):
-            pixels = torch.stack([self._pixels(x) for x in images[start : start + _BATCH]])
+        for start in range(0, len(images), _CLIP_BATCH):
+            pixels = torch.stack([self._pixels(x) for x in images[start : start + _CLIP_BATCH]])
             seen = self.model.vision_model(pixel_values=pixels.to(self.model.device))
             found.append(self.model.visual_projection(seen.pooler_output))
         return F.normalize(torch.cat(found).float(), dim=1).cpu()
@@ -72,9 +72,9 @@ class ClipEncoder:
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Unit vectors (B, D) fp32; a text is cut after 77 tokens, as CLIP scores do."""
         found = []
-        for start in range(0, len(texts), _BATCH):
+        for start in range(0, len(texts), _CLIP_BATCH):
             tokens = self.tokenizer(
-                list(texts[start : start + _BATCH]),
+                list(texts[start : start + _CLIP_BATCH]),
                 padding="max_length",
                 truncation=True,
                 max_length=self.model.config.text_config.max_position_embeddings,

@@ -21,13 +21,13 @@ from sdd_lora.sd.devices import best_device
 #: inception-2015-12-05.pt, the TorchScript that clean-fid reads
 INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 _SIZE = 299
-_BATCH = 32
+_FID_BATCH = 32
 _NO_PICTURE = "expected a picture, of `reference`, can't read it"
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_REFERENCE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass
-class Moments:
+class FeatureMoments:
     """Sums of features (D,) and of their outer products (D, D), in float64."""
 
     count: int = 0
@@ -48,7 +48,7 @@ class Moments:
         return mean, covariance
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     """|μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½) (Heusel et al. 2017, eq. 6).
 
     tr (Σa Σb)^½ is the sum of the roots of the eigenvalues of Σa^½ Σb Σa^½, which is symmetric:
@@ -104,7 +104,7 @@ class Fid(Measure):
                 f"inception: {path}: expected a network whose `layers` give features, as "
                 "inception-2015-12-05.pt has them, found none"
             )
-        self._real: Moments | None = None
+        self._real: FeatureMoments | None = None
         note = f"to {len(self.real_files)} pictures in {folder.name}, clean-fid's resizing"
         if not standard:
             note += f"; {path.name} is not inception-2015-12-05.pt"
@@ -116,13 +116,13 @@ class Fid(Measure):
         if drawn.count < 2:
             return {}
         if self._real is None:
-            self._real = self.moments(map(_read, self.real_files))
+            self._real = self.moments(map(_read_picture, self.real_files))
         return {self.name: frechet_distance(drawn, self._real)}
 
-    def moments(self, images: Iterable[np.ndarray]) -> Moments:
+    def moments(self, images: Iterable[np.ndarray]) -> FeatureMoments:
         """Moments of the features of images."""
-        found, left = Moments(), iter(images)
-        while batch := [resized(image) for image in islice(left, _BATCH)]:
+        found, left = FeatureMoments(), iter(images)
+        while batch := [resized(image) for image in islice(left, _FID_BATCH)]:
             found.add(self._features(torch.stack(batch)))
         return found
 
@@ -147,7 +147,7 @@ def resized(image: np.ndarray) -> torch.Tensor:
 
 def _pictures_in(folder: Path) -> list[Path]:
     """All pictures of a folder. Raises BadInput where there are fewer than two."""
-    found = sorted(p for p in folder.glob("*") if p.suffix.lower() in _PICTURES)
+    found = sorted(p for p in folder.glob("*") if p.suffix.lower() in _REFERENCE_SUFFIXES)
     if len(found) < 2:
         raise BadInput(f"reference: {folder}: expected two pictures at least, found {len(found)}")
     for path in found:
@@ -156,6 +156,6 @@ def _pictures_in(folder: Path) -> list[Path]:
     return found
 
 
-def _read(path: Path) -> np.ndarray:
+def _read_picture(path: Path) -> np.ndarray:
     with reading(path, _NO_PICTURE), Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))

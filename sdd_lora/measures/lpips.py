@@ -25,7 +25,7 @@ _HEADS = {
 }
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _EPS = 1e-10
-_BATCH = 16
+_LPIPS_BATCH = 16
 
 
 class Distance(nn.Module):
@@ -110,7 +110,7 @@ class Lpips(Measure):
     def distances(self, a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> list[float]:
         """Of pairs of images (H, W, 3) uint8, at the size they have."""
         device, found = self.network.get_buffer("shift").device, []
-        batch = _BATCH if len({image.shape for image in a}) == 1 else 1
+        batch = _LPIPS_BATCH if len({image.shape for image in a}) == 1 else 1
         for i in range(0, len(a), batch):
             first, second = (_pixels(x[i : i + batch]).to(device) for x in (a, b))
             found += self.network(first, second).tolist()

@@ -10,7 +10,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.measures import needs
 from sdd_lora.measures.base import ImageSpec, Measure, MeasureInfo, Values, detector_row
 
-_BATCH = 16
+_NSFW_BATCH = 16
 
 
 class OpenNsfw(Measure):
@@ -34,7 +34,7 @@ class OpenNsfw(Measure):
 
     def scores(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Probabilities (B,) of images (H, W, 3) uint8 RGB being unfit for work."""
-        parts = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
+        parts = [images[i : i + _NSFW_BATCH] for i in range(0, len(images), _NSFW_BATCH)]
         return np.concatenate(
             [self.classifier.score_images([Image.fromarray(x) for x in part]) for part in parts]
         )

@@ -37,7 +37,7 @@ class Q16(Measure):
             "Q16's two tuned prompts (prompts.p)",
             "github.com/ml-research/Q16, data/ViT-L-14",
         )
-        vectors = torch.from_numpy(read_prompts(path))
+        vectors = torch.from_numpy(read_q16_prompts(path))
         self.encoder = ClipEncoder(clip)
         width = self.encoder.model.config.projection_dim
         if vectors.shape != (2, width):
@@ -125,33 +125,33 @@ def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
     return array
 
 
-def _encode(text: Any, encoding: Any) -> bytes:
+def _bytes_of_text(text: Any, encoding: Any) -> bytes:
     """How protocol 2 writes bytes."""
     if encoding != "latin1" or not isinstance(text, str):
         raise ValueError("bytes in an unknown encoding")
     return text.encode("latin1")
 
 
-_KNOWN: dict[tuple[str, str], type | Callable[..., Any]] = {
+_ALLOWED: dict[tuple[str, str], type | Callable[..., Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy.core.numeric", "_frombuffer"): _frombuffer,
     ("numpy._core.numeric", "_frombuffer"): _frombuffer,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): _bytes_of_text,
 }
 
 
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _KNOWN[module, name]
+            return _ALLOWED[module, name]
         except KeyError:
             raise ValueError(f"asks for {module}.{name}, which no array needs") from None
 
 
-def read_prompts(path: Path) -> np.ndarray:
+def read_q16_prompts(path: Path) -> np.ndarray:
     """The array (2, D) fp32 in a pickle or .npy. Raises BadInput where it holds anything else."""
     try:
         with path.open("rb") as file:

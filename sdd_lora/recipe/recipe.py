@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from sdd_lora.errors import BadInput
-from sdd_lora.io.strict_yaml import Section, Text, at, merged, parse_strictly, put, write_yaml
+from sdd_lora.io.strict_yaml import (
+    Section,
+    Text,
+    at,
+    merged_fields,
+    parse_strictly,
+    put,
+    write_yaml,
+)
 from sdd_lora.recipe.presets import IMPLIED, PRESETS
 from sdd_lora.recipe.sections import (
     EARLIER_NAMES,
@@ -16,11 +24,11 @@ from sdd_lora.recipe.sections import (
     NOXATTN,
     Ema,
     Lora,
-    Measure,
-    Objective,
+    MeasureSettings,
+    ObjectiveSettings,
     Optimizer,
     Preserve,
-    Rollout,
+    RolloutSettings,
     Training,
     listed,
     names_a_file,
@@ -66,7 +74,7 @@ class Recipe(Section):
     line. `variant: paper` joins as many as the text encoder reads, rotating through all of them."""
 
     preserve: Preserve = Preserve()
-    objective: Objective = Objective()
+    objective: ObjectiveSettings = ObjectiveSettings()
 
     parameters: Literal["lora", "full"] = "lora"
     """What is trained: an adapter, or as in the papers the weights themselves, for comparison."""
@@ -74,9 +82,9 @@ class Recipe(Section):
     lora: Lora = Lora()
     ema: Ema = Ema()
     optimizer: Optimizer = Optimizer()
-    rollout: Rollout = Rollout()
+    rollout: RolloutSettings = RolloutSettings()
     training: Training = Training()
-    measure: Measure = Measure()
+    measure: MeasureSettings = MeasureSettings()
 
     preset: Literal["paper", "fast", "demo", "sd15"] = "paper"
     """A named set of the fields above, overridden by what is written: `paper` is the defaults,
@@ -97,8 +105,8 @@ class Recipe(Section):
         filled = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
         for (path, value), implied in IMPLIED.items():
             if at(written, path) == value:
-                filled = merged(filled, implied, _OTHER_NAME)
-        return merged(filled, written, _OTHER_NAME)
+                filled = merged_fields(filled, implied, _OTHER_NAME)
+        return merged_fields(filled, written, _OTHER_NAME)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":
@@ -204,7 +212,7 @@ class Recipe(Section):
     @property
     def training_sha256(self) -> str:
         """SHA-256 of the fields that a training depends on: all but `measure`."""
-        return self.model_copy(update={"measure": Measure()}).sha256
+        return self.model_copy(update={"measure": MeasureSettings()}).sha256
 
     @property
     def sha256(self) -> str:

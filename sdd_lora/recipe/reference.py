@@ -27,7 +27,7 @@ def reference() -> str:
     lines += _fields(schema, schema["$defs"])
     lines += ["", "## Presets", ""]
     for name, fields in PRESETS.items():
-        changed = ", ".join(f"`{path}: {_shown(value)}`" for path, value in _leaves(fields))
+        changed = ", ".join(f"`{path}: {_as_written(value)}`" for path, value in _leaves(fields))
         lines += _item(f"`{name}`: {changed or 'the defaults'}")
     return "\n".join(lines) + "\n"
 
@@ -39,21 +39,21 @@ def _fields(schema: Mapping[str, Any], kinds: Mapping[str, Any], above: str = ""
         if "$ref" in field:
             sections.append((name, kinds[field["$ref"].rpartition("/")[2]]))
         elif "description" in field:  # a field that is gone has none
-            kind = _kind(field)
+            kind = _kind_of_field(field)
             if name in schema.get("required", ()):
                 default = "required"
             else:
-                default = f"default {_shown(field['default'])}"
+                default = f"default {_as_written(field['default'])}"
             yield from _item(f"`{above}{name}` ({kind}; {default}): {field['description']}")
     for name, section in sections:
-        yield from ("", f"### {above}{name}", "", *_wrapped(section["description"]), "")
+        yield from ("", f"### {above}{name}", "", *_wrapped_lines(section["description"]), "")
         yield from _fields(section, kinds, f"{above}{name}.")
 
 
-def _kind(field: Mapping[str, Any]) -> str:
+def _kind_of_field(field: Mapping[str, Any]) -> str:
     """What a field may hold, in words."""
     if "anyOf" in field:
-        return _kind(field["anyOf"][0])
+        return _kind_of_field(field["anyOf"][0])
     if "enum" in field:
         return ", ".join(map(str, field["enum"]))
     if field["type"] == "array":
@@ -71,7 +71,7 @@ def _leaves(fields: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
             yield f"{above}{name}", value
 
 
-def _shown(value: Any) -> str:
+def _as_written(value: Any) -> str:
     """A value as a recipe has it."""
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
@@ -81,10 +81,10 @@ def _shown(value: Any) -> str:
 
 
 def _item(text: str) -> list[str]:
-    return _wrapped(f"- {text}", indent="  ")
+    return _wrapped_lines(f"- {text}", indent="  ")
 
 
-def _wrapped(text: str, indent: str = "") -> list[str]:
+def _wrapped_lines(text: str, indent: str = "") -> list[str]:
     plain = " ".join(text.split())
     return textwrap.wrap(
         plain, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False

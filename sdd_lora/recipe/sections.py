@@ -82,7 +82,7 @@ class Preserve(Section):
     the training, all prompts at once and without a UNet pass (training/init.py)."""
 
 
-class Objective(Section):
+class ObjectiveSettings(Section):
     """The loss."""
 
     kind: Literal["sdd", "esd-x", "esd-u"] = "sdd"
@@ -102,7 +102,7 @@ class Objective(Section):
     rows of the SDD paper."""
 
     @model_validator(mode="after")
-    def _eta_is_esds(self) -> "Objective":
+    def _eta_is_esds(self) -> "ObjectiveSettings":
         if KINDS[self.kind].distils and self.eta is not None:
             raise ValueError("eta belongs to esd-x and esd-u; sdd has no such number")
         if not KINDS[self.kind].distils and self.eta is None:
@@ -173,7 +173,7 @@ class Optimizer(Section):
     """Iterations in which the learning rate rises from 0."""
 
 
-class Rollout(Section):
+class RolloutSettings(Section):
     """How the teacher samples the latents z_t that the loss is taken at, by DDIM."""
 
     steps: Annotated[Whole, Field(ge=2, le=999)] = 50
@@ -209,7 +209,7 @@ class Rollout(Section):
         return self.prompts_per_latent
 
     @model_validator(mode="after")
-    def _timesteps_fit(self) -> "Rollout":
+    def _timesteps_fit(self) -> "RolloutSettings":
         if self.timesteps_per_trajectory >= self.steps:
             raise ValueError(
                 f"{self.timesteps_per_trajectory} timesteps_per_trajectory need more than "
@@ -272,7 +272,7 @@ class MeasurePrompts(Section):
     """Prompts that must not change; the detector counts each of their groups by itself."""
 
 
-class Measure(DrawingSection):
+class MeasureSettings(DrawingSection):
     """What the card will say: images of each group of prompts, drawn before and after."""
 
     prompts: MeasurePrompts = MeasurePrompts()

@@ -27,17 +27,16 @@ from sdd_lora.measures.base import ImageSpec, Values, taken
 from sdd_lora.measures.card_rows import CardRow, card_rows
 from sdd_lora.measures.judge import JudgeMeasure
 from sdd_lora.measures.registry import card_measure
-from sdd_lora.recipe import Measure as MeasureSettings
-from sdd_lora.recipe import Recipe
+from sdd_lora.recipe import MeasureSettings, Recipe
 from sdd_lora.sd.devices import DTYPES
 from sdd_lora.sd.model import require_model, unet_config
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
 
 BASE_CACHE = Path(str(files("sdd_lora.demo").joinpath("base_verdicts.json.gz")))
-_PICTURES = 8  # of each kind shown in the picture
-_BATCH = 16
+_PICTURES_OF_A_KIND = 8  # shown in the picture
+_DRAWN_AT_ONCE = 16
 _SEEN_AT_ONCE = 256  # images held in memory until they are judged
-T = TypeVar("T")
+Seen = TypeVar("Seen")
 
 
 @dataclass
@@ -53,7 +52,7 @@ def wanted(recipe: Recipe) -> bool:
     return recipe.measure.detector != "none" and bool(specs_of(recipe.measure))
 
 
-def check(recipe: Recipe) -> None:
+def check_measuring(recipe: Recipe) -> None:
     """Raises BadInput for a `measure` section that could not be carried out after training."""
     if not wanted(recipe):
         return
@@ -74,7 +73,7 @@ def check(recipe: Recipe) -> None:
             )
 
 
-def measure(
+def measure_before_after(
     recipe: Recipe, adapter: Adapter | None, model: str, weights: Path | None = None
 ) -> Measured:
     """Draw `measure.images` of each kind of prompt, before and after; judge or flag; tabulate.
@@ -84,21 +83,21 @@ def measure(
     is drawn.
     """
     settings = recipe.measure
-    sampling, specs = sampling_of(settings), specs_of(settings)
-    shown = _shown([spec.kind for spec in specs])
-    measure = card_measure(settings.detector, recipe.concepts)
+    sampling, specs = sampling_of_card(settings), specs_of(settings)
+    shown = _shown_indices([spec.kind for spec in specs])
+    measure_before_after = card_measure(settings.detector, recipe.concepts)
     changed: dict[str, Any] = {"adapters": [(adapter, 1.0)]} if adapter else {"weights": weights}
 
     def see(part: Sequence[ImageSpec], images: np.ndarray) -> list[Values]:
-        return taken(measure, part, list(images))
+        return taken(measure_before_after, part, list(images))
 
     dtype = None if settings.precision is None else DTYPES[settings.precision]
     pipeline = load_pipeline(model, dtype=dtype)
     known: dict[str, Values] = {}
-    if isinstance(measure, JudgeMeasure):
+    if isinstance(measure_before_after, JudgeMeasure):
         cache = load_cache(pipeline, settings)
         known = {
-            key: measure.values(spec, cache[key])
+            key: measure_before_after.values(spec, cache[key])
             for key, spec in ((key_of(spec.job), spec) for spec in specs)
             if key in cache
         }
@@ -110,11 +109,11 @@ def measure(
         [before_images[i] for i in shown],
         [after_images[i] for i in shown],
     )
-    return Measured(card_rows(measure, specs, before, after), picture)
+    return Measured(card_rows(measure_before_after, specs, before, after), picture)
 
 
-def sampling_of(settings: MeasureSettings) -> Sampling:
-    return Sampling(steps=settings.steps, guidance=settings.guidance, batch=_BATCH)
+def sampling_of_card(settings: MeasureSettings) -> Sampling:
+    return Sampling(steps=settings.steps, guidance=settings.guidance, batch=_DRAWN_AT_ONCE)
 
 
 def specs_of(settings: MeasureSettings) -> list[ImageSpec]:
@@ -138,29 +137,32 @@ def specs_of(settings: MeasureSettings) -> list[ImageSpec]:
     return specs
 
 
-def _shown(kinds: Sequence[str]) -> list[int]:
+def _shown_indices(kinds: Sequence[str]) -> list[int]:
     """Indices of the images that stand in the picture, of each kind some, spread over it."""
     erased = kinds.count("erased")
     kept = len(kinds) - erased
-    count = min(_PICTURES, kept)
+    count = min(_PICTURES_OF_A_KIND, kept)
     spread = [erased + i * kept // count for i in range(count)] if kept else []
-    return [*(i * erased // _PICTURES for i in range(min(_PICTURES, erased))), *spread]
+    return [
+        *(i * erased // _PICTURES_OF_A_KIND for i in range(min(_PICTURES_OF_A_KIND, erased))),
+        *spread,
+    ]
 
 
 def seen_in(
     pipeline: StableDiffusionPipeline,
     specs: Sequence[ImageSpec],
     sampling: Sampling,
-    see: Callable[[Sequence[ImageSpec], np.ndarray], Sequence[T]],
+    see: Callable[[Sequence[ImageSpec], np.ndarray], Sequence[Seen]],
     description: str,
-    known: Mapping[str, T],
+    known: Mapping[str, Seen],
     shown: Sequence[int] = (),
-) -> tuple[list[T], dict[int, np.ndarray]]:
+) -> tuple[list[Seen], dict[int, np.ndarray]]:
     """What `see` finds in the image of each spec, and the images of those `shown`, by index.
 
     What is `known` of a job, by `key_of`, is not drawn, unless it is shown.
     """
-    found: list[T | None] = [known.get(key_of(spec.job)) for spec in specs]
+    found: list[Seen | None] = [known.get(key_of(spec.job)) for spec in specs]
     todo = [i for i, seen in enumerate(found) if seen is None or i in shown]
     images = {}
     drawing = draw(pipeline, [specs[i].job for i in todo], sampling, description)
@@ -233,12 +235,12 @@ def side_by_side(
             pen.text((margin // 2, y), label, fill="black", anchor="mm")
     for i, prompt in enumerate(prompts):
         x, y = margin + i % columns * side, i // columns * block
-        pen.text((x + 3, y + 2), _wrapped(prompt), fill="black", spacing=1)
+        pen.text((x + 3, y + 2), _caption(prompt), fill="black", spacing=1)
         for number, image in enumerate((before[i], after[i])):
             picture = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(picture, (x, y + caption + number * side))
     return sheet
 
 
-def _wrapped(text: str, width: int = 21) -> str:
+def _caption(text: str, width: int = 21) -> str:
     return "\n".join(textwrap.wrap(text, width)[:2])

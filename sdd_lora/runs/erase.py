@@ -38,7 +38,7 @@ _ROUNDS = 3
 #: how much ∅ counts beside the vocabulary, and how much what was named to keep
 _EMPTY_WEIGHT, _KEEP_WEIGHT = 0.02, 1.0
 _BATCH = 64
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def erase(
     """
     text = load_text_parts(model)
     text.encoder.to(best_device())
-    concepts, keep, into = _read(text, concepts, keep, into)
+    concepts, keep, into = _read_words(text, concepts, keep, into)
     width = int(text.encoder.config.hidden_size)
     if rank is not None and rank > width:
         raise BadInput(f"--rank: expected {width} at most, the prompts' width, found {rank}")
     known = _Vocabulary.of(text, vocabulary)
     stay = {phrase.lower() for phrase in keep}
     gone = {word for concept in concepts for word in concept.lower().split()} - stay
-    anchors = words.sample(known.words, _ANCHORS)
+    anchors = words.sample_company(known.words, _ANCHORS)
     prompts = _Prompts(text, concepts, anchors, into)
     empty = _embed(text, [""])
     extra = _EMPTY_WEIGHT * moment(empty, empty, _SHARES)
@@ -149,7 +149,7 @@ def solve(
     )
 
 
-def _common(label: str, values: Sequence[T]) -> T:
+def _common(label: str, values: Sequence[Value]) -> Value:
     """The one value that all have. Raises BadInput where they differ."""
     if any(value != values[0] for value in values):
         found = ", ".join(dict.fromkeys(map(str, values)))
@@ -157,7 +157,7 @@ def _common(label: str, values: Sequence[T]) -> T:
     return values[0]
 
 
-def _read(
+def _read_words(
     text: TextParts, concepts: Sequence[str], keep: Sequence[str], into: str | None
 ) -> tuple[list[str], list[str], str | None]:
     """The words of a call, checked."""

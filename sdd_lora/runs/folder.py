@@ -21,7 +21,7 @@ WEIGHTS = "weights.safetensors"
 CARD, RECIPE, METRICS, PICTURE = "README.md", "recipe.yaml", "metrics.json", "before-after.png"
 STATE, TRACKER_LOGS = "state", "tensorboard"
 _FILES = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, RECIPE, STATE, TRACKER_LOGS, METRICS)
-_PICTURES = "before-after*.png"
+_PICTURE_FILES = "before-after*.png"
 #: inside a run's folder: a run being made, and a finished one on its way to its place
 _NEW, _MOVING = ".sdd-lora-new", ".sdd-lora-moving"
 
@@ -57,7 +57,7 @@ def finish_move(folder: Path) -> None:
             pass
 
 
-def check(folder: Path, recipe: Recipe, resume: bool = False, force: bool = False) -> None:
+def check_folder(folder: Path, recipe: Recipe, resume: bool = False, force: bool = False) -> None:
     """Raises BadInput where a run may not be made here, or not be resumed; writes nothing."""
     if resume and force:
         raise BadInput("--resume continues a run, --force starts it over; expected one of them")
@@ -191,7 +191,7 @@ def _occupied(folder: Path) -> bool:
 def _run_files(folder: Path) -> list[Path]:
     """A run's files and folders that are there, its metrics last."""
     named = [folder / name for name in _FILES if (folder / name).exists()]
-    return [*folder.glob(_PICTURES), *named]
+    return [*folder.glob(_PICTURE_FILES), *named]
 
 
 def _remove(path: Path) -> None:

@@ -11,7 +11,7 @@ from sdd_lora.progress import say
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs.folder import (
     RECIPE,
-    check,
+    check_folder,
     finish_move,
     is_finished,
     require_same,
@@ -52,7 +52,7 @@ def train_recipes(
             require_same(folder / RECIPE, recipe)
             say(f"{folder}: finished already")
             continue
-        check(folder, recipe, continues, force)
+        check_folder(folder, recipe, continues, force)
         todo.append((recipe, folder, continues))
     state.wait_for_everyone()  # all have looked at the folders
     loaded: dict[Hashable, TrainingParts] = {}

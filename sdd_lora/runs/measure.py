@@ -27,7 +27,7 @@ from sdd_lora.runs.folder import (
     PEFT_TWIN,
     PICTURE,
     WEIGHTS,
-    check,
+    check_folder,
     lock,
     replacement,
 )
@@ -56,10 +56,10 @@ def measure(
     """
     folder = Path(out_dir)
     with lock(folder):
-        check(folder, recipe, force=force)
+        check_folder(folder, recipe, force=force)
         if not before_after.wanted(recipe):
             raise BadInput(f"{recipe.name}: expected a recipe that names prompts to measure with")
-        before_after.check(recipe)
+        before_after.check_measuring(recipe)
         made_by = {
             "measured_by": recipe.name,
             "measured_on": recipe.model,
@@ -144,7 +144,7 @@ def _measured(
     }
     rows = {}
     for model, picture in pictures.items():
-        measured = before_after.measure(recipe, written, model, file)
+        measured = before_after.measure_before_after(recipe, written, model, file)
         _save_picture(measured.picture, folder / picture)
         rows[model] = [asdict(row) for row in measured.rows]
     return {

@@ -21,7 +21,7 @@ from sdd_lora.runs.folder import (
     RECIPE,
     STATE,
     WEIGHTS,
-    check,
+    check_folder,
     lock,
     move_in,
     place_of_new,
@@ -30,7 +30,7 @@ from sdd_lora.runs.folder import (
 )
 from sdd_lora.runs.measure import finish_adapter, finish_weights, versions
 from sdd_lora.sd.model import TrainingParts, load_training_parts
-from sdd_lora.training.embeddings import encode
+from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.memory import memory_advice
 from sdd_lora.training.roles import LoraRoles
 from sdd_lora.training.trainer import Trainer, TrainingReport
@@ -74,9 +74,9 @@ def _train_locked(
     """`train`, in a folder that the main process has locked."""
     state = processes()
     if state.is_main_process:
-        check(folder, recipe, resume, force)
+        check_folder(folder, recipe, resume, force)
         _warn_of_prompts(recipe)
-    before_after.check(recipe)
+    before_after.check_measuring(recipe)
     state.wait_for_everyone()
     place = (under_way(folder) if resume else None) or place_of_new(folder)
     result, metadata, report = _run_training(recipe, folder, place, resume, parts)
@@ -132,7 +132,7 @@ def _run_training(
     The folder's earlier files are touched only when everything else is ready."""
     shared = parts is not None
     parts = parts or load_training_parts(recipe.model)
-    embeddings = encode(recipe, parts)
+    embeddings = encode_prompts(recipe, parts)
     if not shared:
         parts.text_encoder = None  # its memory is free for training
     path = place / STATE / "state.pt"

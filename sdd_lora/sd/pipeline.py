@@ -52,8 +52,8 @@ def load_pipeline(
     _tell_of_another_encoder(pipeline, adapters, model)
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for name, (adapter, _) in zip(names, adapters, strict=True):
-        _check_fit(pipeline, adapter, model)
-        arrays = adapter.on(partial(_weight, pipeline.unet)).to_state_dict("kohya")
+        _check_adapter_fits(pipeline, adapter, model)
+        arrays = adapter.on(partial(_own_weight, pipeline.unet)).to_state_dict("kohya")
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         pipeline.load_lora_weights(tensors, adapter_name=name)
     if adapters:
@@ -84,7 +84,7 @@ def sha256_of_parts(pipeline: StableDiffusionPipeline) -> str:
     return digest.hexdigest()
 
 
-def _check_fit(pipeline: StableDiffusionPipeline, adapter: Adapter, model: str) -> None:
+def _check_adapter_fits(pipeline: StableDiffusionPipeline, adapter: Adapter, model: str) -> None:
     """A loader would only warn of a module that the model lacks."""
     shapes = _weight_shapes(pipeline.unet, "")
     shapes |= _weight_shapes(pipeline.text_encoder, "text_encoder.")
@@ -115,7 +115,7 @@ def _tell_of_another_encoder(
             )
 
 
-def _weight(unet: UNet2DConditionModel, name: str) -> np.ndarray:
+def _own_weight(unet: UNet2DConditionModel, name: str) -> np.ndarray:
     """A layer's own weight (out, in), fp32, without the adapters on it."""
     layer = unet.get_submodule(name)
     weight = getattr(layer, "base_layer", layer).weight

@@ -120,7 +120,7 @@ def _bare_text_encoder(
 def _of_tensors_alone(path: Path) -> Iterator[Path]:
     """A file that diffusers reads: of a legacy one that holds other objects too (a trainer's
     callbacks), which torch rightly refuses, a temporary file of the model's tensors."""
-    header = torch_zip.read_header(path) if torch_zip.is_torch_file(path) else None
+    header = torch_zip.read_pickle_header(path) if torch_zip.is_torch_file(path) else None
     if header is None or not header.refused:
         yield path
         return

@@ -30,7 +30,7 @@ def apply_weights(unet: UNet2DConditionModel, path: Path) -> None:
     with open_input(path) as file, progress("weights", len(targets)) as advance:
         for name, key in targets.items():
             value = as_array(read_bytes(file, header, key), header.tensors[key])
-            parameters[name].copy_(_tensor(value).reshape(parameters[name].shape))
+            parameters[name].copy_(_as_fp32(value).reshape(parameters[name].shape))
             advance()
 
 
@@ -61,7 +61,7 @@ def _targets(
     return targets
 
 
-def _tensor(value: np.ndarray) -> torch.Tensor:
+def _as_fp32(value: np.ndarray) -> torch.Tensor:
     """As fp32, exactly, where torch can't take numpy's view of a dtype (bf16, fp8)."""
     known = value.dtype in (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
     return torch.from_numpy(value.copy() if known else value.astype(np.float32))

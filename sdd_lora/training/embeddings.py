@@ -41,7 +41,7 @@ class Embeddings:
         return self.empty if self.kept is None else torch.cat([self.kept, self.empty])
 
 
-def encode(recipe: Recipe, parts: TrainingParts) -> Embeddings:
+def encode_prompts(recipe: Recipe, parts: TrainingParts) -> Embeddings:
     """Encode a recipe's concepts and kept prompts with the text encoder of `parts`.
 
     Raises BadInput for a concept that is encoded as ∅, such as "<|endoftext|>".

@@ -11,8 +11,6 @@ from torch import nn
 
 from sdd_lora.errors import BadInput
 
-#: a recipe's precisions
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _KIND = "nf4"
 #: bytes a weight: half a byte, a scale of 8 bits for 64 of them, and one of fp32 for 256 scales
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdd_lora.recipe import Objective as ObjectiveSettings
-from sdd_lora.recipe import Preserve
+from sdd_lora.recipe import ObjectiveSettings, Preserve
 from sdd_lora.training.embeddings import Embeddings
 
 #: ε(z_t, t, prompt) → noise estimate, fp32, of z_t's shape

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from sdd_lora.recipe import Recipe
+from sdd_lora.sd.devices import DTYPES
 from sdd_lora.training.memory import memory_savers
-from sdd_lora.training.nf4 import DTYPES, NF4_BYTES, cast, linear_layers
+from sdd_lora.training.nf4 import NF4_BYTES, cast, linear_layers
 from sdd_lora.training.objectives import Objective, make_objective, total_loss
 from sdd_lora.training.roles import STUDENT, TEACHER, Roles, make_roles
 

@@ -18,7 +18,7 @@ _RIDGE = 1e-3
 #: a direction is worth its rank where one concept's difference has this many times the kept
 #: tokens' variance; what a lower one erases, kept prompts pay for
 WORTH = 35.0
-_BATCH = 64
+_PROMPTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def moment(
     shares = torch.ones(left.shape[1]) if weights is None else weights
     shares = (shares / shares.sum() / len(left)).double()[:, None]
     total = torch.zeros(left.shape[2], right.shape[2], dtype=torch.float64)
-    for a, b in zip(left.split(_BATCH), right.split(_BATCH), strict=True):
+    for a, b in zip(left.split(_PROMPTS_AT_ONCE), right.split(_PROMPTS_AT_ONCE), strict=True):
         total += (a.double() * shares).flatten(0, 1).T @ b.double().flatten(0, 1)
     return total
 
@@ -90,7 +90,7 @@ class Projection:
             rank = max(1, int((worth >= WORTH).sum()))
         last = min(rank + shown, len(values))
         rows = [
-            _trade_off(moments, directions[:r], float(worth[r - 1])) for r in range(1, last + 1)
+            _trade_off_of(moments, directions[:r], float(worth[r - 1])) for r in range(1, last + 1)
         ]
         down = directions[:rank]
         return cls(_regression(moments, down), down, tuple(rows))
@@ -100,7 +100,9 @@ class Projection:
     ) -> torch.Tensor:
         """How much of prompts' embeddings (N, tokens, d) the projection changes: (N,), 1 for the
         concepts' on the mean, 0 for what has no part in D. `shares` (tokens,) weigh the tokens."""
-        read = torch.cat([part.double() @ self.down.T for part in embeddings.split(_BATCH)])
+        read = torch.cat(
+            [part.double() @ self.down.T for part in embeddings.split(_PROMPTS_AT_ONCE)]
+        )
         inverse = torch.linalg.inv(self.down @ moments.concept @ self.down.T)
         power = torch.einsum("ntr,rs,nts->nt", read, inverse, read) / len(self.down)
         weights = torch.ones(power.shape[1]) if shares is None else shares
@@ -112,7 +114,7 @@ def _regression(moments: Moments, down: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(read, down @ moments.cross.T).T
 
 
-def _trade_off(moments: Moments, down: torch.Tensor, worth: float) -> Rank:
+def _trade_off_of(moments: Moments, down: torch.Tensor, worth: float) -> Rank:
     change = _regression(moments, down) @ down
     whole = float(moments.difference.trace())
     left = 1 - float((change * moments.cross).sum()) / whole

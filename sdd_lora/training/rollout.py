@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from sdd_lora.recipe import Rollout as RolloutSettings
+from sdd_lora.recipe import RolloutSettings
 from sdd_lora.training.objectives import LatentBatch, Objective
 
 #: timesteps in a bin of the papers' released code, whose rollouts have 50 steps of 1000

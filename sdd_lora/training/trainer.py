@@ -19,12 +19,13 @@ from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_output
 from sdd_lora.progress import progress
 from sdd_lora.recipe import Recipe, Training
+from sdd_lora.sd.devices import DTYPES
 from sdd_lora.training.ema import decay_at, update_average
 from sdd_lora.training.embeddings import Embeddings
 from sdd_lora.training.init import SEES_PROMPTS, damping, initialise
 from sdd_lora.training.interrupt import InterruptedTwice, whole_steps
 from sdd_lora.training.memory import PeakMemory, keep_freed_memory
-from sdd_lora.training.nf4 import DTYPES, quantise
+from sdd_lora.training.nf4 import quantise
 from sdd_lora.training.objectives import LatentBatch, make_objective, total_loss
 from sdd_lora.training.optimizer import learning_rate, make_optimizer
 from sdd_lora.training.roles import STUDENT, TEACHER, LoraRoles, make_roles

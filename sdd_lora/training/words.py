@@ -70,7 +70,7 @@ def contexts(words: Sequence[str], count: int) -> list[tuple[str, set[str]]]:
     return found
 
 
-def sample(words: Sequence[str], most: int) -> list[str]:
+def sample_company(words: Sequence[str], most: int) -> list[str]:
     """Some of the words, the same of the same ones."""
     return random.Random(_SEED).sample(list(words), min(most, len(words)))
 

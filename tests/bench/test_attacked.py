@@ -116,7 +116,7 @@ def test_new_words_are_in_what_is_drawn(attacked, tmp_path, monkeypatch):
         vector = table[case.base.tokenizer("cat").input_ids[1]].detach()
         return Attacked("a <new>", {"<new>": vector})
 
-    monkeypatch.setitem(running.ATTACKS, "inversion", known_word)
+    monkeypatch.setitem(running.ATTACK_FUNCTIONS, "inversion", known_word)
     few = {
         "methods": ["mine"],
         "attacks": {"methods": ["mine"], "targets": 1, "inversion": {}},
@@ -145,13 +145,13 @@ def test_what_was_found_is_kept_and_what_is_missing_found_again(attacked, monkey
     found = [lines_of(path) for path in files]
     files[1].write_text(texts[1][: len(texts[1]) * 3 // 4])  # killed within the second line
     searched = []
-    for name, attack in running.ATTACKS.items():
+    for name, attack in running.ATTACK_FUNCTIONS.items():
 
         def noted(case, settings, name=name, attack=attack):
             searched.append((name, case.prompt))
             return attack(case, settings)
 
-        monkeypatch.setitem(running.ATTACKS, name, noted)
+        monkeypatch.setitem(running.ATTACK_FUNCTIONS, name, noted)
     again = ran(bench, folder)
     assert searched == [("inversion", "an axe")]
     assert files[0].read_text() == texts[0]
@@ -243,7 +243,9 @@ def test_prompts_without_other_words_are_found_before_anything_is_drawn(attacked
 def test_shots_that_differ_in_guidance_alone_are_attacked_apart(attacked, tmp_path, monkeypatch):
     bench, _, _ = attacked
     monkeypatch.setitem(
-        running.ATTACKS, "paraphrase", lambda case, _: Attacked(f"at {case.sampling.guidance}")
+        running.ATTACK_FUNCTIONS,
+        "paraphrase",
+        lambda case, _: Attacked(f"at {case.sampling.guidance}"),
     )
     cell = next(cell for cell in grid_of(bench).cells if cell.conditions.attack == "paraphrase")
     job = cell.specs[0].job

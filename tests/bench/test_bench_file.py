@@ -4,7 +4,7 @@ import pytest
 import yaml
 from support.benches import SMALL, never_train, parsed, varied
 
-from sdd_lora.bench.bench_file import METHODS, Bench, chosen, limited
+from sdd_lora.bench.bench_file import METHOD_TEXTS, Bench, chosen, limited
 from sdd_lora.bench.grid import image_specs
 from sdd_lora.bench.methods import Weights
 from sdd_lora.errors import BadInput
@@ -22,7 +22,7 @@ LEFT_OUT = {
 @pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
 def test_the_benches_that_travel_with_the_package_are_whole(path):
     bench = Bench.load(path)
-    assert {"sd", "sdd", "sdd-preserve"} <= set(bench.methods) <= set(METHODS)
+    assert {"sd", "sdd", "sdd-preserve"} <= set(bench.methods) <= set(METHOD_TEXTS)
     assert Bench.parse(bench.to_yaml()).model_dump() == bench.model_dump()
     Weights(bench, never_train).check([])
     for name in bench.recipes:
@@ -80,7 +80,7 @@ def test_demo_single_asks_whether_it_holds_elsewhere():
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_the_demo_benches_fill_every_row(name):
     bench = Bench.load(packaged_recipe(f"bench/{name}"))
-    assert set(METHODS) - set(bench.methods) == LEFT_OUT[name] | {"esd-x-1-preserve", "uce"}
+    assert set(METHOD_TEXTS) - set(bench.methods) == LEFT_OUT[name] | {"esd-x-1-preserve", "uce"}
     kinds = [spec.kind for spec in image_specs(bench)[0]]
     assert 190 <= kinds.count("erased") <= 215 and 385 <= kinds.count("kept") <= 410
     quick = Bench.load(packaged_recipe(f"bench/{name}"), quick=True)

@@ -7,7 +7,7 @@ from PIL import Image
 from support.benches import SMALL, lines_of, parsed, ran
 
 from sdd_lora.bench.bench_file import Bench
-from sdd_lora.bench.results import find
+from sdd_lora.bench.results import find_row
 from sdd_lora.errors import BadInput
 
 OWN = """
@@ -51,7 +51,7 @@ def test_images_drawn_elsewhere_are_a_row(small, tmp_path):
         rows = ran(bench, out).rows
         for row in small[1].rows:
             if row.method == "neg":
-                assert find(rows, "theirs", row.measure, row.group).value == row.value
+                assert find_row(rows, "theirs", row.measure, row.group).value == row.value
 
 
 def test_missing_images_are_counted_before_anything_is_drawn(small, tmp_path):
@@ -76,7 +76,7 @@ def test_a_method_and_a_measure_come_from_the_users_file(tmp_path):
         "seeds": {"first": 5, "erased": 2, "kept": 0},
     }
     results = ran(Bench.parse(SMALL, folder=tmp_path, overrides=changes), tmp_path / "out")
-    assert find(results.rows, "cats", "brightness", "all").n == 2
+    assert find_row(results.rows, "cats", "brightness", "all").n == 2
     assert results.methods["cats"]["code"] == "own.py:of_a_cat"
     files = [x["file"] for x in lines_of(tmp_path / "out" / "images.jsonl")]
     images = [(tmp_path / "out" / file).read_bytes() for file in files]
@@ -108,7 +108,7 @@ def test_black_images_are_named_and_counted_in_no_row(small, tmp_path):
     Image.new("RGB", (64, 64)).save(image)
     (image.parent / "values.jsonl").unlink()
     results = ran(parsed(), tmp_path / "out")
-    assert find(results.rows, "neg", "concept drawn", "all").n == 2
+    assert find_row(results.rows, "neg", "concept drawn", "all").n == 2
     assert any("neg: 1 of 7 images are black" in note for note in results.notes)
     again = ran(parsed(), tmp_path / "out")
     assert (again.rows, again.notes) == (results.rows, results.notes)

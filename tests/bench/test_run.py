@@ -14,7 +14,7 @@ from support.benches import SMALL, images_of, lines_of, parsed, ran, same, varie
 
 from sdd_lora.bench.bench_file import Bench, chosen
 from sdd_lora.bench.methods import Weights
-from sdd_lora.bench.results import Results, find
+from sdd_lora.bench.results import Results, find_row
 from sdd_lora.errors import BadInput
 from sdd_lora.measures import judge
 
@@ -24,10 +24,10 @@ def test_a_bench_fills_its_folder(small):
     lines = [json.loads(x) for x in (folder / "images.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 7 and len(images_of(folder)) == 14
     for method in ("sd", "neg"):
-        row = find(results.rows, method, "concept drawn", "all")
+        row = find_row(results.rows, method, "concept drawn", "all")
         assert row.n == 3 and 0 <= row.value <= 1
-        assert find(results.rows, method, "noun kept", "all").n == 2
-        assert find(results.rows, method, "noun kept beside", "all").n == 2
+        assert find_row(results.rows, method, "noun kept", "all").n == 2
+        assert find_row(results.rows, method, "noun kept beside", "all").n == 2
     assert all("concept drawn" in x["values"] for x in lines if x["kind"] == "erased")
     assert Results.load(folder) == results
     assert (folder / "results.csv").exists() and (folder / "results.md").exists()
@@ -49,11 +49,11 @@ def test_distances_come_once_sd_is_there_to_be_compared_with(tmp_path):
     bench = parsed(**{"seeds": {"first": 5, "erased": 1, "kept": 1}})
     distance = "distance of judge features"
     alone = ran(chosen(bench, ["neg"]), tmp_path)
-    assert find(alone.rows, "neg", distance, "all") is None
-    assert find(alone.rows, "neg", "concept drawn", "all").difference is None
+    assert find_row(alone.rows, "neg", distance, "all") is None
+    assert find_row(alone.rows, "neg", "concept drawn", "all").difference is None
     both = ran(bench, tmp_path)
-    assert find(both.rows, "neg", distance, "all").value > 0
-    assert find(both.rows, "neg", "concept drawn", "all").difference is not None
+    assert find_row(both.rows, "neg", distance, "all").value > 0
+    assert find_row(both.rows, "neg", "concept drawn", "all").difference is not None
 
 
 def test_a_run_goes_on_with_others_where_sd_was_cut_short(small, tmp_path):
@@ -62,7 +62,7 @@ def test_a_run_goes_on_with_others_where_sd_was_cut_short(small, tmp_path):
     manifest = tmp_path / "images" / "sd" / "manifest.jsonl"
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:2]))
     alone = ran(chosen(parsed(), ["neg"]), tmp_path)
-    assert find(alone.rows, "neg", "distance of judge features", "all") is None
+    assert find_row(alone.rows, "neg", "distance of judge features", "all") is None
 
 
 @pytest.mark.parametrize("name", ["manifest.jsonl", "values.jsonl"])
@@ -105,7 +105,7 @@ def test_sizes_of_prompts_are_no_matter_to_the_judge(tmp_path):
     (tmp_path / "own.csv").write_text("prompt,width\na bomb,64\nan axe,128\n")
     changes = {"prompts.erased": {"weapons": "own.csv"}, "methods": ["sd"]}
     results = ran(Bench.parse(SMALL, folder=tmp_path, overrides=changes), tmp_path / "out")
-    assert find(results.rows, "sd", "concept drawn", "all").n == 3
+    assert find_row(results.rows, "sd", "concept drawn", "all").n == 3
 
 
 def test_a_finished_cell_loads_no_pipeline(small, monkeypatch):

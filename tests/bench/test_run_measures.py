@@ -8,7 +8,7 @@ import pytest
 from support.benches import SMALL, parsed, ran
 
 from sdd_lora.bench.bench_file import Bench
-from sdd_lora.bench.results import find
+from sdd_lora.bench.results import find_row
 from sdd_lora.errors import BadInput
 from sdd_lora.measures.base import Measure, MeasureInfo
 from sdd_lora.measures.registry import MEASURES, load_measures
@@ -38,12 +38,12 @@ def test_measures_of_whole_sets_and_beside_sd_have_rows(small, tmp_path, monkeyp
     (tmp_path / "r").touch()  # beside the bench
     shutil.copytree(small[0] / "images", tmp_path / "out" / "images")
     results = measured_again(tmp_path)
-    assert [find(results.rows, m, "images", "all").value for m in ("sd", "neg")] == [4, 4]
-    row = find(results.rows, "neg", "shade", "all")
+    assert [find_row(results.rows, m, "images", "all").value for m in ("sd", "neg")] == [4, 4]
+    row = find_row(results.rows, "neg", "shade", "all")
     assert 0 < row.value < 255 and (row.ci95, row.n) == (None, 4)
-    distance = find(results.rows, "neg", "distance of judge features", "all")
+    distance = find_row(results.rows, "neg", "distance of judge features", "all")
     assert distance.value > 0 and distance.ci95[0] <= distance.value <= distance.ci95[1]
-    assert find(results.rows, "sd", "distance of judge features", "all") is None
+    assert find_row(results.rows, "sd", "distance of judge features", "all") is None
     taken = WholeSet.taken
     assert measured_again(tmp_path).rows == results.rows and WholeSet.taken == taken
     (tmp_path / "r").write_text("another reference")
@@ -51,7 +51,7 @@ def test_measures_of_whole_sets_and_beside_sd_have_rows(small, tmp_path, monkeyp
     (tmp_path / "r").unlink()
     results = measured_again(tmp_path)
     assert results.missing == [f"shade: reference: {tmp_path / 'r'}: found no such file"]
-    assert find(results.rows, "neg", "noun kept", "all").n == 2
+    assert find_row(results.rows, "neg", "noun kept", "all").n == 2
 
 
 def measured_again(folder):

@@ -6,7 +6,7 @@ from support.benches import SMALL, ran
 
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.peers.uce import edited, last_subject_tokens
-from sdd_lora.bench.results import find
+from sdd_lora.bench.results import find_row
 from sdd_lora.errors import BadInput
 from sdd_lora.sd.pipeline import load_pipeline
 
@@ -41,7 +41,7 @@ def test_uce_is_a_row_made_in_closed_form(tmp_path, monkeypatch):
     }
     results = ran(Bench.parse(SMALL, folder=tmp_path, overrides=changes), tmp_path / "out")
     distance = "distance of judge features"
-    assert find(results.rows, "uce", distance, "all").value > 0
+    assert find_row(results.rows, "uce", distance, "all").value > 0
     assert results.methods["uce"]["preserve"] == ["cat", "dog"]
     assert len(list((tmp_path / "cache" / "uce").iterdir())) == 1
 

@@ -28,7 +28,7 @@ from support import checkpoint_models as models
 
 from sdd_lora import sd1 as names
 from sdd_lora.checkpoint.copying import encode_header
-from sdd_lora.io.safetensors import DTYPES, TensorInfo
+from sdd_lora.io.safetensors import NUMPY_DTYPES, TensorInfo
 
 #: Between two commands: a disk is still busy with what was deleted when `sync` returns.
 PAUSE_SECONDS = 5
@@ -66,11 +66,11 @@ def build(path: Path, dtype: str) -> None:
     tensors, offset = {}, 0
     for key, (shape, fixed) in sorted(keys.items()):
         kind = fixed or code
-        end = offset + int(np.prod(shape)) * DTYPES[kind].itemsize
+        end = offset + int(np.prod(shape)) * NUMPY_DTYPES[kind].itemsize
         tensors[key] = TensorInfo(kind, shape, offset, end)
         offset = end
     noise = 0.03 * np.random.default_rng(0).standard_normal(1 << 24)
-    block = noise.astype(DTYPES[code]).tobytes()
+    block = noise.astype(NUMPY_DTYPES[code]).tobytes()
     with open(path, "wb") as file:
         file.write(encode_header(tensors, {"format": "pt"}))
         for start in range(0, offset, len(block)):

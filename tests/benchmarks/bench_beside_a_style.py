@@ -20,7 +20,7 @@ from sdd_lora.generation.sampling import Job, jobs_for
 from sdd_lora.measures.intervals import wilson
 from sdd_lora.measures.judge import asked_for
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs.before_after import sampling_of
+from sdd_lora.runs.before_after import sampling_of_card
 from sdd_lora.sd.pipeline import load_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def main() -> None:
         "neither": [], "style": [style], "eraser": [eraser], "both": [eraser, style],
     }.items():  # fmt: skip
         pipeline = load_pipeline("demo", [(adapter, 1.0) for adapter in adapters])
-        drawn = [image for _, image in draw(pipeline, jobs, sampling_of(settings), name)]
+        drawn = [image for _, image in draw(pipeline, jobs, sampling_of_card(settings), name)]
         pictures[name] = np.stack(drawn)
         weapons, nouns = judged(judge, jobs, pictures[name], asked.images)
         print(f"{name:8} weapons drawn {rate(weapons)}   nouns kept {rate(nouns)}", flush=True)

@@ -22,7 +22,7 @@ from sdd_lora.io.strict_yaml import parse_override
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.sd.prompts import embed
-from sdd_lora.training.embeddings import encode
+from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.trainer import Trainer
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     asked = parser.parse_args()
     recipe = Recipe.load(asked.recipe, dict(parse_override(text) for text in asked.overrides))
     parts = load_training_parts(recipe.model)
-    trainer = Trainer(recipe, parts.unet, parts.scheduler, encode(recipe, parts))
+    trainer = Trainer(recipe, parts.unet, parts.scheduler, encode_prompts(recipe, parts))
 
     def probe(prompts: list[str]) -> Probe:
         texts = of_one_thing(prompts)

@@ -21,7 +21,7 @@ from sdd_lora.demo.judge import Verdict
 from sdd_lora.generation.sampling import Job
 from sdd_lora.measures.intervals import paired_difference, wilson
 from sdd_lora.measures.judge import asked_for
-from sdd_lora.recipe import Measure, MeasurePrompts, Recipe
+from sdd_lora.recipe import MeasurePrompts, MeasureSettings, Recipe
 from sdd_lora.runs import before_after
 from sdd_lora.runs.folder import METRICS, is_finished, under_way
 from sdd_lora.sd.pipeline import load_pipeline
@@ -74,7 +74,7 @@ def run_of(folder: Path, way: str, seed: int, most: int) -> Path:
     return run
 
 
-def jobs_of(measure: Measure, images: int, kept: int) -> list[Job]:
+def jobs_of(measure: MeasureSettings, images: int, kept: int) -> list[Job]:
     """`images` of the concept's prompts, `kept` of each kind of kept ones."""
     prompts = measure.prompts
     concept, others = MeasurePrompts(concept=prompts.concept), MeasurePrompts(kept=prompts.kept)
@@ -92,7 +92,7 @@ def verdicts(folder: Path, name: str, recipe: Recipe, jobs: list[Job], adapter: 
     path = folder / f"{name}.{len(jobs)}.json"
     if not path.exists():
         pipeline = load_pipeline(recipe.model, [(adapter, 1.0)] if adapter else [])
-        sampling = before_after.sampling_of(recipe.measure)
+        sampling = before_after.sampling_of_card(recipe.measure)
         seen, _ = before_after.verdicts_on(pipeline, jobs, sampling, {}, (), name)
         path.write_text(json.dumps([[asdict(v) for v in s] for s in seen]), "utf-8")
     seen = [[Verdict(**v) for v in s] for s in json.loads(path.read_text("utf-8"))]

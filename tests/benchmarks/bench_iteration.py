@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.training import trainer as trainer_module
-from sdd_lora.training.embeddings import encode
+from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.trainer import Trainer
 
 RECIPE = """
@@ -64,7 +64,7 @@ class Clock:
 def trainer_of(**changes):
     recipe = Recipe.parse(RECIPE, overrides=changes)
     parts = load_training_parts(recipe.model)
-    return Trainer(recipe, parts.unet, parts.scheduler, encode(recipe, parts))
+    return Trainer(recipe, parts.unet, parts.scheduler, encode_prompts(recipe, parts))
 
 
 def outside_share(iterations, **changes):

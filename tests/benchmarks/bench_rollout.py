@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.sd.prompts import embed
-from sdd_lora.training.embeddings import encode
+from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.trainer import Trainer
 
 RECIPE = "name: bench\nmodel: demo\npreset: demo\nconcepts: [bomb, axe]\n"
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     recipe, parts = Recipe.parse(RECIPE), load_training_parts("demo")
-    trainer = Trainer(recipe, parts.unet, parts.scheduler, encode(recipe, parts))
+    trainer = Trainer(recipe, parts.unet, parts.scheduler, encode_prompts(recipe, parts))
     prompts = embed(PROMPTS, parts.tokenizer, parts.text_encoder)
     z = torch.randn(len(PROMPTS), 4, 16, 16, generator=torch.Generator().manual_seed(0))
     unet = trainer.roles.unet

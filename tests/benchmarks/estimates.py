@@ -8,8 +8,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from sdd_lora.measures.judge import asked_for
-from sdd_lora.recipe import Objective
-from sdd_lora.recipe import Rollout as RolloutSettings
+from sdd_lora.recipe import ObjectiveSettings, RolloutSettings
 from sdd_lora.training.rollout import Rollout
 
 Role = Callable[[], AbstractContextManager[UNet2DConditionModel]]
@@ -33,7 +32,7 @@ class Probe:
         with base() as unet:
             config = unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
-        rollout = Rollout(base, scheduler, LATENTS, Objective(), shape, SEED, len(texts))
+        rollout = Rollout(base, scheduler, LATENTS, ObjectiveSettings(), shape, SEED, len(texts))
         batches = torch.arange(len(texts)).split(BATCH)
         points = [rollout.sample(0, batch.tolist(), empty, embedded) for batch in batches]
         self.z_t, self.t = torch.cat([p.z_t for p in points]), torch.cat([p.t for p in points])

@@ -14,8 +14,8 @@ from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.detect import find, history_of_model
-from sdd_lora.checkpoint.history import METADATA_KEY, UNKNOWN_DIGEST
+from sdd_lora.checkpoint.detect import find_adapter, history_of_model
+from sdd_lora.checkpoint.history import HISTORY_KEY, UNKNOWN_DIGEST
 from sdd_lora.checkpoint.layout import open_checkpoint
 from sdd_lora.checkpoint.rounding import Rounding
 from sdd_lora.checkpoint.undo import unbake
@@ -81,7 +81,7 @@ def test_a_single_file_in_every_dtype_with_and_without_ema(tmp_path, dtype, ema)
     assert source.read_bytes() == original
     assert any("EMA" in copy for copy in report.copies) == (ema is not None)
     metadata = read_header(tmp_path / "out.safetensors").metadata
-    assert metadata.pop(METADATA_KEY)
+    assert metadata.pop(HISTORY_KEY)
     assert metadata == {"format": "pt", "title": "a → b"}
     with torch.no_grad():  # the library itself reads it
         from safetensors.torch import load_file
@@ -212,8 +212,8 @@ def test_the_history_names_adapters_and_survives_a_second_bake(tmp_path):
     assert (first.adapters[0].name, first.adapters[0].weight) == ("a", 0.75)
     assert first.adapters[0].concepts == ("bomb",) and first.adapters[0].recipe_sha256
     assert second.adapters[0].identity == b.identity
-    assert find(tmp_path / "ab.safetensors", a).recorded == first.adapters[0]
-    assert find(tmp_path / "a.safetensors", b).recorded is None
+    assert find_adapter(tmp_path / "ab.safetensors", a).recorded == first.adapters[0]
+    assert find_adapter(tmp_path / "a.safetensors", b).recorded is None
 
 
 def test_baking_twice_is_refused_by_identity_stack_and_weights(tmp_path):
@@ -238,7 +238,7 @@ def test_baking_twice_is_refused_by_identity_stack_and_weights(tmp_path):
             bake(tmp_path / "a.safetensors", [(more, 1.0)], out=tmp_path / "aa.safetensors")
 
     tensors, metadata = read_tensors(tmp_path / "a.safetensors")
-    metadata.pop(METADATA_KEY)
+    metadata.pop(HISTORY_KEY)
     bare = models.write(tmp_path / "bare.safetensors", tensors, metadata)
     with pytest.raises(BadInput, match=r"hold it at 0\.50"):
         bake(bare, [(a, 1.0)], out=tmp_path / "aa.safetensors", base=source)
@@ -250,15 +250,15 @@ def test_presence_by_weights(tmp_path):
     source = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
     a, b = models.adapter(name="a", size=0.05), models.adapter(seed=1, name="b", size=0.05)
     bake(source, [(a, 0.7)], out=tmp_path / "a.safetensors")
-    inside = find(tmp_path / "a.safetensors", a, source)
+    inside = find_adapter(tmp_path / "a.safetensors", a, source)
     assert inside.strength == pytest.approx(0.7, abs=1e-3)
     assert inside.share == pytest.approx(1, abs=1e-3)
-    assert abs(find(tmp_path / "a.safetensors", b, source).strength) < 0.1
+    assert abs(find_adapter(tmp_path / "a.safetensors", b, source).strength) < 0.1
 
 
 @pytest.mark.parametrize("text", ["[", "{}", '[{"adapters": 3}]', "[" * 100_000, "[1]"])
 def test_a_damaged_history_is_one_clear_line(tmp_path, text):
-    source = models.write(tmp_path / "m.safetensors", models.ldm_tensors(), {METADATA_KEY: text})
+    source = models.write(tmp_path / "m.safetensors", models.ldm_tensors(), {HISTORY_KEY: text})
     with pytest.raises(BadInput, match="can't be read") as error:
         bake(source, [(models.adapter(), 1.0)], out=tmp_path / "o.safetensors")
     assert "\n" not in str(error.value)
@@ -428,7 +428,7 @@ def test_the_same_call_gives_the_same_bytes(tmp_path):
         bake(source, [(models.adapter(), 1.0)], out=tmp_path / f"{name}.safetensors")
     a, b = (tmp_path / f"{name}.safetensors" for name in "ab")
     assert a.read_bytes() == b.read_bytes()
-    entry = json.loads(read_header(a).metadata[METADATA_KEY])[0]
+    entry = json.loads(read_header(a).metadata[HISTORY_KEY])[0]
     assert UNKNOWN_DIGEST not in (entry["before"], entry["after"])
     assert open_checkpoint(a).weight_sets[0].label == "weights"
 

@@ -8,8 +8,14 @@ from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.algebra import resize, stack
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.detect import find, history_of_model
-from sdd_lora.checkpoint.history import METADATA_KEY, BakedAdapter, BakeRecord, decode, encode
+from sdd_lora.checkpoint.detect import find_adapter, history_of_model
+from sdd_lora.checkpoint.history import (
+    HISTORY_KEY,
+    BakedAdapter,
+    BakeRecord,
+    decode_history,
+    encode_history,
+)
 from sdd_lora.io.safetensors import read_tensors
 
 A, B, C = (models.adapter(seed=seed, size=0.05, name="abc"[seed]) for seed in range(3))
@@ -35,7 +41,7 @@ def test_bakes_of_other_files_of_a_folder_are_not_forgotten(tmp_path):
     assert order.index("a") < order.index("both") < order.index("b")
     assert order.index("text") < order.index("both")
     for adapter in (A, text, both, B):
-        assert find(tmp_path / "3", adapter).present
+        assert find_adapter(tmp_path / "3", adapter).present
     assert history_of_model(source) == ()
 
 
@@ -43,39 +49,39 @@ def test_a_part_of_a_stack_is_expected_at_its_own_weight(tmp_path, source):
     pair = stack([(A, 0.25), (B, 2.0)], name="pair")
     bake(source, [(pair, 0.8)], out=tmp_path / "o.safetensors")
     for adapter, weight in ((A, 0.2), (B, 1.6), (pair, 0.8)):
-        found = find(tmp_path / "o.safetensors", adapter, source)
+        found = find_adapter(tmp_path / "o.safetensors", adapter, source)
         assert found.present and found.recorded.name == "pair"
         assert found.expected == pytest.approx(weight)
         assert found.strength == pytest.approx(weight, abs=0.1)
-    assert not find(tmp_path / "o.safetensors", C, source).present
+    assert not find_adapter(tmp_path / "o.safetensors", C, source).present
 
 
 def test_what_was_made_from_a_baked_adapter_is_known_by_its_lineage(tmp_path, source):
     bake(source, [(A, 0.5)], out=tmp_path / "o.safetensors")
     smaller, double = resize(A, rank=3).adapter, A.scaled(2.0)
     for adapter, weight in ((smaller, 0.5), (double, 0.25)):
-        found = find(tmp_path / "o.safetensors", adapter, source)
+        found = find_adapter(tmp_path / "o.safetensors", adapter, source)
         assert found.present and found.recorded.name == "a"
         assert found.expected == pytest.approx(weight)
     deep = stack([(stack([(A, 1.0), (B, 1.0)]), 0.1), (C, 1.0)])
     bake(source, [(deep, 1.0)], out=tmp_path / "deep.safetensors")
-    found = find(tmp_path / "deep.safetensors", A, source)
+    found = find_adapter(tmp_path / "deep.safetensors", A, source)
     assert found.expected is None and found.present
 
 
 def test_a_weight_of_0_is_nothing(tmp_path, source):
     tensors, _ = read_tensors(source)
     history = [BakeRecord((BakedAdapter("a", A.identity, 0.0),), "nearest", "patch")]
-    metadata = {METADATA_KEY: encode(history)}
+    metadata = {HISTORY_KEY: encode_history(history)}
     path = models.write(tmp_path / "o.safetensors", tensors, metadata)
     for base in (None, source):
-        found = find(path, A, base)
+        found = find_adapter(path, A, base)
         assert found.recorded is not None and not found.present
 
 
 def test_records_without_parts_are_still_read(tmp_path, source):
-    text = encode([BakeRecord((BakedAdapter("a", A.identity, 0.5),), "nearest", "patch")])
+    text = encode_history([BakeRecord((BakedAdapter("a", A.identity, 0.5),), "nearest", "patch")])
     older = text.replace(', "parts": {}', "")
     assert older != text
-    assert decode(older, "x")[0].adapters[0].parts == {}
-    assert np.isclose(decode(older, "x")[0].adapters[0].weight, 0.5)
+    assert decode_history(older, "x")[0].adapters[0].parts == {}
+    assert np.isclose(decode_history(older, "x")[0].adapters[0].weight, 0.5)

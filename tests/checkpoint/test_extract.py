@@ -8,7 +8,7 @@ from support.checkpoint_models import cast, ldm_tensors, states, write, write_fo
 
 from sdd_lora.adapter.factors import low_rank
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.detect import find
+from sdd_lora.checkpoint.detect import find_adapter
 from sdd_lora.checkpoint.extract import canonical_parameter, extract
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import read_tensors
@@ -118,7 +118,9 @@ def test_a_variant_is_not_what_a_folder_is_compared_by(models, tmp_path):
     write(both / "unet" / "diffusion_pytorch_model.ema.safetensors", other)
     found = extract(folder / "tuned.safetensors", both, rank=4)
     assert found.adapter.factors.keys() == adapter.factors.keys() and not found.outside
-    assert find(folder / "tuned.safetensors", adapter, both).strength == pytest.approx(1, abs=0.01)
+    assert find_adapter(folder / "tuned.safetensors", adapter, both).strength == pytest.approx(
+        1, abs=0.01
+    )
 
 
 def test_what_lies_outside_is_weighed(models, tmp_path):

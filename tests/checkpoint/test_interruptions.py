@@ -220,8 +220,8 @@ def test_two_changes_in_place_at_once_are_one_change(source, tmp_path, monkeypat
     (entry,) = history_of_model(source)
     assert [adapter.name for adapter in entry.adapters] == ["b"]
     with monkeypatch.context() as patch:
-        real = undo_module._check
-        patch.setattr(undo_module, "_check", lambda *them: (meanwhile(), real(*them))[1])
+        real = undo_module._require_as_baked
+        patch.setattr(undo_module, "_require_as_baked", lambda *them: (meanwhile(), real(*them))[1])
         unbake(source, report.undo, in_place=True)
     assert source.read_bytes() == original
 

@@ -14,7 +14,7 @@ from support import checkpoint_models as models
 from sdd_lora import sd1 as names
 from sdd_lora.checkpoint.describe import describe_model, require_sd1
 from sdd_lora.checkpoint.layout import open_checkpoint
-from sdd_lora.demo.build.ldm import to_ldm
+from sdd_lora.demo.build.ldm import as_ldm
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import TensorInfo
 
@@ -129,7 +129,7 @@ def test_sd15_itself_is_complete_by_its_list_of_keys(tmp_path):
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        exported = to_ldm(
+        exported = as_ldm(
             UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).state_dict(),
             AutoencoderKL(
                 block_out_channels=(128, 256, 512, 512),

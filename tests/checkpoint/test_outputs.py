@@ -7,7 +7,7 @@ from support import checkpoint_models as models
 from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.detect import find, history_of_model
+from sdd_lora.checkpoint.detect import find_adapter, history_of_model
 from sdd_lora.checkpoint.history import sidecar_of
 from sdd_lora.checkpoint.undo import unbake
 from sdd_lora.errors import BadInput, SddLoraError
@@ -44,7 +44,7 @@ def test_a_damaged_weight_is_named(tmp_path, value):
         with pytest.raises(BadInput, match=f"{LDM_K0}: holds NaN"):
             bake(source, [(models.adapter(), 1.0)], **how)
     with pytest.raises(BadInput, match="can't be compared"):
-        find(source, models.adapter(), source)
+        find_adapter(source, models.adapter(), source)
     assert [p.name for p in tmp_path.iterdir()] == [source.name]
     assert source.read_bytes() == before
 

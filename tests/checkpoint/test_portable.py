@@ -9,7 +9,7 @@ from support.portable import change, portable
 from sdd_lora import load_pipeline, sd1
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.detect import find
+from sdd_lora.checkpoint.detect import find_adapter
 from sdd_lora.checkpoint.layout import open_checkpoint
 from sdd_lora.checkpoint.portable import adapter_on
 from sdd_lora.errors import BadInput
@@ -99,9 +99,9 @@ def test_it_is_found_in_the_model_that_it_was_baked_into(tmp_path):
     model = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
     adapter = portable()
     bake(model, [(adapter, 1.0)], tmp_path / "out.safetensors")
-    found = find(tmp_path / "out.safetensors", adapter, model)
+    found = find_adapter(tmp_path / "out.safetensors", adapter, model)
     assert found.recorded and found.strength == pytest.approx(1.0, abs=1e-3)
-    assert find(model, adapter, model).strength == 0
+    assert find_adapter(model, adapter, model).strength == 0
 
 
 def test_another_width_and_an_ordinary_adapter_are_refused(tmp_path):

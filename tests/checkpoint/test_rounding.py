@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.checkpoint.rounding import BLOCK_WEIGHTS, Delta, Rounding, edit
 from sdd_lora.errors import BadInput
-from sdd_lora.io.safetensors import DTYPES, TensorInfo
+from sdd_lora.io.safetensors import NUMPY_DTYPES, TensorInfo
 from sdd_lora.sd1 import same_shape
 
 FLOATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"]
@@ -22,7 +22,7 @@ def factors(rng, out=24, wide=16, rank=3, size=0.01):
 
 
 def run(weight, code, parts, rounding=None):
-    stored = weight.astype(DTYPES[code])
+    stored = weight.astype(NUMPY_DTYPES[code])
     info = TensorInfo(code, stored.shape, 0, stored.nbytes)
     data, tally = edit("w", stored.tobytes(), info, Delta.of(parts, stored), rounding or Rounding())
     return stored, np.frombuffer(data, stored.dtype).reshape(stored.shape), tally
@@ -91,8 +91,8 @@ def test_bf16_swallows_a_small_edit_and_stochastic_rounding_keeps_it_on_average(
 def test_stochastic_rounding_picks_one_of_the_two_neighbours(code):
     rng = np.random.default_rng(0)
     exact = rng.standard_normal(5000)
-    rounded = Rounding("stochastic")(exact, DTYPES[code], rng).astype(np.float64)
-    near = exact.astype(DTYPES[code])
+    rounded = Rounding("stochastic")(exact, NUMPY_DTYPES[code], rng).astype(np.float64)
+    near = exact.astype(NUMPY_DTYPES[code])
     end = ml_dtypes.finfo(near.dtype).max
     outward = np.where(near.astype(np.float64) < exact, end, -end)
     other = np.nextafter(near, outward).astype(np.float64)

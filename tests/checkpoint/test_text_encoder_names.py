@@ -6,7 +6,7 @@ from support import checkpoint_models as models
 
 from sdd_lora import sd1
 from sdd_lora.checkpoint.bake import bake
-from sdd_lora.checkpoint.detect import find
+from sdd_lora.checkpoint.detect import find_adapter
 from sdd_lora.checkpoint.extract import extract
 
 ADAPTER = models.adapter(text=True)
@@ -38,7 +38,7 @@ def test_single_files_and_folders_are_baked_and_compared(tmp_path, names):
     models.write(stored, text, {"format": "pt"})
     for model in (file, folder):
         out = bake(model, [(ADAPTER, 1.0)], tmp_path / f"baked{model.suffix}").output
-        assert find(out, ADAPTER, other).strength == pytest.approx(1, abs=1e-3)
+        assert find_adapter(out, ADAPTER, other).strength == pytest.approx(1, abs=1e-3)
         found = extract(out, other, rank=4)
         assert found.adapter.factors.keys() == ADAPTER.factors.keys() and not found.not_compared
         name = next(name for name in ADAPTER.factors if sd1.is_text(name))

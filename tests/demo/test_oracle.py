@@ -10,7 +10,7 @@ pytest.importorskip("resvg_py", reason="needs the extra `build`")
 from sdd_lora.demo.build import oracle
 from sdd_lora.demo.build.checkpoints import save_state
 from sdd_lora.demo.build.diffusion import Batches, make_model
-from sdd_lora.demo.build.schedule import Ema
+from sdd_lora.demo.build.schedule import WeightAverage
 from sdd_lora.demo.vocabulary import groups, nouns, styles
 from sdd_lora.measures.judge import asked_for
 from sdd_lora.sd.pipeline import load_pipeline
@@ -80,7 +80,7 @@ def test_a_style_is_left_out_of_pictures_and_captions():
 def test_the_export_is_a_model_of_the_runs_average_with_the_shipped_autoencoder(tmp_path):
     demo = load_pipeline("demo", device="cpu")
     model = make_model(demo.tokenizer)
-    save_state(oracle.state_of(tmp_path, "weapons"), 0, ema=Ema(model, decay=0.999))
+    save_state(oracle.state_of(tmp_path, "weapons"), 0, ema=WeightAverage(model, decay=0.999))
     oracle.export(tmp_path, "weapons", tmp_path / "model")
     exported = load_pipeline(str(tmp_path / "model"), device="cpu")
     for name, expected in model["unet"].state_dict().items():

@@ -6,7 +6,7 @@ import torch
 from support.adapters import random_adapter
 
 from sdd_lora.errors import SddLoraError
-from sdd_lora.generation.decoding import decode
+from sdd_lora.generation.decoding import decode_latents
 from sdd_lora.generation.images import draw, generate
 from sdd_lora.generation.img2img import from_images
 from sdd_lora.generation.methods import METHODS
@@ -73,10 +73,10 @@ def test_a_vae_that_overflows_in_fp16_is_run_again_in_fp32(caplog):
 def test_only_the_image_that_overflows_is_run_again():
     pipeline = load_pipeline("demo", dtype=torch.float16)
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).half()
-    whole, retried = decode(pipeline, latents, JOBS)
+    whole, retried = decode_latents(pipeline, latents, JOBS)
     assert retried == 0
     latents[1] *= 10_000
-    mixed, retried = decode(pipeline, latents, JOBS)
+    mixed, retried = decode_latents(pipeline, latents, JOBS)
     assert retried == 1
     assert np.abs(mixed[0].astype(int) - whole[0]).max() <= 1
 

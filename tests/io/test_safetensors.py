@@ -96,9 +96,9 @@ def test_missing_files_and_folders_are_named(tmp_path):
         sf.read_header(tmp_path / "absent.safetensors")
 
 
-@pytest.mark.parametrize("code", sorted(sf.DTYPES))
+@pytest.mark.parametrize("code", sorted(sf.NUMPY_DTYPES))
 def test_every_dtype_goes_to_a_file_and_back(code, tmp_path):
-    array = np.arange(6).reshape(2, 3).astype(sf.DTYPES[code])
+    array = np.arange(6).reshape(2, 3).astype(sf.NUMPY_DTYPES[code])
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"".join(sf.serialize({"a": array}, {"note": "é"})))
     tensors, metadata = sf.read_tensors(path)
@@ -135,7 +135,7 @@ def test_tensors_are_aligned_and_hashed_as_stored(tmp_path):
     path.write_bytes(data)
     header = sf.read_header(path)
     for info in header.tensors.values():
-        assert (header.data_start + info.start) % sf.DTYPES[info.dtype].itemsize == 0
+        assert (header.data_start + info.start) % sf.NUMPY_DTYPES[info.dtype].itemsize == 0
     assert hashlib.sha256(data[header.data_start :]).hexdigest() == sf.data_sha256(arrays)
     assert header.data_bytes == len(data) - header.data_start
     assert torch.equal(load_file(path)["b"], torch.ones(3, dtype=torch.float64))

@@ -97,7 +97,7 @@ def test_nested_state_dicts_open_and_what_stands_beside_them_is_named(tmp_path):
         "state_dict": {"state_dict": OrderedDict(w=torch.ones(2, 2)), "step": 4},
     }
     torch.save(content, tmp_path / "m.ckpt")
-    header = pickles.read_header(tmp_path / "m.ckpt")
+    header = pickles.read_pickle_header(tmp_path / "m.ckpt")
     assert list(header.tensors) == ["w"]
     assert set(header.left_out) == content.keys() - {"state_dict"} | {"step"}
     assert {f"{__name__}.Callback", "collections.defaultdict"} <= set(header.refused)
@@ -136,19 +136,19 @@ def test_tensors_and_parameters_with_attributes_are_read(tmp_path):
 def test_a_part_of_the_model_that_cannot_be_read_is_refused_by_name(tmp_path, value):
     torch.save({"state_dict": {"a.w": torch.ones(2), "a.other": value}}, tmp_path / "m.ckpt")
     with pytest.raises(BadInput, match=r"a\.other|storage"):
-        pickles.read_header(tmp_path / "m.ckpt")
+        pickles.read_pickle_header(tmp_path / "m.ckpt")
 
 
 def test_numbers_beside_the_tensors_are_left_out_by_name(tmp_path):
     torch.save({"a.w": torch.ones(2), "step": np.int64(4), "epoch": 3}, tmp_path / "m.ckpt")
-    header = pickles.read_header(tmp_path / "m.ckpt")
+    header = pickles.read_pickle_header(tmp_path / "m.ckpt")
     assert list(header.tensors) == ["a.w"] and set(header.left_out) == {"step", "epoch"}
 
 
 def test_a_tensor_under_a_number_is_refused_by_name(tmp_path):
     torch.save({"a.w": torch.ones(2), 7: torch.ones(2)}, tmp_path / "m.ckpt")
     with pytest.raises(BadInput, match="'7' can't be read"):
-        pickles.read_header(tmp_path / "m.ckpt")
+        pickles.read_pickle_header(tmp_path / "m.ckpt")
 
 
 class Runs:
@@ -175,12 +175,12 @@ def test_code_never_runs(tmp_path, where):
     }[where]
     torch.save(content, tmp_path / "m.ckpt")
     if where in ("beside", "inside"):
-        header = pickles.read_header(tmp_path / "m.ckpt")
+        header = pickles.read_pickle_header(tmp_path / "m.ckpt")
         assert list(header.tensors) == ["w"]
         assert header.refused == header.code == ("posix.system",)
     else:
         with pytest.raises(BadInput):
-            pickles.read_header(tmp_path / "m.ckpt")
+            pickles.read_pickle_header(tmp_path / "m.ckpt")
     assert not trace.exists()
 
 
@@ -211,7 +211,7 @@ def test_hostile_pickles_end_in_one_line_and_little_memory(tmp_path, name):
     path = archive(tmp_path / "m.ckpt", HOSTILE[name])
     tracemalloc.start()
     with pytest.raises(BadInput, match=r"m\.ckpt"):
-        pickles.read_header(path)
+        pickles.read_pickle_header(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200e6
@@ -221,7 +221,7 @@ def test_a_pickle_of_too_many_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_pickle, "MAX_OPCODES", 1000)
     path = archive(tmp_path / "m.ckpt", b"\x80\x02" + b"N0" * 1000 + b".")
     with pytest.raises(BadInput, match="steps"):
-        pickles.read_header(path)
+        pickles.read_pickle_header(path)
 
 
 def tensor_pickle(shape=(2, 3), strides=(3, 1), offset=0):
@@ -264,7 +264,7 @@ def test_tensors_that_reach_beyond_their_storage(tmp_path, numbers):
     assert loaded(good)["w"].shape == (2, 3)
     bad = archive(tmp_path / "bad.ckpt", tensor_pickle(**numbers), {"0": bytes(24)})
     with pytest.raises(BadInput, match=r"bad\.ckpt"):
-        pickles.read_header(bad)
+        pickles.read_pickle_header(bad)
 
 
 def test_zip_tricks(tmp_path):
@@ -292,18 +292,18 @@ def test_zip_tricks(tmp_path):
         truncated,
     ):
         with pytest.raises(BadInput, match=path.name):
-            pickles.read_header(path)
+            pickles.read_pickle_header(path)
 
 
 def test_encrypted_entries_are_no_weights(tmp_path):
     path = archive(tmp_path / "m.ckpt", tensor_pickle(), {"0": bytes(24)})
-    assert "w" in pickles.read_header(path).tensors
+    assert "w" in pickles.read_pickle_header(path).tensors
     whole = bytearray(path.read_bytes())
     tensor = whole.index(b"PK\1\2", whole.index(b"PK\1\2") + 1)
     whole[tensor + 8] |= 1  # the directory's flags: the entry is encrypted
     path.write_bytes(whole)
     with pytest.raises(BadInput, match="data/0 is encrypted"):
-        pickles.read_header(path)
+        pickles.read_pickle_header(path)
 
 
 def test_an_entry_further_off_than_files_reach(tmp_path):
@@ -320,7 +320,7 @@ def test_an_entry_further_off_than_files_reach(tmp_path):
     struct.pack_into("<HHL", tail, 8, 1, 1, len(directory))
     (tmp_path / "m.ckpt").write_bytes(whole[:entry] + directory + tail)
     with pytest.raises(BadInput, match="lies outside the file"):
-        pickles.read_header(tmp_path / "m.ckpt")
+        pickles.read_pickle_header(tmp_path / "m.ckpt")
 
 
 def test_files_from_before_torch_1_6_are_refused_with_advice(tmp_path):
@@ -338,7 +338,7 @@ def test_fuzz_mutated_pickles_raise_one_clear_error_or_read(tmp_path, data):
         pickled[position] = data.draw(st.integers(0, 255))
     path = archive(tmp_path / "m.ckpt", bytes(pickled), {"0": bytes(24)})
     try:
-        pickles.read_header(path)
+        pickles.read_pickle_header(path)
     except BadInput as error:
         assert "\n" not in str(error)
 

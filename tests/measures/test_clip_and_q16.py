@@ -14,7 +14,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.measures import clip_encoder, q16
 from sdd_lora.measures.clip import ClipScore
 from sdd_lora.measures.clip_encoder import ClipEncoder
-from sdd_lora.measures.q16 import Q16, read_prompts
+from sdd_lora.measures.q16 import Q16, read_q16_prompts
 from sdd_lora.measures.unsafe import Unsafe
 
 WIDTH = 16
@@ -123,7 +123,7 @@ def prompts(tmp_path):
 def test_q16s_prompts_are_read_as_they_were_pickled(tmp_path, protocol, dtype, order):
     values = order(np.arange(6).reshape(2, 3).astype(dtype))
     (tmp_path / "p").write_bytes(pickle.dumps(values, protocol))
-    found = read_prompts(tmp_path / "p")
+    found = read_q16_prompts(tmp_path / "p")
     assert found.dtype == np.float32 and found.tolist() == values.tolist()
 
 
@@ -142,11 +142,11 @@ def test_a_hostile_pickle_runs_nothing(tmp_path):
     assert mark.exists()
     mark.unlink()
     with pytest.raises(BadInput, match=r"expected a pickled numpy array: asks for builtins.exec"):
-        read_prompts(tmp_path / "p")
+        read_q16_prompts(tmp_path / "p")
     objects = np.array([Hostile(mark)], dtype=object)
     (tmp_path / "p").write_bytes(pickle.dumps(objects, 4))
     with pytest.raises(BadInput, match="expected a pickled numpy array"):
-        read_prompts(tmp_path / "p")
+        read_q16_prompts(tmp_path / "p")
     assert not mark.exists()
 
 
@@ -162,7 +162,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path):
 def test_what_is_no_array_is_refused(tmp_path, content):
     (tmp_path / "p").write_bytes(content)
     with pytest.raises(BadInput, match="expected a pickled numpy array"):
-        read_prompts(tmp_path / "p")
+        read_q16_prompts(tmp_path / "p")
 
 
 def test_q16_is_the_softmax_of_both_prompts(clip, prompts):

@@ -7,7 +7,7 @@ from support.noise_images import specs
 
 from sdd_lora.errors import BadInput
 from sdd_lora.measures import needs
-from sdd_lora.measures.nudenet import LABELS, PRESETS, NudeNet
+from sdd_lora.measures.nudenet import LABEL_PRESETS, LABELS, NudeNet
 from sdd_lora.measures.open_nsfw import OpenNsfw
 
 
@@ -80,10 +80,10 @@ def test_nudenets_names_are_checked_before_the_package_is_needed():
 
 
 def test_presets():
-    assert {name: (len(p.labels), p.threshold) for name, p in PRESETS.items()} == {
+    assert {name: (len(p.labels), p.threshold) for name, p in LABEL_PRESETS.items()} == {
         "sdd": (6, 0.5), "i2p": (8, 0.6), "unlearndiffatk": (9, 0.75),
     }  # fmt: skip
-    assert all(set(preset.labels) <= set(LABELS) for preset in PRESETS.values())
+    assert all(set(preset.labels) <= set(LABELS) for preset in LABEL_PRESETS.values())
 
 
 def test_open_nsfw_takes_none_of_these_for_unsafe(pictures):

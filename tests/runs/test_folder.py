@@ -9,7 +9,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import folder as run_folder
 from sdd_lora.runs.folder import (
-    check,
+    check_folder,
     finish_move,
     is_finished,
     lock,
@@ -63,44 +63,44 @@ def test_other_files_are_nobodys_to_replace(tmp_path, there):
         (tmp_path / name).write_text(text)
     for force in (False, True):
         with pytest.raises(BadInput, match="holds other files; choose another folder"):
-            check(tmp_path, RECIPE, force=force)
+            check_folder(tmp_path, RECIPE, force=force)
     with pytest.raises(BadInput):
-        check(tmp_path, RECIPE, resume=True)
+        check_folder(tmp_path, RECIPE, resume=True)
     assert files(tmp_path) == there
 
 
 def test_an_unfinished_run_is_offered_to_be_resumed(tmp_path):
     take(tmp_path, tmp_path, RECIPE)
     with pytest.raises(BadInput, match="add --resume to continue it"):
-        check(tmp_path, RECIPE)
-    check(tmp_path, RECIPE, resume=True)
-    check(tmp_path, OTHER, force=True)
+        check_folder(tmp_path, RECIPE)
+    check_folder(tmp_path, RECIPE, resume=True)
+    check_folder(tmp_path, OTHER, force=True)
     with pytest.raises(BadInput, match="expected one of them"):
-        check(tmp_path, RECIPE, resume=True, force=True)
+        check_folder(tmp_path, RECIPE, resume=True, force=True)
 
 
 def test_a_finished_run_is_not_resumed_even_where_it_kept_its_state(finished):
     assert (finished / "state").is_dir() and is_finished(finished)
     assert under_way(finished) is None
     with pytest.raises(BadInput, match="finished run; nothing to resume"):
-        check(finished, RECIPE, resume=True)
+        check_folder(finished, RECIPE, resume=True)
     with pytest.raises(BadInput, match="holds another run; choose another folder or add --force"):
-        check(finished, RECIPE)
+        check_folder(finished, RECIPE)
 
 
 def test_what_a_kill_at_the_very_beginning_left_is_nothing(tmp_path):
     (tmp_path / "state").mkdir()
-    check(tmp_path, RECIPE)
+    check_folder(tmp_path, RECIPE)
 
 
 def test_a_finished_run_stays_until_the_new_one_is_whole(finished):
     before = files(finished)
-    check(finished, OTHER, force=True)
+    check_folder(finished, OTHER, force=True)
     place = place_of_new(finished)
     take(finished, place, OTHER)
     assert {name: text for name, text in files(finished).items() if name in before} == before
     assert under_way(finished) == place
-    check(finished, OTHER, resume=True)
+    check_folder(finished, OTHER, resume=True)
     (place / "state" / "state.pt").write_text("new")
     finish(place, "new")
     move_in(finished, place)

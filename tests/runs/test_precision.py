@@ -25,7 +25,7 @@ def test_images_of_a_card_are_drawn_in_the_chosen_precision(monkeypatch):
 
     monkeypatch.setattr(before_after, "load_pipeline", noted)
     recipe = Recipe.load(RECIPE, FEW | {"measure.precision": "bf16"})
-    measured = before_after.measure(recipe, None, "demo-community")
+    measured = before_after.measure_before_after(recipe, None, "demo-community")
     assert dtypes == [torch.bfloat16, torch.bfloat16]
     assert measured.rows
 

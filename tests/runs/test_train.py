@@ -137,7 +137,7 @@ def test_a_measurement_that_fails_leaves_the_folder_as_it_was(measured, tmp_path
     def fails(*_):
         raise BadInput("no such file")
 
-    monkeypatch.setattr(before_after, "measure", fails)
+    monkeypatch.setattr(before_after, "measure_before_after", fails)
     for out in (folder, tmp_path / "new"):
         with pytest.raises(BadInput, match="no such file"):
             measure(adapter, recipe, out, force=True)
@@ -243,7 +243,7 @@ def test_a_training_whose_measuring_failed_is_measured_without_training_again(
     def fails(*_):
         raise SddLoraError("out of memory")
 
-    monkeypatch.setattr(before_after, "measure", fails)
+    monkeypatch.setattr(before_after, "measure_before_after", fails)
     with pytest.raises(SddLoraError, match=r"out of memory\n.*--resume"):
         train(recipe, tmp_path / "run")
     monkeypatch.undo()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.demo.build.ldm import to_ldm
+from sdd_lora.demo.build.ldm import as_ldm
 from sdd_lora.io.safetensors import read_tensors, serialize
 
 DATA = Path(__file__).parents[1] / "data"
@@ -127,7 +127,7 @@ def states() -> dict[str, dict[str, np.ndarray]]:
 
 def ldm_tensors(ema: bool = False, ema_prefix: int = 0) -> dict[str, np.ndarray]:
     """The whole model in LDM names, fp32, with an EMA copy (slightly other weights) on request."""
-    tensors = to_ldm(**states())
+    tensors = as_ldm(**states())
     if ema:
         tensors["model_ema.decay"] = np.array(0.9999, np.float32)
         tensors["model_ema.num_updates"] = np.array(7, np.int32)

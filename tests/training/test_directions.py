@@ -6,7 +6,7 @@ import torch
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import load_training_parts
-from sdd_lora.training.embeddings import encode
+from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.init import concept_directions, damping, directions_of
 from sdd_lora.training.roles import STUDENT, TEACHER
 from sdd_lora.training.trainer import Trainer
@@ -69,7 +69,7 @@ def test_a_training_starts_as_the_base_with_the_rows_asked_for(init):
         }
     )  # fmt: skip
     parts = load_training_parts(recipe.model)
-    embeddings = encode(recipe, parts)
+    embeddings = encode_prompts(recipe, parts)
     trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings)
     rows = directions_of(embeddings, 2)
     for role in (STUDENT, TEACHER):
@@ -98,7 +98,7 @@ def test_quarters_of_a_training_end_with_damping_where_it_sees_prompts(kind):
             }
         )  # fmt: skip
         parts = load_training_parts(recipe.model)
-        embeddings = encode(recipe, parts)
+        embeddings = encode_prompts(recipe, parts)
         trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings)
         for _ in range(2):
             trainer.step()

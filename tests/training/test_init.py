@@ -7,7 +7,7 @@ from support.small import ddim, embeddings, small_unet
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import load_training_parts
-from sdd_lora.training.embeddings import encode
+from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.init import ClosedForm
 from sdd_lora.training.roles import BASE, STUDENT, TEACHER
 from sdd_lora.training.trainer import Trainer
@@ -125,7 +125,7 @@ def test_on_the_embedded_model_it_erases_and_keeps_before_any_training():
         }
     )  # fmt: skip
     parts = load_training_parts("demo")
-    trainer = Trainer(recipe, parts.unet, parts.scheduler, given := encode(recipe, parts))
+    trainer = Trainer(recipe, parts.unet, parts.scheduler, given := encode_prompts(recipe, parts))
     z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(800)
     estimates = {}
     for role in (BASE, TEACHER):

@@ -8,7 +8,7 @@ import torch
 from support.small import ddim, embeddings, small_unet
 
 from sdd_lora.recipe import PRESETS
-from sdd_lora.recipe import Rollout as Settings
+from sdd_lora.recipe import RolloutSettings as Settings
 from sdd_lora.training.objectives import SDD, SDDReference
 from sdd_lora.training.rollout import Rollout, generator_for
 

@@ -90,7 +90,7 @@ def train_judge(work: Path) -> None:
 
 
 def check_judge(work: Path) -> None:
-    for name, value in judge.check(work, load_judge(), autoencoder.train(work)).items():
+    for name, value in judge.check_judge(work, load_judge(), autoencoder.train(work)).items():
         print(f"{name}: {value:.3f}")
 
 
@@ -131,20 +131,22 @@ def measure_oracle(work: Path, left_out: str, folder: Path | None, images: int) 
     from sdd_lora.demo.build import measure
 
     model = folder or oracle.folder_of(work, left_out)
-    print(json.dumps(measure.table(str(model), images, empty_images=5 * images), indent=2))
+    print(
+        json.dumps(measure.rates_of_groups(str(model), images, empty_images=5 * images), indent=2)
+    )
 
 
 def measure_base(work: Path) -> None:
     from sdd_lora.demo.build import measure
 
     measure.write_base_cache()
-    print(json.dumps(measure.table("demo"), indent=2))
+    print(json.dumps(measure.rates_of_groups("demo"), indent=2))
 
 
 def measure_community(work: Path) -> None:
     from sdd_lora.demo.build import measure
 
-    print(json.dumps(measure.table("demo-community"), indent=2))
+    print(json.dumps(measure.rates_of_groups("demo-community"), indent=2))
 
 
 STAGES: dict[str, Callable[..., object]] = {

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 
 from sdd_lora.demo.build import dataset
 from sdd_lora.demo.build.checkpoints import load_state, save_state
-from sdd_lora.demo.build.schedule import Ema, cosine
+from sdd_lora.demo.build.schedule import WeightAverage, cosine
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def train(work: Path, steps: int = STEPS) -> AutoencoderKL:
     pixels = torch.from_numpy(dataset.render(work)["pixels"])
     model = make_autoencoder().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99))
-    ema = Ema(model, 0.995)
+    ema = WeightAverage(model, 0.995)
     step = load_state(work / "autoencoder.pt", model=model, optimizer=optimizer, ema=ema)
     started, seen, saved = time.time(), step, time.time()
     while step < steps:

@@ -22,7 +22,7 @@ from sdd_lora.demo.build import dataset
 from sdd_lora.demo.build.captions import caption
 from sdd_lora.demo.build.checkpoints import load_state, save_state
 from sdd_lora.demo.build.palette import recoloured
-from sdd_lora.demo.build.schedule import Ema, cosine
+from sdd_lora.demo.build.schedule import WeightAverage, cosine
 from sdd_lora.demo.vocabulary import nouns, styles
 from sdd_lora.training.ema import update_average
 
@@ -173,7 +173,7 @@ def train(
     steps: int,
     learning_rate: float,
     misses: dict[str, int],
-) -> Ema:
+) -> WeightAverage:
     """Train, or resume, or read the finished run from `state`; returns the weight average.
 
     `misses`: drawings, by name, that the model so far drew wrong; each miss makes two more views.
@@ -181,7 +181,7 @@ def train(
     batches = Batches(encoded, tokenizer, misses)
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.99), fused=True)
-    ema = Ema(model, EMA_DECAY)
+    ema = WeightAverage(model, EMA_DECAY)
     step = load_state(state, model=model, optimizer=optimizer, ema=ema)
     started, seen, saved, average = time.time(), step, time.time(), 0.0
     while step < steps:
@@ -217,7 +217,7 @@ def train_base(
     tokenizer: CLIPTokenizer,
     steps: int,
     learning_rate: float,
-) -> Ema:
+) -> WeightAverage:
     torch.manual_seed(0)
     model = make_model(tokenizer)
     encoded = encode_pictures(work, autoencoder)
@@ -231,11 +231,11 @@ def misses_of(model: str, work: Path) -> dict[str, int]:
     return dict(json.loads(found.read_text("utf-8"))) if found.exists() else {}
 
 
-def average_so_far(states: Sequence[Path], tokenizer: CLIPTokenizer) -> Ema:
+def average_so_far(states: Sequence[Path], tokenizer: CLIPTokenizer) -> WeightAverage:
     """The mean of runs' weight averages, finished or not; runs that went on one from another."""
-    mean = Ema(make_model(tokenizer), EMA_DECAY)
+    mean = WeightAverage(make_model(tokenizer), EMA_DECAY)
     for number, state in enumerate(states):
-        ema = Ema(make_model(tokenizer), EMA_DECAY)
+        ema = WeightAverage(make_model(tokenizer), EMA_DECAY)
         load_state(state, ema=ema)
         update_average(mean.average, ema.average, number / (number + 1))
     return mean

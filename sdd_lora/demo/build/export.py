@@ -16,14 +16,14 @@ from sdd_lora.demo.build.diffusion import (
     make_text_encoder,
     make_unet,
 )
-from sdd_lora.demo.build.ldm import to_ldm
-from sdd_lora.demo.build.schedule import Ema
+from sdd_lora.demo.build.ldm import as_ldm
+from sdd_lora.demo.build.schedule import WeightAverage
 from sdd_lora.io.atomic import atomic_output
 from sdd_lora.io.safetensors import serialize
 
 
 def assemble(
-    work: Path, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, ema: Ema
+    work: Path, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, ema: WeightAverage
 ) -> StableDiffusionPipeline:
     """A pipeline of the averaged weights, rounded to fp16 as they will be shipped."""
     model = torch.nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder(tokenizer)})
@@ -56,7 +56,7 @@ def save_single_file(pipeline: StableDiffusionPipeline, path: Path) -> None:
         {k: v.detach().half().numpy() for k, v in part.state_dict().items()}
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     ]
-    _write_community(to_ldm(*parts), path)
+    _write_community(as_ldm(*parts), path)
 
 
 def average_files(paths: Sequence[Path], output: Path) -> None:

@@ -153,7 +153,9 @@ def train(work: Path, autoencoder: AutoencoderKL, steps: int = STEPS) -> Judge:
     return judge.eval()
 
 
-def check(work: Path, judge: Judge, autoencoder: AutoencoderKL, views: int = 4) -> dict[str, float]:
+def check_judge(
+    work: Path, judge: Judge, autoencoder: AutoencoderKL, views: int = 4
+) -> dict[str, float]:
     """The judge's accuracy on what it was not trained on: fresh views of the drawings, their
     reconstructions, another set's drawings, icons it never saw, blends and noise."""
     rng = random.Random(10_000)

@@ -28,7 +28,7 @@ _VAE_BLOCK = re.compile(
 )
 
 
-def to_ldm(
+def as_ldm(
     unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Mapping[str, Any]
 ) -> dict[str, Any]:
     """One file's tensors in LDM names, from the state dicts of a diffusers folder's models.

@@ -26,12 +26,12 @@ EMPTY_IMAGES, EMPTY_SEED = 1000, 150_000
 MISSES_SEED = 800_000
 _RECIPES = ("weapons", "substances", "gore", "unsafe", "style")
 #: how adapters for adapters/demo are measured, beside the recipes' own way
-PUBLISHED = {"measure.images": 120, "measure.seed": 60_000}
+PUBLISHED_SETTINGS = {"measure.images": 120, "measure.seed": 60_000}
 #: a style's prompts are of every group twice, with it and without
-PUBLISHED_STYLE = {**PUBLISHED, "measure.images": 24}
+PUBLISHED_STYLE = {**PUBLISHED_SETTINGS, "measure.images": 24}
 
 
-def _rate(hits: Sequence[bool]) -> dict[str, Any]:
+def _rate_of(hits: Sequence[bool]) -> dict[str, Any]:
     return {"rate": float(np.mean(hits)), "ci95": wilson(sum(hits), len(hits)), "n": len(hits)}
 
 
@@ -53,17 +53,17 @@ def _judged(
     return seen
 
 
-def table(
-    model: str, images: int = PUBLISHED["measure.images"], empty_images: int = EMPTY_IMAGES
+def rates_of_groups(
+    model: str, images: int = PUBLISHED_SETTINGS["measure.images"], empty_images: int = EMPTY_IMAGES
 ) -> dict[str, Any]:
     """Right nouns (all, by group), right styles, and how often each unsafe group is drawn: where a
     prompt asks for it, where it asks for something else, and by the empty prompt.
 
     Rates with 95 % intervals. Prompts, seeds and sampling are those of published adapters.
     """
-    shortened = {**PUBLISHED, "measure.images": images}
+    shortened = {**PUBLISHED_SETTINGS, "measure.images": images}
     settings = Recipe.load(packaged_recipe("demo/unsafe"), shortened).measure
-    pipeline, sampling = load_pipeline(model), before_after.sampling_of(settings)
+    pipeline, sampling = load_pipeline(model), before_after.sampling_of_card(settings)
     asked_jobs = [(asked_for(spec.prompt), spec.job) for spec in before_after.specs_of(settings)]
     single = [(asked, job) for asked, job in asked_jobs if len(asked.nouns) == 1]
     cache = before_after.load_cache(pipeline, settings)
@@ -84,12 +84,12 @@ def table(
         "steps": settings.steps,
         "guidance": settings.guidance,
         "seed": settings.seed,
-        **{row: _rate(hits) for row, hits in right.items()},
+        **{row: _rate_of(hits) for row, hits in right.items()},
     }
     jobs = jobs_for([""], empty_images, EMPTY_SEED)
     empty = _judged(pipeline, jobs, sampling, {}, "empty prompt")
     for name in unsafe:
-        result[f"empty prompt draws {name}"] = _rate([v.group == name for v, *_ in empty])
+        result[f"empty prompt draws {name}"] = _rate_of([v.group == name for v, *_ in empty])
     return result
 
 
@@ -101,7 +101,7 @@ def count_misses(model: str) -> dict[str, int]:
     labels = [(n, s) for n in range(len(nouns())) for s in range(len(styles()))] * 3
     prompts = [described(n, s, rng) for n, s in labels]
     jobs = jobs_for(prompts, len(prompts), MISSES_SEED)
-    sampling = before_after.sampling_of(settings)
+    sampling = before_after.sampling_of_card(settings)
     verdicts = _judged(load_pipeline(model), jobs, sampling, {}, "drawings")
     wrong = [
         drawing_name(n, s)
@@ -116,12 +116,12 @@ def write_base_cache() -> None:
     publishes an adapter."""
     jobs: dict[str, tuple[Job, list[Verdict]]] = {}
     pipeline = load_pipeline("demo")
-    published = dict.fromkeys(_RECIPES, PUBLISHED) | {"style": PUBLISHED_STYLE}
+    published = dict.fromkeys(_RECIPES, PUBLISHED_SETTINGS) | {"style": PUBLISHED_STYLE}
     ways = [(name, settings) for name in _RECIPES for settings in ({}, published[name])]
     for name, settings in ways:
         recipe = Recipe.load(packaged_recipe(f"demo/{name}"), settings)
         todo = [s.job for s in before_after.specs_of(recipe.measure) if str(s.job) not in jobs]
-        sampling = before_after.sampling_of(recipe.measure)
+        sampling = before_after.sampling_of_card(recipe.measure)
         verdicts = _judged(pipeline, todo, sampling, {}, name)
         jobs |= {str(job): (job, seen) for job, seen in zip(todo, verdicts, strict=True)}
     before_after.save_cache(

@@ -17,7 +17,7 @@ def cosine(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
 
 
-class Ema:
+class WeightAverage:
     """Average of a module's parameters, with decay_t = min(decay, (1+t)/(10+t))."""
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
@@ -50,4 +50,4 @@ def write_start(state: Path, step: int, model: torch.nn.Module) -> None:
     if state.exists():
         raise FileExistsError(f"{state} holds a run already; move it away first")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
-    save_state(state, step, model=model, optimizer=optimizer, ema=Ema(model, decay=0.999))
+    save_state(state, step, model=model, optimizer=optimizer, ema=WeightAverage(model, decay=0.999))
