@@ -14,7 +14,7 @@ version
 errors
 progress
 io: atomic cache distributed pictures plugins sniff strict_yaml jsonl safetensors
-io: torch_pickle torch_zip
+io: download torch_pickle torch_zip
 sd1
 recipe: sections presets recipe reference
 adapter: factors metadata alphas formats hub adapter inspect loaders algebra interference card

@@ -23,6 +23,7 @@ from sdd_lora.adapter.factors import Factors
 from sdd_lora.adapter.metadata import ENTRY_KEY, MergedPart, Metadata, is_edited
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_folder, atomic_output, require_replaceable
+from sdd_lora.io.download import is_hub_id
 from sdd_lora.io.safetensors import data_sha256, header_of, open_input, read_tensor, serialize
 from sdd_lora.io.torch_zip import is_torch_file
 from sdd_lora.progress import warn
@@ -249,7 +250,7 @@ def adapter_file(source: str | Path) -> Path:
         raise BadInput(f"{path}: no adapter in this folder; expected {expected}")
     if path.exists():
         return path
-    if path.suffix.lower() in (".safetensors", *PICKLES) or not hub.is_hub_id(str(source)):
+    if path.suffix.lower() in (".safetensors", *PICKLES) or not is_hub_id(str(source)):
         raise BadInput(f"{path}: no such file; expected an adapter, a run's folder or a hub id")
     try:
         return hub.download_adapter(str(source))

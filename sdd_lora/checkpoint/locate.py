@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import refuse_existing, require_replaceable
+from sdd_lora.io.download import download_model
 
 #: The models that travel with the package.
 DEMO_FOLDER = Path(str(files("sdd_lora.demo").joinpath("model")))
@@ -47,7 +48,7 @@ def locate(model: str | Path) -> Path:
 
     Raises BadInput where there is no such file, or no hub can be reached.
     """
-    return local(model) or _download(str(model))
+    return local(model) or download_model(str(model))
 
 
 def local(model: str | Path) -> Path | None:
@@ -125,22 +126,3 @@ def _is_model_file(file: Path) -> bool:
 def named(path: Path) -> Path:
     """The same path with a name; `.` and `..` are none that another file could stand beside."""
     return path.resolve() if path.name in ("", "..") else path
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        # a repository's own folder only: single-file copies of the model lie beside it
-        return Path(
-            snapshot_download(
-                repository,
-                allow_patterns=["model_index.json", "*/*"],
-                ignore_patterns=["*.msgpack", "*.onnx", "*.onnx_data"],
-            )
-        )
-    except Exception as error:
-        first = " ".join(str(error).split())[:200]
-        raise BadInput(
-            f"{repository}: no such file or folder, and not to be had from the hub: {first}"
-        ) from error

@@ -18,6 +18,7 @@ from sdd_lora.checkpoint.describe import ModelDescription, require_sd1
 from sdd_lora.checkpoint.locate import local
 from sdd_lora.checkpoint.prediction import PredictionType
 from sdd_lora.errors import BadInput
+from sdd_lora.io.download import download_pipeline
 from sdd_lora.sd.single_file import (
     SD15_FOLDER,
     configuration_of,
@@ -153,7 +154,7 @@ def require_model(model: str, **parts: Any) -> tuple[Path, ModelDescription]:
     Raises BadInput where it is missing, damaged, no Stable Diffusion 1.x, or made for more than
     prompts.
     """
-    path = local(model) or _download(model, **parts)
+    path = local(model) or download_pipeline(model, **parts)
     found = _require_text_to_image(path)
     if path.is_dir() and not _has_tokenizer(path / "tokenizer"):
         raise BadInput(
@@ -244,18 +245,3 @@ def _variant(found: ModelDescription) -> str | None:
     """Which weights of a folder to load, where it has none without a variant's name."""
     labels = [label.removeprefix("sharded ") for label in found.copies]
     return None if "weights" in labels else labels[0].removeprefix("variant ")
-
-
-def _download(model: str, **parts: Any) -> Path:
-    """What a pipeline needs of a hub repository, and no more."""
-    try:
-        folder = StableDiffusionPipeline.download(
-            model, use_safetensors=True, safety_checker=None, feature_extractor=None, **parts
-        )
-    except Exception as error:
-        first = " ".join(str(error).split())[:200]
-        raise BadInput(
-            f"{model}: not to be had from the hub ({first}). Offline, give a diffusers folder, "
-            "a .safetensors file, or `demo` (the embedded model)"
-        ) from error
-    return Path(folder)

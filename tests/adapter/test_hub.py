@@ -10,9 +10,10 @@ from support.adapter_making import distance, random_adapter
 
 from sdd_lora.adapter import card
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.hub import is_hub_id, pull, push
+from sdd_lora.adapter.hub import pull, push
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import sha256_of
+from sdd_lora.io.download import is_hub_id
 
 REPOSITORY = "me/weapons-eraser"
 
