@@ -8,7 +8,7 @@ from support.recipe_reference import README, renewed
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.strict_yaml import parse_override
-from sdd_lora.recipe import Recipe, RolloutSettings
+from sdd_lora.recipe import Lora, Recipe, RolloutSettings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 #: of rollout: the earlier names, and those of now
@@ -104,6 +104,13 @@ def test_esd_u_as_an_adapter_adapts_what_esd_u_trains():
     assert Recipe.parse(whole.to_yaml()) == whole
 
 
+def test_leco_is_an_adapter_of_all_attention_at_its_own_rank_and_alpha():
+    recipe = Recipe.parse(MINIMAL + "preset: demo\nobjective: {kind: leco}\n")
+    assert recipe.lora == Lora(rank=4, alpha=1.0, targets=["attention"])
+    assert (recipe.objective.eta, recipe.ema.decay) == (1.0, 0.0)
+    assert Recipe.parse(recipe.to_yaml()) == recipe
+
+
 def test_full_training_starts_from_the_papers_learning_rate():
     recipe = Recipe.parse(MINIMAL + "preset: demo\nparameters: full\n")
     assert recipe.optimizer.learning_rate == 1e-5
@@ -115,11 +122,15 @@ def test_full_training_starts_from_the_papers_learning_rate():
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("objective: {eta: 1}", "eta belongs to esd-x and esd-u"),
+        ("objective: {eta: 1}", "eta belongs to esd-x, esd-u and leco"),
         ("objective: {kind: esd-x}\nema: {decay: 0.9}", "esd-x keeps no average"),
         (
             "objective: {kind: esd-u}\nlora: {targets: [to_k]}",
             "esd-u changes what is outside the cross-attention: expected ['noxattn']",
+        ),
+        (
+            "objective: {kind: leco}\nlora: {targets: [to_k]}",
+            "leco changes what is in self- and cross-attention: expected ['attention']",
         ),
         (
             "lora: {targets: [to_q, noxattn]}",

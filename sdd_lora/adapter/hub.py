@@ -117,7 +117,9 @@ def _adapter_name(repository: str, files: Iterable[str]) -> str:
 
 def _is_run_file(file: Path) -> bool:
     """Whether a run of ours holds a file of that path."""
-    return file.parts[0] in (*PUBLISHED, "state", "tensorboard") or file.match("before-after*.png")
+    return file.parts[0] in (*PUBLISHED, "state", "tensorboard", "snapshots") or file.match(
+        "before-after*.png"
+    )
 
 
 def _check_measured(folder: Path) -> None:

@@ -52,6 +52,8 @@ METHOD_TEXTS = {
     "esd-x-1-lora": "ESD on cross-attention as an adapter, η 1",
     "esd-u-1-lora": "ESD on all but cross-attention as an adapter, η 1",
     "esd-x-1-preserve": "ESD on cross-attention, η 1, other prompts held",
+    "leco": "LECO: ESD's loss on all attention, as an adapter of rank 4",
+    "leco-preserve": "LECO, other prompts held",
     "uce": "UCE: cross-attention edited in closed form",
     "sdd-full": "SDD, all of cross-attention, as its authors did",
     "sdd": "SDD as an adapter",

@@ -3,6 +3,7 @@
 from sdd_lora.recipe.presets import IMPLIED, PRESETS
 from sdd_lora.recipe.recipe import Recipe
 from sdd_lora.recipe.sections import (
+    ATTENTION,
     KINDS,
     NOXATTN,
     Lora,
@@ -16,6 +17,7 @@ from sdd_lora.recipe.sections import (
 )
 
 __all__ = [
+    "ATTENTION",
     "IMPLIED",
     "KINDS",
     "NOXATTN",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sdd_lora.recipe.sections import NOXATTN, Lora
+from sdd_lora.recipe.sections import ATTENTION, NOXATTN, Lora
 
 #: named sets of fields, overridden by what a recipe writes; `paper` is the defaults above
 PRESETS: dict[str, dict[str, Any]] = {
@@ -53,6 +53,8 @@ _ESD: dict[str, Any] = {
 IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
     (("objective", "kind"), "esd-x"): _ESD,
     (("objective", "kind"), "esd-u"): _ESD | {"lora": {"init": "random", "targets": [NOXATTN]}},
+    (("objective", "kind"), "leco"): _ESD
+    | {"lora": {"init": "random", "rank": 4, "alpha": 1.0, "targets": [ATTENTION]}},
     # learning rate of both papers; whole weights move further a step than a product of factors
     (("parameters",), "full"): {
         "lora": Lora().model_dump(),

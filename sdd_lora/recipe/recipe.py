@@ -21,7 +21,6 @@ from sdd_lora.recipe.presets import IMPLIED, PRESETS
 from sdd_lora.recipe.sections import (
     EARLIER_NAMES,
     KINDS,
-    NOXATTN,
     Ema,
     Lora,
     MeasureSettings,
@@ -112,9 +111,8 @@ class Recipe(Section):
     def _sections_fit(self) -> "Recipe":
         name, kind = self.objective.kind, KINDS[self.objective.kind]
         is_lora, targets = self.parameters == "lora", set(self.lora.targets)
-        inside = [target for target in self.lora.targets if target != NOXATTN]
-        expected = [NOXATTN] if kind.noxattn else inside or ["to_k", "to_v"]
-        place = "outside" if kind.noxattn else "in"
+        inside = [target for target in self.lora.targets if target.startswith("to_")]
+        expected = [kind.layers] if kind.layers else inside or ["to_k", "to_v"]
         kept = {text.strip().casefold() for text in self.preserve.prompts}
         both = [concept for concept in self.concepts if concept.casefold() in kept]
         contradictions = [
@@ -134,7 +132,7 @@ class Recipe(Section):
             ),
             (
                 is_lora and self.lora.targets != expected,
-                f"lora.targets: {name} changes what is {place} the cross-attention: expected "
+                f"lora.targets: {name} changes what is {kind.place}: expected "
                 f"{expected}, found {self.lora.targets}",
             ),
             (

@@ -1,6 +1,6 @@
 """The sections of a recipe. The text below a field is its reference (see `reference.py`)."""
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     AliasChoices,
@@ -13,8 +13,8 @@ from pydantic import (
 
 from sdd_lora.io.strict_yaml import Count, Positive, Real, Section, Seed, Switch, Whole
 
-#: of `lora.targets`: all layers that ESD-u trains, by its authors' name
-NOXATTN = "noxattn"
+#: of `lora.targets`, alone: all layers that ESD-u trains, by its authors' name; those of LECO
+NOXATTN, ATTENTION = "noxattn", "attention"
 #: fields of `rollout` → the names that earlier recipes and all artefacts have for them
 EARLIER_NAMES = {"timesteps_per_trajectory": "points", "prompts_per_latent": "prompts"}
 
@@ -23,17 +23,20 @@ class Kind(NamedTuple):
     """An objective as the other sections see it.
 
     `distils`: the teacher is an average of the student; else it is the base, pushed away by eta.
-    `noxattn`: it changes everything but the cross-attention; else the cross-attention alone.
+    `layers`: the one name that stands in `lora.targets`; empty for matrices of the cross-attention.
+    `place`: where these are, in words.
     """
 
     distils: bool
-    noxattn: bool
+    layers: str = ""
+    place: str = "in the cross-attention"
 
 
 KINDS = {
-    "sdd": Kind(distils=True, noxattn=False),
-    "esd-x": Kind(distils=False, noxattn=False),
-    "esd-u": Kind(distils=False, noxattn=True),
+    "sdd": Kind(distils=True),
+    "esd-x": Kind(distils=False),
+    "esd-u": Kind(distils=False, layers=NOXATTN, place="outside the cross-attention"),
+    "leco": Kind(distils=False, layers=ATTENTION, place="in self- and cross-attention"),
 }
 
 
@@ -85,10 +88,11 @@ class Preserve(Section):
 class ObjectiveSettings(Section):
     """The loss."""
 
-    kind: Literal["sdd", "esd-x", "esd-u"] = "sdd"
+    kind: Literal["sdd", "esd-x", "esd-u", "leco"] = "sdd"
     """`sdd`: safe self-distillation (Kim et al. 2023); the concept's noise estimate becomes the
     unconditional one. `esd-x` and `esd-u`: erasing concepts (Gandikota et al. 2023), in the
-    cross-attention and outside it."""
+    cross-attention and outside it. `leco`: ESD's loss on an adapter of all attention, at rank 4 and
+    alpha 1, as LECO (p1atdev 2023) has it."""
 
     variant: Literal["paper", "reference"] = "paper"
     """`paper`: SDD's pseudo-code, the concepts joined in one prompt. `reference`: its authors'
@@ -98,13 +102,13 @@ class ObjectiveSettings(Section):
     """Guidance of the rollout towards the concept, s_g."""
 
     eta: Annotated[Real, Field(gt=0)] | None = None
-    """ESD only: how far to push away from the concept, η; 1 where nothing is written, 3 in the "-3"
-    rows of the SDD paper."""
+    """ESD and LECO only: how far to push away from the concept, η; 1 where nothing is written, 3 in
+    the "-3" rows of the SDD paper. LECO calls it guidance_scale."""
 
     @model_validator(mode="after")
     def _eta_is_esds(self) -> "ObjectiveSettings":
         if KINDS[self.kind].distils and self.eta is not None:
-            raise ValueError("eta belongs to esd-x and esd-u; sdd has no such number")
+            raise ValueError("eta belongs to esd-x, esd-u and leco; sdd has no such number")
         if not KINDS[self.kind].distils and self.eta is None:
             raise ValueError(f"{self.kind} needs an eta, such as 1.0")
         return self
@@ -120,10 +124,12 @@ class Lora(Section):
     """The change is alpha / rank times the factors' product."""
 
     targets: Annotated[
-        list[Literal["to_q", "to_k", "to_v", "to_out", "noxattn"]], Field(min_length=1)
+        list[Literal["to_q", "to_k", "to_v", "to_out", "noxattn", "attention"]],
+        Field(min_length=1),
     ] = ["to_k", "to_v"]
     """Matrices of the cross-attention (attn2). `noxattn`, alone and for esd-u: every linear layer
-    and convolution outside it, but for the time embedding and the output."""
+    and convolution outside it, but for the time embedding and the output. `attention`, alone and
+    for leco: the four matrices of self- and cross-attention."""
 
     init: Literal["random", "concepts", "closed-form"] = "random"
     """Where the factors start. `random`: a change of 0, as in peft. `concepts`: a change of 0, to_k
@@ -218,8 +224,22 @@ class RolloutSettings(Section):
         return self
 
 
-class Training(Section):
+class LaterFields(Section):
+    """A section with fields that came later: what they leave open is not stored, so that files and
+    hashes older than these fields stay as they are."""
+
+    _later: ClassVar[tuple[str, ...]]
+
+    @model_serializer(mode="wrap")
+    def _without_unset_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {k: v for k, v in fields.items() if v is not None or k not in self._later}
+
+
+class Training(LaterFields):
     """Length, precision, seed."""
+
+    _later = ("snapshot_every",)
 
     iterations: Positive = 1500
     """Updates of the factors."""
@@ -240,6 +260,9 @@ class Training(Section):
     seed: Seed = 0
     """Of all randomness, with the iteration and the trajectory's number."""
 
+    snapshot_every: Positive | None = None
+    """Iterations after which the run keeps its result so far, again and again, in `snapshots/`."""
+
     @model_validator(mode="after")
     def _precisions_fit(self) -> "Training":
         if self.base_precision not in ("fp32", "nf4", self.precision):
@@ -252,14 +275,10 @@ class Training(Section):
 DrawingPrecision = Literal["fp32", "fp16", "bf16"] | None
 
 
-class DrawingSection(Section):
-    """A section with a `precision` to draw in, which is stored only where one is chosen: files and
-    hashes that are older than the field stay as they are."""
+class DrawingSection(LaterFields):
+    """A section with a `precision` to draw in."""
 
-    @model_serializer(mode="wrap")
-    def _without_default_precision(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {k: v for k, v in fields.items() if (k, v) != ("precision", None)}
+    _later = ("precision",)
 
 
 class MeasurePrompts(Section):

@@ -19,8 +19,9 @@ from sdd_lora.recipe import Recipe
 ADAPTER, PEFT_TWIN, SIDECAR = "adapter.safetensors", "adapter.peft.safetensors", "adapter.json"
 WEIGHTS = "weights.safetensors"
 CARD, RECIPE, METRICS, PICTURE = "README.md", "recipe.yaml", "metrics.json", "before-after.png"
-STATE, TRACKER_LOGS = "state", "tensorboard"
-_FILES = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, RECIPE, STATE, TRACKER_LOGS, METRICS)
+STATE, TRACKER_LOGS, SNAPSHOTS = "state", "tensorboard", "snapshots"
+_PARTS = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, RECIPE, STATE, TRACKER_LOGS, SNAPSHOTS)
+_FILES = (*_PARTS, METRICS)
 _PICTURE_FILES = "before-after*.png"
 #: inside a run's folder: a run being made, and a finished one on its way to its place
 _NEW, _MOVING = ".sdd-lora-new", ".sdd-lora-moving"
@@ -88,6 +89,11 @@ def require_same(written: Path, recipe: Recipe, *, but_measure: bool = False) ->
             f"{written}: belongs to another recipe (or other --set values) than the one given; "
             "resume with that one, or train into another folder"
         )
+
+
+def snapshot_file(folder: Path, iteration: int) -> Path:
+    """Where a run keeps its result after some iterations."""
+    return folder / SNAPSHOTS / f"{iteration:06d}.safetensors"
 
 
 def is_finished(folder: Path) -> bool:

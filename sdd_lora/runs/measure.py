@@ -101,16 +101,21 @@ def finish_weights(
     training: dict[str, Any],
 ) -> None:
     """Write fully trained weights, measure them as written, write their card; the metrics last."""
-    header = {"format": "pt", ENTRY_KEY: json.dumps(metadata.as_json(), ensure_ascii=False)}
-    with atomic_output(folder / WEIGHTS) as file:
-        for chunk in serialize({name: t.numpy() for name, t in tensors.items()}, header):
-            file.write(chunk)
+    write_weights(tensors, metadata, folder / WEIGHTS)
     measured = _measured(recipe, folder, weights=WEIGHTS)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     result = {"weights": _file_numbers(folder / WEIGHTS, parameters)}
     metrics = _metrics(made_by, metadata.base, result, training, measured)
     write_text(folder / CARD, render_weights_card(metadata, metrics))
     _write_metrics(folder, metrics)
+
+
+def write_weights(tensors: dict[str, torch.Tensor], metadata: Metadata, path: Path) -> None:
+    """Write weights of a UNet by diffusers' names."""
+    header = {"format": "pt", ENTRY_KEY: json.dumps(metadata.as_json(), ensure_ascii=False)}
+    with atomic_output(path) as file:
+        for chunk in serialize({name: t.numpy() for name, t in tensors.items()}, header):
+            file.write(chunk)
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

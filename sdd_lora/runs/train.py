@@ -25,10 +25,11 @@ from sdd_lora.runs.folder import (
     lock,
     move_in,
     place_of_new,
+    snapshot_file,
     take,
     under_way,
 )
-from sdd_lora.runs.measure import finish_adapter, finish_weights, versions
+from sdd_lora.runs.measure import finish_adapter, finish_weights, versions, write_weights
 from sdd_lora.sd.model import TrainingParts, load_training_parts
 from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.memory import memory_advice
@@ -81,8 +82,10 @@ def _train_locked(
     place = (under_way(folder) if resume else None) or place_of_new(folder)
     result, metadata, report = _run_training(recipe, folder, place, resume, parts)
     if state.is_main_process:
-        made_by = {"recipe_sha256": recipe.sha256}
         training = asdict(report) | {"seconds": round(report.seconds, 2)}
+        made_by = {"recipe_sha256": recipe.sha256}
+        if snapshots := training.pop("snapshots"):
+            made_by["snapshots"] = snapshots
         with _measuring_advice(place):
             if isinstance(result, Adapter):
                 result = finish_adapter(result, place, recipe, made_by, training)
@@ -146,14 +149,31 @@ def _run_training(
             if resume:
                 trainer.resume()
                 _keep_recipe(recipe, place)
-            report = trainer.run()
             metadata = _metadata(recipe, parts.fingerprint)
-            tensors = trainer.teacher_tensors()
-            if isinstance(trainer.roles, LoraRoles):
-                return _adapter(tensors, recipe.lora.alpha, metadata), metadata, report
-            return tensors, metadata, report
+
+            def keep(trainer: Trainer) -> None:
+                result = _result(trainer, metadata)
+                if not trainer.accelerator.is_main_process:
+                    return
+                path = snapshot_file(place, trainer.iteration)
+                path.parent.mkdir(exist_ok=True)
+                if isinstance(result, Adapter):
+                    result.save(path, dtype="fp16")
+                else:
+                    write_weights(result, metadata, path)
+
+            report = trainer.run(keep)
+            return _result(trainer, metadata), metadata, report
         finally:
             trainer.roles.remove()
+
+
+def _result(trainer: Trainer, metadata: Metadata) -> Adapter | dict[str, torch.Tensor]:
+    """What has been trained so far: an adapter, or whole weights by name."""
+    tensors = trainer.teacher_tensors()
+    if isinstance(trainer.roles, LoraRoles):
+        return _adapter(tensors, trainer.recipe.lora.alpha, metadata)
+    return tensors
 
 
 def _adapter(tensors: dict[str, torch.Tensor], alpha: float, metadata: Metadata) -> Adapter:

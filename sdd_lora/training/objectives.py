@@ -168,13 +168,25 @@ class ESDu(ESDx):
         return is_noxattn(name)
 
 
+class LECO(ESDx):
+    """LECO (p1atdev 2023): ESD's loss on the matrices of self- and cross-attention.
+
+    In its words: ‖ target − [neutral − guidance_scale · (positive − unconditional)] ‖², where
+    target is the student's ε at the concept, positive the base's, neutral and unconditional the
+    base's at ∅ (its defaults), and guidance_scale is η.
+    """
+
+    def trains(self, name: str) -> bool:
+        return is_attention(name)
+
+
 def make_objective(settings: ObjectiveSettings) -> Objective:
     """The objective that a recipe names."""
     common = settings.guidance_scale, settings.variant == "reference"
     if settings.kind == "sdd":
         return (SDD if settings.variant == "paper" else SDDReference)(*common)
     assert settings.eta is not None
-    return (ESDx if settings.kind == "esd-x" else ESDu)(*common, settings.eta)
+    return {"esd-x": ESDx, "esd-u": ESDu, "leco": LECO}[settings.kind](*common, settings.eta)
 
 
 def total_loss(
@@ -209,10 +221,15 @@ def preservation_loss(
     return F.mse_loss(student(z_t, t, c_k), e_base)
 
 
+def is_attention(name: str) -> bool:
+    """Whether a weight or layer of the UNet, by diffusers' name, is of self- or cross-attention."""
+    return ".attn1." in name or ".attn2." in name
+
+
 def is_noxattn(name: str) -> bool:
-    """Whether ESD-u trains a weight of the UNet, by diffusers' name: `noxattn` in its authors' code
-    is all but the cross-attention, the time embedding and the output layers."""
-    outside = ("time_embedding.", "conv_norm_out.", "conv_out.")
+    """Whether ESD-u trains a weight or layer of the UNet, by diffusers' name: `noxattn` in its
+    authors' code is all but the cross-attention, the time embedding and the output layers."""
+    outside = ("time_embedding", "conv_norm_out", "conv_out")
     return ".attn2." not in name and not name.startswith(outside)
 
 

@@ -18,8 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from sdd_lora.errors import BadInput
-from sdd_lora.recipe import NOXATTN, Lora, Recipe
-from sdd_lora.training.objectives import Objective, is_noxattn
+from sdd_lora.recipe import ATTENTION, NOXATTN, Lora, Recipe
+from sdd_lora.training.objectives import Objective, is_attention, is_noxattn
 
 STUDENT, TEACHER, BASE = "student", "teacher", "base"
 
@@ -211,11 +211,12 @@ def make_roles(unet: UNet2DConditionModel, recipe: Recipe, objective: Objective)
 def _target_pattern(unet: UNet2DConditionModel, targets: Sequence[str]) -> str:
     """A pattern of the modules that `lora.targets` names. Raises BadInput where there is none."""
     leaves = tuple(".attn2." + ("to_out.0" if t == "to_out" else t) for t in targets)
+    wholes = {NOXATTN: is_noxattn, ATTENTION: is_attention}
+    wanted = next((wholes[t] for t in targets if t in wholes), lambda n: n.endswith(leaves))
     names = [
         name
         for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and (is_noxattn(f"{name}.weight") if NOXATTN in targets else name.endswith(leaves))
+        if isinstance(module, nn.Linear | nn.Conv2d) and wanted(name)
     ]
     if not names:
         raise BadInput(f"the UNet has no layers to adapt: no {', '.join(targets)}")

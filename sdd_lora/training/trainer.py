@@ -3,9 +3,9 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,19 @@ _LAST_LOSSES = 20  # of which `final_loss` is the mean
 _DEVICE_VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
 
 
+#: keeps a training's result so far; called by all processes together
+KeepSnapshot = Callable[["Trainer"], None]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """When a result was kept, and what had been spent on it."""
+
+    iteration: int
+    unet_passes: int
+    seconds: float
+
+
 @dataclass
 class TrainingReport:
     """Numbers of a finished training; `peak_bytes` is None where an earlier training in the same
@@ -48,6 +61,7 @@ class TrainingReport:
     seconds: float
     peak_bytes: int | None
     final_loss: float
+    snapshots: list[Snapshot]
 
 
 class Trainer:
@@ -96,6 +110,7 @@ class Trainer:
         self.iteration = 0
         self.seconds = 0.0
         self.losses: list[float] = []
+        self.snapshots: list[Snapshot] = []
 
     # ── one iteration ────────────────────────────────────────────────────────────────────────
 
@@ -228,13 +243,14 @@ class Trainer:
 
     # ── the run ──────────────────────────────────────────────────────────────────────────────
 
-    def run(self) -> TrainingReport:
-        """All iterations left, checkpointed. Raises KeyboardInterrupt with advice on Ctrl-C."""
+    def run(self, keep: KeepSnapshot | None = None) -> TrainingReport:
+        """All iterations left, checkpointed; `keep` is called for each snapshot. Raises
+        KeyboardInterrupt with advice on Ctrl-C."""
         total = self.recipe.training.iterations
         if self.state_path is not None:
             self.accelerator.init_trackers("tensorboard")
         try:
-            self._iterate(total)
+            self._iterate(total, keep)
         except InterruptedTwice:
             raise
         except KeyboardInterrupt:
@@ -252,9 +268,10 @@ class Trainer:
             seconds=self.seconds,
             peak_bytes=self._peak.bytes(),
             final_loss=sum(last) / len(last),
+            snapshots=self.snapshots,
         )
 
-    def _iterate(self, total: int) -> None:
+    def _iterate(self, total: int, keep: KeepSnapshot | None) -> None:
         started, before, saved = time.monotonic(), self.seconds, time.monotonic()
         pause = _CHECKPOINT_EVERY_S
         with progress("training", total, self.iteration) as advance, whole_steps() as interrupted:
@@ -265,6 +282,11 @@ class Trainer:
                 rate = self.iteration / self.seconds
                 advance(1, f"loss {loss:.4f}  {rate:.2f} it/s")
                 self.accelerator.log({"loss": loss}, step=self.iteration)
+                every = self.recipe.training.snapshot_every
+                if keep and every and self.iteration % every == 0 and self.iteration < total:
+                    passes, seconds = self._total_passes(), round(self.seconds, 2)
+                    self.snapshots.append(Snapshot(self.iteration, passes, seconds))
+                    keep(self)
                 due = time.monotonic() - saved > pause
                 due, stop = self._any_process(due, interrupted())
                 if due:
@@ -304,6 +326,7 @@ class Trainer:
             "losses": self.losses,
             "rollouts": gather_object([self.rollout.state_dict()]),
             "training_passes": self.training_passes,
+            "snapshots": [asdict(snapshot) for snapshot in self.snapshots],
             "roles": {
                 role: {k: v.detach() for k, v in self.roles.parameters_of(role).items()}
                 for role in self.roles.distinct
@@ -335,6 +358,7 @@ class Trainer:
         self.losses = list(state["losses"])
         self.rollout.load_state_dict(state["rollouts"][self.accelerator.process_index])
         self.training_passes = state["training_passes"]
+        self.snapshots = [Snapshot(**kept) for kept in state.get("snapshots", [])]
         for role in self.roles.distinct:
             tensors = self.roles.parameters_of(role)
             for name, value in state["roles"][role].items():

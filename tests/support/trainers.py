@@ -26,6 +26,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "full": _FULL | {"optimizer": {"learning_rate": 1e-4}},
     "esd-x": _ESD | {"objective": {"kind": "esd-x", "eta": 3.0}},
     "esd-u": _ESD | _FULL | {"objective": {"kind": "esd-u", "eta": 1.0}},
+    "leco": _ESD
+    | {"objective": {"kind": "leco", "eta": 1.0}, "lora": {"rank": 2, "targets": ["attention"]}},
     "esd-u-lora": _ESD
     | {
         "objective": {"kind": "esd-u", "eta": 1.0},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdd_lora.recipe import Preserve
-from sdd_lora.training.objectives import SDD, ESDx, preservation_loss, total_loss
+from sdd_lora.training.objectives import LECO, SDD, ESDx, preservation_loss, total_loss
 
 
 def linear_estimate(weight):
@@ -92,3 +92,17 @@ def test_esds_target_is_the_frozen_bases(eta):
     loss.backward()
     assert base.grad is None
     assert torch.allclose(student.grad, 2 * residual * 5 * (z**2).mean(), rtol=1e-4)
+
+
+def test_lecos_loss_is_its_codes_computed_by_hand():
+    """target = .7 · 5 z + t; neutral = unconditional = .4 · 2 z + t, positive = .4 · 5 z + t."""
+    z = torch.tensor([1.0, -2.0]).double().view(1, 1, 1, 2)
+    t = torch.tensor([7])
+    c_0, c = (torch.full((1, 77, 6), x, dtype=torch.float64) for x in (2.0, 5.0))
+    objective = LECO(guidance_scale=3.0, t_in_bin=False, eta=1.0)
+    loss = objective.loss(linear_estimate(0.7), linear_estimate(0.4), z, t, c_0, c)
+    target, neutral, positive = [3.5, -7.0], [0.8, -1.6], [2.0, -4.0]  # each without t
+    goal = [n - 1.0 * (p - n) for n, p in zip(neutral, positive, strict=True)]
+    expected = ((target[0] - goal[0]) ** 2 + (target[1] - goal[1]) ** 2) / 2
+    assert expected == pytest.approx(38.025)
+    assert float(loss) == pytest.approx(expected)

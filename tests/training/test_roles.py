@@ -5,7 +5,7 @@ import torch
 from support.small import small_unet
 
 from sdd_lora.recipe import Lora
-from sdd_lora.training.objectives import SDD, ESDu, ESDx
+from sdd_lora.training.objectives import LECO, SDD, ESDu, ESDx
 from sdd_lora.training.roles import BASE, STUDENT, TEACHER, LoraRoles, WeightRoles
 
 SDD_PAPER = SDD(guidance_scale=3.0, t_in_bin=False)
@@ -45,6 +45,14 @@ def test_esd_u_as_an_adapter_adapts_every_layer_whose_weight_it_trains():
     }
     roles = LoraRoles(unet, Lora(rank=2, targets=["noxattn"]), seed=0)
     assert set(roles.layers) == expected and len(expected) > 100
+
+
+def test_leco_adapts_the_eight_matrices_of_each_blocks_attention():
+    unet = small_unet()
+    trained = [n for n, _ in unet.named_parameters() if LECO(3.0, False, 1.0).trains(n)]
+    roles = LoraRoles(unet, Lora(rank=2, targets=["attention"]), seed=0)
+    assert set(roles.layers) == {n.removesuffix(".weight") for n in trained if "bias" not in n}
+    assert len(roles.layers) == 128
 
 
 def test_the_three_roles_give_three_outputs_and_the_base_is_the_untouched_unet(roles, inputs):
