@@ -52,6 +52,8 @@ _ESD: dict[str, Any] = {
 #: what one field's value implies for others, on top of the preset, below what a recipe writes
 IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
     (("objective", "kind"), "esd-x"): _ESD,
+    # Lion's steps are their signs: a tenth of AdamW's rate (Chen et al. 2023, arXiv 2302.06675)
+    (("optimizer", "kind"), "lion8bit"): {"optimizer": {"learning_rate": 1.0e-4}},
     (("objective", "kind"), "esd-u"): _ESD | {"lora": {"init": "random", "targets": [NOXATTN]}},
     (("objective", "kind"), "leco"): _ESD
     | {"lora": {"init": "random", "rank": 4, "alpha": 1.0, "targets": [ATTENTION]}},
@@ -61,4 +63,6 @@ IMPLIED: dict[tuple[tuple[str, ...], str], dict[str, Any]] = {
         "preserve": {"damping": 0.0},
         "optimizer": {"learning_rate": 1.0e-5},
     },
+    # what Prodigy's own estimate is multiplied by (Mishchenko and Defazio 2024, arXiv 2306.06101)
+    (("optimizer", "kind"), "prodigy"): {"optimizer": {"learning_rate": 1.0}},
 }

@@ -160,14 +160,20 @@ class Ema(Section):
 class Optimizer(Section):
     """How the student's factors are updated."""
 
-    kind: Literal["adamw8bit", "adamw"] = "adamw8bit"
-    """AdamW; `adamw8bit` keeps its states in 8 bits (bitsandbytes)."""
+    kind: Literal["adamw8bit", "adamw", "paged_adamw8bit", "lion8bit", "adafactor", "prodigy"] = (
+        "adamw8bit"
+    )
+    """AdamW; `adamw8bit` keeps its states in 8 bits (bitsandbytes), and `paged_adamw8bit` moves
+    them to the host's memory where a GPU has too little. `lion8bit` has one state instead of two
+    and wants a lower learning rate, `adafactor` a mean a row and a column. `prodigy` finds the
+    learning rate within some hundred iterations (`pip install 'sdd_lora[prodigy]'`)."""
 
     learning_rate: Annotated[Real, Field(gt=0)] = 1.0e-3
-    """Of the whole training, or the highest one where a schedule or a warm-up changes it."""
+    """Of the whole training, or the highest one where a schedule or a warm-up changes it. Where
+    nothing is written, 1e-4 for `lion8bit`; for `prodigy`, which it multiplies, 1."""
 
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
-    """AdamW's decay of the factors."""
+    """Decay of the factors, apart from their gradients."""
 
     max_grad_norm: Annotated[Real, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm, over all factors."""

@@ -23,10 +23,9 @@ from sdd_lora.sd.devices import DTYPES
 from sdd_lora.training.memory import memory_savers
 from sdd_lora.training.nf4 import NF4_BYTES, cast, linear_layers
 from sdd_lora.training.objectives import Objective, make_objective, total_loss
+from sdd_lora.training.optimizer import state_bytes
 from sdd_lora.training.roles import STUDENT, TEACHER, Roles, make_roles
 
-#: bytes of the optimizer's two states for one parameter; bitsandbytes adds a scale per 256 values
-_OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}
 #: operations → their arithmetic; torch's own registry knows the other devices' attention kernels
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -160,7 +159,7 @@ def footprint(recipe: Recipe, config: Mapping[str, Any]) -> Footprint:
         base=base,
         adapter=adapter,
         average=average,
-        optimizer=math.ceil(_OPTIMIZER_BYTES[recipe.optimizer.kind] * trained),
+        optimizer=state_bytes(recipe.optimizer.kind, [p.shape for p in student.values()]),
         gradients=gradients,
         loss_activations=loss_account.peak - gradients + unpacked,
         rollout_activations=rollout_account.peak + unpacked,
