@@ -31,6 +31,7 @@ _OF_THE_TENSORS = (
     "merged_from",
     "resized_from",
     "extracted_from",
+    "started_from",
 )
 #: Header keys written anew at every save: what a read file said there is stale or in `Metadata`.
 _GENERATED = {
@@ -120,6 +121,14 @@ class MadeFromWords(Entry):
     text_encoder: str | None = None
 
 
+class StartedFrom(Entry):
+    """The adapter that a training went on from; `sha256` is that of its file."""
+
+    name: str
+    identity: str
+    sha256: str
+
+
 class ExtractedFrom(Entry):
     """The file names of the two checkpoints whose difference an adapter is."""
 
@@ -155,6 +164,7 @@ class Metadata(Entry):
     measures: list[MeasuredRate] = []
     resized_from: ResizedFrom | None = None
     extracted_from: ExtractedFrom | None = None
+    started_from: StartedFrom | None = None
     words: MadeFromWords | None = None
     description: str | None = None
     author: str | None = None

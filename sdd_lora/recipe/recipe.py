@@ -31,6 +31,7 @@ from sdd_lora.recipe.sections import (
     Training,
     listed,
     names_a_file,
+    names_an_adapter,
 )
 
 #: where a list of prompts may stand
@@ -188,6 +189,7 @@ class Recipe(Section):
         def prepared(fields: dict[str, Any]) -> dict[str, Any]:
             put(fields, overrides or {}, _OTHER_NAME)
             _read_lists(fields, folder)
+            _find_adapter(fields, folder)
             return fields
 
         return parse_strictly(cls, text, where, prepared, overrides or {})
@@ -200,9 +202,12 @@ class Recipe(Section):
         """All fields as artefacts store them and `sha256` hashes them.
 
         Renamed fields have their earlier names there, and fields that are gone their only value, so
-        that artefacts keep their bytes and their identity.
+        that artefacts keep their bytes and their identity. An adapter to go on from goes by its
+        name: where it lies tells of a disk, and the metadata has its hash.
         """
         fields = self.model_dump(mode="json")
+        if self.lora.starts_from:
+            fields["lora"]["init"] = f"./{Path(self.lora.starts_from).name}"
         rollout = {EARLIER_NAMES.get(key, key): value for key, value in fields["rollout"].items()}
         interval = {"guidance_interval": self.rollout.guidance_interval}
         return fields | {"rollout": {"solver": self.rollout.solver} | rollout | interval}
@@ -230,6 +235,13 @@ def _read_lists(fields: dict[str, Any], folder: Path) -> None:
                 for entry in entries
                 for line in (_lines(folder / entry, key) if names_a_file(entry) else [entry])
             ]
+
+
+def _find_adapter(fields: dict[str, Any], folder: Path) -> None:
+    """Make the path of an adapter in `lora.init`, relative to the recipe, one from the root."""
+    init = at(fields, ["lora", "init"])
+    if names_an_adapter(init):
+        fields["lora"]["init"] = str((folder / init).absolute())
 
 
 def _lines(path: Path, key: str) -> list[str]:

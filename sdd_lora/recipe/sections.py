@@ -3,6 +3,7 @@
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BeforeValidator,
     Field,
@@ -11,7 +12,16 @@ from pydantic import (
     model_validator,
 )
 
-from sdd_lora.io.strict_yaml import Count, Positive, Real, Section, Seed, Switch, Whole
+from sdd_lora.io.strict_yaml import (
+    Count,
+    Positive,
+    Real,
+    Section,
+    Seed,
+    Switch,
+    Text,
+    Whole,
+)
 
 #: of `lora.targets`, alone: all layers that ESD-u trains, by its authors' name; those of LECO
 NOXATTN, ATTENTION = "noxattn", "attention"
@@ -114,6 +124,25 @@ class ObjectiveSettings(Section):
         return self
 
 
+#: of `lora.init`: the ways to start that need no adapter
+_STARTS = ("random", "concepts", "closed-form")
+
+
+def names_an_adapter(init: Any) -> bool:
+    """Whether a `lora.init` is the path of an adapter: it has a folder or a suffix."""
+    return isinstance(init, str) and any(sign in init for sign in "./\\")
+
+
+def _start(value: str) -> str:
+    """A way to start, or a path."""
+    if value not in _STARTS and not names_an_adapter(value):
+        raise ValueError(
+            f"expected {', '.join(_STARTS)}, or an adapter's file or folder, such as "
+            f"./{value}; found {value!r}"
+        )
+    return value
+
+
 class Lora(Section):
     """The adapter: low-rank factors of the matrices it changes."""
 
@@ -131,15 +160,22 @@ class Lora(Section):
     and convolution outside it, but for the time embedding and the output. `attention`, alone and
     for leco: the four matrices of self- and cross-attention."""
 
-    init: Literal["random", "concepts", "closed-form"] = "random"
+    init: Annotated[Text, AfterValidator(_start)] = "random"
     """Where the factors start. `random`: a change of 0, as in peft. `concepts`: a change of 0, to_k
     and to_v looking where the concepts' embeddings differ most from those of kept prompts and ∅.
     `closed-form`: where the concepts' keys and values are nearest to ∅'s while those of kept
-    prompts stay, weighed by preserve.weight (training/init.py)."""
+    prompts stay, weighed by preserve.weight (training/init.py). Or an adapter to go on from: the
+    path, beside the recipe, of a file or a run's folder, of the same rank; also of an eraser that
+    `sdd-lora erase` made."""
+
+    @property
+    def starts_from(self) -> str | None:
+        """The path of the adapter to go on from; None where the start needs none."""
+        return self.init if names_an_adapter(self.init) else None
 
     @model_validator(mode="after")
     def _init_has_targets(self) -> "Lora":
-        if self.init != "random" and not {"to_k", "to_v"} & set(self.targets):
+        if self.init in ("concepts", "closed-form") and not {"to_k", "to_v"} & set(self.targets):
             raise ValueError(
                 f"init: {self.init} starts to_k and to_v, which see prompts: expected one of them "
                 "in targets, or init: random"

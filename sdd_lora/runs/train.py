@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.adapter import Adapter, adapter_file
 from sdd_lora.adapter.factors import Factors
 from sdd_lora.adapter.metadata import Metadata, TrainedOn
 from sdd_lora.errors import SddLoraError
@@ -78,6 +78,8 @@ def _train_locked(
         check_folder(folder, recipe, resume, force)
         _warn_of_prompts(recipe)
     before_after.check_measuring(recipe)
+    if recipe.lora.starts_from is not None:
+        adapter_file(recipe.lora.starts_from)  # now, not after the model is loaded
     state.wait_for_everyone()
     place = (under_way(folder) if resume else None) or place_of_new(folder)
     result, metadata, report = _run_training(recipe, folder, place, resume, parts)
@@ -150,6 +152,8 @@ def _run_training(
                 trainer.resume()
                 _keep_recipe(recipe, place)
             metadata = _metadata(recipe, parts.fingerprint)
+            if trainer.started_from is not None:
+                metadata |= {"started_from": trainer.started_from}
 
             def keep(trainer: Trainer) -> None:
                 result = _result(trainer, metadata)

@@ -1,4 +1,5 @@
-"""Where an adapter starts (`lora.init`), and `preserve.damping`: closed forms over the embeddings.
+"""Where an adapter starts (`lora.init`), and `preserve.damping`: closed forms over the embeddings,
+or another adapter.
 
 Cross-attention sees a prompt through its tokens' W e alone, for each W among to_k and to_v. Moments
 are means of e eᵀ over tokens e: S_c of the concepts, S_k of kept prompts, (d, d) fp64 on the CPU.
@@ -6,10 +7,15 @@ are means of e eᵀ over tokens e: S_c of the concepts, S_k of kept prompts, (d,
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast
 
+from sdd_lora.adapter.adapter import Adapter, adapter_file
+from sdd_lora.adapter.metadata import StartedFrom
 from sdd_lora.errors import BadInput
+from sdd_lora.io.atomic import sha256_of
+from sdd_lora.progress import say
 from sdd_lora.recipe import Recipe
 from sdd_lora.training.embeddings import Embeddings
 from sdd_lora.training.objectives import Objective
@@ -27,21 +33,27 @@ _DIRECTIONS_RIDGE, _DAMPING_RIDGE, _CLOSED_FORM_RIDGE = 0.01, 1e-4, 1e-4
 @torch.no_grad()
 def initialise(
     roles: LoraRoles, recipe: Recipe, objective: Objective, embeddings: Embeddings
-) -> None:
-    """Put the factors of student and teacher where `lora.init` says.
+) -> StartedFrom | None:
+    """Put the factors of student and teacher where `lora.init` says; returns the adapter that they
+    go on from, if any.
 
     In all processes where the first one's are: eigenvectors' signs may differ from machine to
-    machine. Raises BadInput where a matrix has less than `lora.rank`.
+    machine. Raises BadInput where a matrix has less than `lora.rank`, and where the adapter to go
+    on from is missing, of another rank, or of matrices that are not trained.
     """
     if recipe.lora.init == "random":  # from the seed alone, as peft does
-        return
-    if recipe.lora.init == "concepts":
+        return None
+    started_from = None
+    if recipe.lora.starts_from is not None:
+        started_from = continue_from(roles, recipe, recipe.lora.starts_from)
+    elif recipe.lora.init == "concepts":
         start_along(roles, directions_of(embeddings, recipe.lora.rank))
     else:
         start_at(roles, closed_form_of(recipe, objective, embeddings))
     for factor in roles.parameters_of(STUDENT).values():
         factor.copy_(broadcast(factor.data))
     roles.copy_student_to_teacher()
+    return started_from
 
 
 def directions_of(embeddings: Embeddings, rank: int) -> torch.Tensor:
@@ -73,12 +85,50 @@ def start_at(roles: LoraRoles, closed_form: "ClosedForm") -> None:
     for name, layer in roles.layers.items():
         if not f"{name}.lora_A".endswith(SEES_PROMPTS):
             continue
-        base = layer.get_base_layer()
-        identity = torch.eye(base.in_features, dtype=roles.unet.dtype, device=roles.unet.device)
-        weight = base(identity).T  # (out, d), whether packed in 4 bits or not
-        down, up = closed_form.factors(weight, rank=len(factors[f"{name}.lora_A"]))
+        down, up = closed_form.factors(_weight(roles, name), rank=len(factors[f"{name}.lora_A"]))
         factors[f"{name}.lora_A"].copy_(down)
         factors[f"{name}.lora_B"].copy_(up / layer.scaling[STUDENT])
+
+
+def continue_from(roles: LoraRoles, recipe: Recipe, path: str) -> StartedFrom:
+    """Give the student an adapter's factors; of a portable one, D and W·B for each to_k and to_v.
+
+    Matrices that the adapter leaves alone start with a change of 0, and that is said. Raises
+    BadInput where it has another rank, other sizes, or matrices that are not trained.
+    """
+    adapter, where = Adapter.load(path), f"lora.init: {path}"
+    factors, modules, rank = roles.parameters_of(STUDENT), adapter.modules, recipe.lora.rank
+    if others := [name for name in modules if name not in roles.layers]:
+        raise BadInput(
+            f"{where}: changes {others[0]} ({len(others)} of its {len(modules)} matrices), which "
+            f"lora.targets {recipe.lora.targets} leaves alone; expected targets with all of them"
+        )
+    if ranks := sorted({part.rank for part in modules.values()} - {rank}):
+        raise BadInput(f"{where}: has rank {ranks[-1]}, found lora.rank {rank}; expected the same")
+    for name, part in modules.items():
+        down, up = factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]
+        shape = (len(up), *down.shape[1:])
+        if not part.fits(shape):
+            raise BadInput(f"{where}: {name}: made for another model's size, not for {shape}")
+        start = part
+        if adapter.is_portable:
+            start = part.on(_weight(roles, name).float().cpu().numpy()).balanced()
+        scale = np.float32(start.scale / roles.layers[name].scaling[STUDENT])
+        down.copy_(torch.tensor(start.down).reshape(down.shape))
+        up.copy_(torch.tensor(start.up * scale).reshape(up.shape))
+    if rest := len(roles.layers) - len(modules):
+        say(f"{where}: {rest} of {len(roles.layers)} matrices are not in it, and start at 0")
+    return StartedFrom(
+        name=adapter.name, identity=adapter.identity, sha256=sha256_of(adapter_file(path))
+    )
+
+
+def _weight(roles: LoraRoles, name: str) -> torch.Tensor:
+    """A linear layer's own weight (out, in), whether it is packed in 4 bits or not."""
+    base = roles.layers[name].get_base_layer()
+    identity = torch.eye(base.in_features, dtype=roles.unet.dtype, device=roles.unet.device)
+    weight: torch.Tensor = base(identity).T
+    return weight
 
 
 def concept_directions(concepts: torch.Tensor, kept: torch.Tensor, rank: int) -> torch.Tensor:

@@ -89,8 +89,9 @@ class Trainer:
         self.objective = make_objective(recipe.objective)
         self.roles = make_roles(unet, recipe, self.objective)
         self.embeddings = embeddings.to(device)
+        self.started_from = None
         if isinstance(self.roles, LoraRoles):
-            initialise(self.roles, recipe, self.objective, self.embeddings)
+            self.started_from = initialise(self.roles, recipe, self.objective, self.embeddings)
         size = unet.config.sample_size
         self.rollout = Rollout(
             self.roles.teacher,
@@ -321,6 +322,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         return {
             "training_sha256": self.recipe.training_sha256,
+            "started_from": self.started_from and self.started_from.sha256,
             "iteration": self.iteration,
             "seconds": self.seconds,
             "losses": self.losses,
@@ -353,6 +355,11 @@ class Trainer:
             raise BadInput(
                 f"{self.state_path}: {processes} processes trained this, and "
                 f"{self.accelerator.num_processes} would go on; expected as many"
+            )
+        if state.get("started_from") != (self.started_from and self.started_from.sha256):
+            raise BadInput(
+                f"{self.state_path}: went on from another file of the name "
+                f"{self.recipe.lora.starts_from}; put that one there, or start over with --force"
             )
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.losses = list(state["losses"])

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from support.adapters import random_adapter
+from support.portable import portable
 from support.small import ddim, embeddings, small_unet
 
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.checkpoint.portable import adapter_on
 from sdd_lora.errors import BadInput
+from sdd_lora.io.atomic import sha256_of
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.training.embeddings import encode_prompts
@@ -145,3 +150,92 @@ def test_on_the_embedded_model_it_erases_and_keeps_before_any_training():
     for kept in ("cat", "pizza", "car"):
         assert apart((TEACHER, kept), (BASE, kept)) < 0.4 * apart((BASE, kept), (BASE, "∅"))
     trainer.roles.remove()
+
+
+def test_a_training_goes_on_from_an_adapter(tmp_path, caplog):
+    caplog.set_level("INFO")
+    start = random_adapter(0.05)
+    path = start.save(tmp_path / "start.safetensors", dtype="fp32")
+    fields = {"lora.rank": 2, "lora.alpha": 6, "lora.targets": ["to_k", "to_v", "to_out"]}
+    recipe = Recipe.parse(
+        "name: t\nmodel: demo\nconcepts: [bomb]\nlora: {init: start.safetensors}\n",
+        folder=tmp_path,
+        overrides=fields,
+    )
+    trainer = trainer_on_demo(recipe)
+    for role in (STUDENT, TEACHER):
+        deltas = deltas_of(trainer, role)
+        for name, part in start.factors.items():
+            torch.testing.assert_close(
+                deltas.pop(name), torch.tensor(part.delta(), dtype=torch.float32)
+            )
+        assert len(deltas) == 16 and not any(delta.any() for delta in deltas.values())
+    assert "16 of 48 matrices are not in it, and start at 0" in caplog.text
+    assert trainer.started_from.sha256 == sha256_of(path)
+    assert trainer.started_from.identity == Adapter.load(path).identity
+    assert trainer.step() > 0
+
+
+def test_a_training_goes_on_from_an_eraser_with_the_models_own_matrices(tmp_path):
+    eraser = portable(rank=3)
+    eraser.save(tmp_path / "eraser.safetensors", dtype="fp32")
+    recipe = recipe_of(**{"lora.init": str(tmp_path / "eraser.safetensors"), "lora.rank": 3})
+    trainer = trainer_on_demo(recipe)
+    expected = adapter_on(eraser, "demo")
+    deltas = deltas_of(trainer, TEACHER)
+    assert deltas.keys() == expected.factors.keys() and len(deltas) == 32
+    for name, delta in deltas.items():
+        torch.testing.assert_close(delta, expected.delta(name), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora.rank": 4}, "start.safetensors: has rank 2, found lora.rank 4; expected the same"),
+        ({"lora.rank": 2, "lora.targets": ["to_k"]}, r"changes .*to_v \(16 of its 32 matrices\)"),
+        ({"lora.init": "gone.safetensors"}, "gone.safetensors: no such file"),
+    ],
+)
+def test_an_adapter_that_the_recipe_does_not_continue_is_refused(tmp_path, changes, message):
+    random_adapter(0.05).save(tmp_path / "start.safetensors")
+    text = "name: t\nmodel: demo\nconcepts: [bomb]\nlora: {init: start.safetensors}\n"
+    recipe = Recipe.parse(text, folder=tmp_path, overrides=changes)
+    with pytest.raises(BadInput, match=message):
+        trainer_on_demo(recipe)
+
+
+def test_a_recipes_identity_knows_the_adapters_name_and_no_folder(tmp_path):
+    text = "name: t\nmodel: demo\nconcepts: [bomb]\nlora: {init: ./start.safetensors}\n"
+    here = Recipe.parse(text, folder=tmp_path)
+    there = Recipe.parse(text, folder=tmp_path / "there")
+    assert here.lora.starts_from == str(tmp_path / "start.safetensors")
+    assert here.sha256 == there.sha256 != Recipe.parse(text.replace("start", "end")).sha256
+    assert str(tmp_path) not in str(here.content())
+    assert Recipe.parse(here.to_yaml()) == here
+    with pytest.raises(BadInput, match=r"lora.init: expected random, .*such as \./closed_form"):
+        Recipe.parse(text.replace("./start.safetensors", "closed_form"))
+
+
+def test_a_training_does_not_resume_from_another_start(tmp_path):
+    text = "name: t\nmodel: demo\nconcepts: [bomb]\nlora: {init: start.safetensors, rank: 2}\n"
+    recipe = Recipe.parse(text, folder=tmp_path)
+    random_adapter(0.05).save(tmp_path / "start.safetensors")
+    state = trainer_on_demo(recipe).state_dict()
+    random_adapter(0.05, seed=1).save(tmp_path / "start.safetensors")
+    with pytest.raises(BadInput, match=r"went on from another file of the name .*start.safe"):
+        trainer_on_demo(recipe).load_state_dict(state)
+
+
+def trainer_on_demo(recipe: Recipe) -> Trainer:
+    parts = load_training_parts("demo")
+    return Trainer(recipe, parts.unet, parts.scheduler, encode_prompts(recipe, parts))
+
+
+def deltas_of(trainer: Trainer, role: str) -> dict[str, torch.Tensor]:
+    factors = trainer.roles.parameters_of(role)
+    return {
+        name: (
+            layer.scaling[STUDENT] * factors[f"{name}.lora_B"] @ factors[f"{name}.lora_A"]
+        ).detach()
+        for name, layer in trainer.roles.layers.items()
+    }
