@@ -16,7 +16,7 @@ progress
 io: atomic cache distributed pictures plugins sniff strict_yaml jsonl safetensors
 io: download torch_pickle torch_zip
 sd1
-recipe: sections presets recipe reference
+recipe: sections presets other_trainers recipe reference
 adapter: factors metadata alphas formats hub adapter inspect loaders algebra interference card
 checkpoint: journal copying locate layout history rounding plan prediction describe editing detect
 checkpoint: portable undo_file undo in_place bake extract

@@ -130,7 +130,8 @@ def train(
 
     Ctrl-C (or a crash) leaves a run that --resume continues. Several recipes run one after another
     over one loaded base, and end in a summary. With --force a finished run stays until the new one
-    is whole.
+    is whole. LECO's config or prompts, sliders' and ai-toolkit's (type slider) are read as recipes
+    where they erase; differences are printed.
 
     Examples:
 
@@ -139,6 +140,8 @@ def train(
         sdd-lora train recipes/demo -o runs --set training.iterations=50
 
         sdd-lora train recipes/demo/gore.yaml --resume
+
+        sdd-lora train leco/prompts.yaml --set model=demo
 
     Many recipes spread over the jobs of an array (SLURM, Kubernetes, GNU parallel), each with its
     own GPU: every job trains its shard of them. With --resume a job that is started again passes

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from sdd_lora.errors import BadInput
@@ -17,6 +18,8 @@ from sdd_lora.io.strict_yaml import (
     put,
     write_yaml,
 )
+from sdd_lora.progress import warn
+from sdd_lora.recipe.other_trainers import translated
 from sdd_lora.recipe.presets import IMPLIED, PRESETS
 from sdd_lora.recipe.sections import (
     EARLIER_NAMES,
@@ -165,6 +168,8 @@ class Recipe(Section):
     def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> "Recipe":
         """Read a recipe file; `overrides` maps dotted names to values ("ema.decay": 0.99).
 
+        LECO's, sliders' and ai-toolkit's files are read too, with a warning for each difference.
+
         Raises BadInput with every problem and its line.
         """
         path = Path(path)
@@ -174,7 +179,14 @@ class Recipe(Section):
             raise BadInput(
                 f"{path}: expected a recipe (YAML text), can't read it: {error}"
             ) from error
-        return cls.parse(text, where=str(path), folder=path.parent, overrides=overrides)
+        where = str(path)
+        if (other := translated(text, path)) is not None:
+            text, where = yaml.safe_dump(other.fields), f"{path}, read as a recipe"
+            if "model" not in other.fields | (overrides or {}):
+                raise BadInput(f"{path}: LECO's list of prompts: add --set model=MODEL")
+            for difference in other.differences:
+                warn(f"{path}: {difference}")
+        return cls.parse(text, where=where, folder=path.parent, overrides=overrides)
 
     @classmethod
     def parse(
