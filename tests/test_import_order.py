@@ -32,8 +32,8 @@ measures: fid lpips registry
 attacks: settings case tokens noise words ring_a_bell inversion unlearndiffatk
 runs: folder before_after measure train many erase
 bench.peers: uce
-bench: bench_file ready_made results comparisons grid pictures tables charts held_out measuring
-bench: methods text attacked report run
+bench: sections bench_file ready_made results comparisons grid pictures tables charts held_out
+bench: measuring methods text attacked costs choice report run
 cli: common tables adapters inspect checkpoints train erase plan pictures
 __main__
 """

@@ -2,40 +2,38 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from sdd_lora.attacks.settings import Attacks, distinct
+from sdd_lora.attacks.settings import Attacks
+from sdd_lora.bench.sections import (
+    BenchSampling,
+    Choice,
+    Methods,
+    Name,
+    PromptSets,
+    Quick,
+    Seeds,
+    TrainedBy,
+    Uce,
+    VariationOf,
+    WordsRow,
+)
 from sdd_lora.errors import BadInput
 from sdd_lora.io.plugins import is_plugin
-from sdd_lora.io.strict_yaml import (
-    Count,
-    Positive,
-    Real,
-    Section,
-    Seed,
-    Text,
-    Whole,
-    parse_strictly,
-    put,
-)
+from sdd_lora.io.strict_yaml import Real, Section, Text, parse_strictly, put
 from sdd_lora.recipe import Recipe
-from sdd_lora.recipe.sections import DrawingPrecision, DrawingSection
-from sdd_lora.sd.schedulers import SCHEDULERS, Scheduler
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Methods = Annotated[list[Name], Field(min_length=1), AfterValidator(distinct)]
-Steps = Annotated[Whole, Field(gt=0, le=999)]  # SD 1.x leaves out the first of its 1000 timesteps
-Field_ = Literal["weight", "guidance", "steps", "scheduler", "model", "image", "beside"]
 
 #: fields of a bench that all its images depend on
 _FIXED = ("model", "concepts", "style", "concept", "prompts", "seeds", "sampling")
 #: what the attacks' images go by where variations have their names
 ATTACK_VARIATION = "attacks"
+#: what the images go by that a snapshot is chosen by
+CHOICE_VARIATION = "choice"
 #: rows of the table in their order → what the report says of them
 METHOD_TEXTS = {
     "sd": "the model as it is",
@@ -58,110 +56,14 @@ METHOD_TEXTS = {
     "sdd-full": "SDD, all of cross-attention, as its authors did",
     "sdd": "SDD as an adapter",
     "sdd-preserve": "SDD as an adapter, other prompts held",
+    "closed-form": "an adapter solved over the prompts in closed form, untrained",
+    "closed-form-sdd": "an adapter from a closed form, then SDD, other prompts held",
+    "words": "an adapter from words alone, a projection, untrained",
+    "words-solved": "adapters from words, solved as one",
     "sdd-gated": "the adapter, its strength by the prompt's similarity",
     "stack": "several adapters, summed exactly",
     "baked": "adapters baked into a checkpoint",
 }
-
-
-class PromptSets(Section):
-    """Sets by name: prompts that ask for what is erased, and prompts that must not change.
-
-    An entry that ends in .txt, .csv, .json or .jsonl is a file beside the bench; its prompts may
-    have seeds, guidance and sizes of their own.
-    """
-
-    erased: Annotated[dict[Name, str | list[str]], Field(min_length=1)]
-    kept: dict[Name, str | list[str]] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _sets_hold_some(self) -> "PromptSets":
-        for name, entries in [*self.erased.items(), *self.kept.items()]:
-            if not entries and isinstance(entries, list):
-                raise ValueError(f"{name}: expected prompts, or files of them, found none")
-        return self
-
-
-class Seeds(Section):
-    """How many images all erased, and all kept, sets get together, and the first image's seed."""
-
-    first: Seed = 60_000
-    erased: Count = 200
-    kept: Count = 400
-
-
-class BenchSampling(DrawingSection):
-    """How every method draws; `batch` changes no image."""
-
-    steps: Steps = 25
-    guidance: Real = 7.5
-    scheduler: Scheduler = "ddim"
-    batch: Positive = 16
-    precision: DrawingPrecision = None
-
-
-class TrainedBy(Section):
-    """A recipe's file, beside the bench, and changes to it: {objective.kind: esd-x}."""
-
-    file: Text
-    set: dict[str, Any] = Field(default_factory=dict)
-
-
-class Uce(Section):
-    """UCE's row: `concepts` (the bench's where there are none) become `target`, by the last token;
-    the outputs for `preserve` are held."""
-
-    concepts: list[Text] = Field(default_factory=list)
-    target: str = ""
-    preserve: list[Text] = Field(default_factory=list)
-
-
-class VariationOf(Section):
-    """The measures again while one field takes other values.
-
-    weight: of the method's adapters · guidance, steps, scheduler: of the sampling · model: another
-    one · image: img2img from what `sd` drew, the value being how much of it is redone · beside:
-    an adapter that every method carries besides. Images are the first ones of the main table.
-    """
-
-    field: Field_
-    values: Annotated[list[Real | Text], Field(min_length=1), AfterValidator(distinct)]
-    methods: Methods
-    erased: Count = 60
-    kept: Count = 120
-
-    @model_validator(mode="after")
-    def _values_fit(self) -> "VariationOf":
-        if self.erased + self.kept == 0:
-            raise ValueError("expected images, of erased or of kept prompts, found none")
-        kind, fits, expected = _TAKES[self.field]
-        for value in self.values:
-            if not isinstance(value, kind) or not fits(value):
-                raise ValueError(f"{self.field} takes {expected}, found {value!r}")
-        return self
-
-
-def _any(value: Any) -> bool:
-    return True
-
-
-#: field → the kind of value that a variation gives it, which ones, and how to say that
-_TAKES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "weight": (float, _any, "numbers"),
-    "guidance": (float, _any, "numbers"),
-    "steps": (float, lambda n: 1 <= n <= 999 and n.is_integer(), "whole numbers from 1 to 999"),
-    "image": (float, lambda share: 0 < share <= 1, "numbers over 0, up to 1"),
-    "scheduler": (str, lambda name: name in SCHEDULERS, f"some of {', '.join(SCHEDULERS)}"),
-    "model": (str, _any, "names of models"),
-    "beside": (str, _any, "names of adapters"),
-}
-
-
-class Quick(Section):
-    """What --quick changes: dotted fields of the bench, and of every recipe that it trains."""
-
-    bench: dict[str, Any] = Field(default_factory=dict)
-    recipes: dict[str, Any] = Field(default_factory=dict)
 
 
 class Bench(Section):
@@ -172,7 +74,8 @@ class Bench(Section):
     UNet or a part of one. A method that is trained under its own name needs no entry in `adapters`.
     `images` names a folder of images that were drawn elsewhere, `code` a function of the user's own
     (`module:name` or `file.py:name`) that draws as those in `sdd_lora.generation.methods` do.
-    `uce` says how the row of that name is made. `measures` are names, or names with options.
+    `uce` says how the row of that name is made, `words` which rows are made from words alone,
+    `choice` how a trained row's snapshot is chosen. `measures` are names, or names with options.
     `concept` is the text that neg, SLD and SEGA work against; where it is missing, all concepts
     joined. `attacks` are run where they are written.
     """
@@ -193,6 +96,8 @@ class Bench(Section):
     images: dict[Name, Text] = Field(default_factory=dict)
     code: dict[Name, Text] = Field(default_factory=dict)
     uce: Uce | None = None
+    words: dict[Name, WordsRow] = Field(default_factory=dict)
+    choice: Choice | None = None
     variations: dict[Name, VariationOf] = Field(default_factory=dict)
     attacks: Attacks | None = None
     quick: Quick = Quick()
@@ -208,19 +113,32 @@ class Bench(Section):
                 known = ", ".join(METHOD_TEXTS)
                 raise ValueError(
                     f"method {method}: expected one of {known}; or a name of your own under "
-                    "recipes, adapters, weights, images or code"
+                    "recipes, adapters, weights, words, images or code"
                 )
-        for name, code in self.code.items():
-            if not is_plugin(code):
-                raise ValueError(f"code.{name}: expected module:name or file.py:name, found {code}")
         if self.seeds.erased + (self.seeds.kept if self.prompts.kept else 0) == 0:
             raise ValueError("seeds: expected images, of erased or of kept prompts, found none")
         if self.attacks and not self.seeds.erased:
             raise ValueError("attacks: expected erased prompts to attack; seeds.erased is 0")
-        if ATTACK_VARIATION in self.variations:
-            raise ValueError(
-                f"variations.{ATTACK_VARIATION}: taken by the attacks; choose another name"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> "Bench":
+        for name, code in self.code.items():
+            if not is_plugin(code):
+                raise ValueError(f"code.{name}: expected module:name or file.py:name, found {code}")
+        for name, row in self.words.items():
+            if lost := [part for part in row.solved if part not in self.words]:
+                raise ValueError(f"words.{name}: solved: {lost[0]}: no row under words")
+        for method in self.choice.methods if self.choice else ():
+            if method not in self.recipes or method not in self.methods:
+                raise ValueError(f"choice: {method}: expected rows of the table under recipes")
+        return self
+
+    @model_validator(mode="after")
+    def _variations_fit(self) -> "Bench":
+        for name, by in ((ATTACK_VARIATION, "the attacks"), (CHOICE_VARIATION, "the choice")):
+            if name in self.variations:
+                raise ValueError(f"variations.{name}: taken by {by}; choose another name")
         for name, variation in self.variations.items():
             for value in variation.values if variation.field == "image" else ():
                 if isinstance(value, float) and self.sampling.steps * value < 1:
@@ -289,7 +207,10 @@ class Bench(Section):
         return self.concept or ", ".join(self.erased)
 
     def has_weights(self, method: str) -> bool:
-        sources = (self.recipes, self.adapters, self.weights, self.images, self.code)
+        sources = (
+            *(self.recipes, self.adapters, self.weights),
+            *(self.words, self.images, self.code),
+        )
         return any(method in named for named in sources) or (
             method == "uce" and self.uce is not None
         )

@@ -33,8 +33,9 @@ class Comparison:
 
 def robustness(results: Results) -> Iterator[Comparison]:
     """Does it hold elsewhere? For each rate of what is erased: samplers, guidance, other models and
-    whatever else was varied but adapters' weights."""
-    varied = [(v, row) for v in results.variations if v.field != "weight" for row in v.rows]
+    whatever else was varied but adapters themselves: their weights, or how far they are trained."""
+    own = ("weight", "snapshot")
+    varied = [(v, row) for v in results.variations if v.field not in own for row in v.rows]
     varied = [(v, row) for v, row in varied if row.group == ALL]
     methods = list(dict.fromkeys(row.method for _, row in varied))
     for measure in dict.fromkeys(row.measure for _, row in varied):

@@ -34,6 +34,7 @@ class Conditions:
     image: float = 0.0
     extra_adapter: str = ""
     attack: str = ""
+    snapshot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def draws_with(bench: Bench, method: str) -> str:
 def _varied(default: Conditions, field: str, value: Any) -> Conditions:
     """The default conditions with one field changed."""
     name = "extra_adapter" if field == "beside" else field
-    changes: dict[str, Any] = {name: int(value) if field == "steps" else value}
+    changes: dict[str, Any] = {name: int(value) if field in ("steps", "snapshot") else value}
     return replace(default, **changes)
 
 

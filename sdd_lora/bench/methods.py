@@ -24,11 +24,12 @@ from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.locate import locate
 from sdd_lora.errors import BadInput, Busy
 from sdd_lora.generation.methods import METHODS as METHODS_THAT_DRAW
-from sdd_lora.io.atomic import sha256_of
+from sdd_lora.io.atomic import sha256_of, write_text
 from sdd_lora.io.distributed import processes
 from sdd_lora.io.plugins import load_plugin
 from sdd_lora.progress import say
-from sdd_lora.runs.folder import METRICS, RECIPE, WEIGHTS
+from sdd_lora.runs.erase import erase, solve
+from sdd_lora.runs.folder import ADAPTER, METRICS, RECIPE, WEIGHTS, snapshot_file
 from sdd_lora.sd.devices import DTYPES
 from sdd_lora.sd.model import require_model
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
@@ -48,7 +49,9 @@ class Weights:
     def __init__(self, bench: Bench, train: Train) -> None:
         self.bench, self.train = bench, train
         self.cache = Path(os.environ.get("SDD_LORA_CACHE", CACHE)).expanduser()
-        self.loaded: dict[str, Adapter] = {}
+        self.loaded: dict[tuple[str, int | None], Adapter] = {}
+        #: recipes → the snapshot that stands for their result, where one was chosen
+        self.chosen: dict[str, int] = {}
         self.runs: dict[str, Path] = {}
         self.fingerprints: dict[str, str] = {}
         self.tokenizers: dict[str, CLIPTokenizer] = {}
@@ -81,6 +84,8 @@ class Weights:
             raise BadInput(f"{where}: {cell.method} is images that are there, not drawn again")
         if cell.conditions.weight != 1 and not self.carries_adapters(cell.method):
             raise BadInput(f"{where}: {cell.method} carries no adapter whose weight could vary")
+        if cell.conditions.snapshot is not None:
+            self._check_snapshot(where, cell.method, cell.conditions.snapshot)
         moved = cell.conditions.model != self.bench.model
         if moved and cell.method != "baked" and self.is_whole(cell.method):
             raise BadInput(f"{where}: {cell.method} is another UNet, not to be moved to a model")
@@ -92,6 +97,22 @@ class Weights:
             )
         if cell.conditions.image and "sd" not in self.bench.methods:
             raise BadInput(f"{where}: starts from what sd drew; expected sd among the methods")
+
+    def _check_snapshot(self, where: str, method: str, iteration: int) -> None:
+        if method not in self.bench.recipes:
+            raise BadInput(f"{where}: {method} has no training of its own, and so no snapshots")
+        kept = self.snapshots(method)
+        if iteration not in kept:
+            raise BadInput(
+                f"{where}: {method} keeps no snapshot after {iteration} iterations; expected some "
+                f"of {', '.join(map(str, kept))}, or another training.snapshot_every"
+            )
+
+    def snapshots(self, name: str) -> list[int]:
+        """After how many iterations a recipe keeps its result so far; the last is its result."""
+        training = self.bench.recipe(name).training
+        every = training.snapshot_every or training.iterations
+        return [*range(every, training.iterations, every), training.iterations]
 
     def _check_files(self, cell: Cell) -> None:
         """What a cell is drawn with, but what is still to be trained, must be there now."""
@@ -105,7 +126,7 @@ class Weights:
                 require_model(model)
                 self.models.add(model)
             for name in bench.adapters.get(method, ()):
-                if name not in bench.recipes:
+                if name not in bench.recipes and name not in bench.words:
                     self.adapter(name)
             if cell.conditions.extra_adapter:
                 self.extra(cell)
@@ -116,13 +137,14 @@ class Weights:
 
     def carries_adapters(self, method: str) -> bool:
         """Whether a method is drawn with adapters, whose weight can vary."""
-        there = method in self.bench.adapters or method in self.bench.recipes
+        sources = (self.bench.adapters, self.bench.recipes, self.bench.words)
+        there = any(method in named for named in sources)
         return there and method != "baked" and not self.is_whole(method)
 
     def is_whole(self, method: str) -> bool:
         """Whether a method's weights are a UNet or parts of one."""
         if method in self.bench.adapters or method not in self.bench.recipes:
-            return method in self.bench.weights or self._is_uce(method)
+            return method in self.bench.weights or self.is_uce(method)
         return self.bench.recipe(method).parameters == "full"
 
     def pipeline(self, cell: Cell) -> StableDiffusionPipeline:
@@ -131,36 +153,39 @@ class Weights:
         precision = self.bench.sampling.precision
         dtype = None if precision is None else DTYPES[precision]
         extra = self.extra(cell)
-        whole = self.whole(method)
+        whole = self.whole(method, conditions.snapshot)
         if whole is not None:
             return load_pipeline(conditions.model, extra, dtype, weights=whole)
-        parts = [(adapter, weight * conditions.weight) for adapter, weight in self.parts(method)]
+        own = self.parts(method, conditions.snapshot)
+        parts = [(adapter, weight * conditions.weight) for adapter, weight in own]
         if method == "baked":
             return load_pipeline(str(self.baked(conditions.model, parts)), extra, dtype)
         if len(parts) > 1:
             parts = [(stack(parts, method), 1.0)]
         return load_pipeline(conditions.model, [*parts, *extra], dtype)
 
-    def parts(self, method: str) -> list[tuple[Adapter, float]]:
+    def parts(self, method: str, snapshot: int | None = None) -> list[tuple[Adapter, float]]:
         """The adapters of a method, with their weights; none where it has whole weights."""
         if self.is_whole(method):
             return []
         if method in self.bench.adapters:
             named = self.bench.adapters[method]
             return [(self.adapter(name), weight) for name, weight in named.items()]
-        return [(self.adapter(method), 1.0)] if method in self.bench.recipes else []
+        made = method in self.bench.recipes or method in self.bench.words
+        return [(self.adapter(method, snapshot), 1.0)] if made else []
 
-    def whole(self, method: str) -> Path | None:
+    def whole(self, method: str, snapshot: int | None = None) -> Path | None:
         """The file of a method's weights, where it is no adapter."""
         if not self.is_whole(method):
             return None
         if method in self.bench.weights:
             return self.bench.file(self.bench.weights[method])
-        if self._is_uce(method):
+        if self.is_uce(method):
             return self.uce()
-        return self.trained(method) / WEIGHTS
+        return self.result(method, snapshot)
 
-    def _is_uce(self, method: str) -> bool:
+    def is_uce(self, method: str) -> bool:
+        """Whether a method is UCE's row, and made here."""
         return method == "uce" and self.bench.uce is not None and not self.bench.weights.get(method)
 
     def uce(self) -> Path:
@@ -168,21 +193,64 @@ class Weights:
         assert self.bench.uce is not None
         uce, model = self.bench.uce, self.bench.model
         concepts = uce.concepts or self.bench.erased
-        content = [self.fingerprint(model), concepts, uce.target, uce.preserve]
-        key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
-        path, state = self.cache / "uce" / f"{key}.safetensors", processes()
-        if not path.exists() and state.is_main_process:
+
+        def make(path: Path) -> None:
             pipeline = load_pipeline(model, device="cpu", dtype=torch.float32)
             write_uce(pipeline, concepts, path, uce.target, uce.preserve)
+
+        return self._made("uce", [concepts, uce.target, uce.preserve], make)
+
+    def from_words(self, name: str) -> Path:
+        """The adapter of a row under `words`, from the cache or made now."""
+        row, model = self.bench.words[name], self.bench.model
+        concepts = row.concepts or self.bench.erased
+        parts = [self.from_words(part) for part in row.solved]
+        content = [concepts, row.keep, row.rank, [sha256_of(part) for part in parts]]
+
+        def make(path: Path) -> None:
+            made = (
+                solve([Adapter.load(part) for part in parts], model, rank=row.rank)
+                if parts
+                else erase(concepts, model, keep=row.keep, rank=row.rank)
+            )
+            made.adapter.save(path)
+
+        return self._made("words", content, make)
+
+    def _made(self, kind: str, content: list[Any], make: Callable[[Path], None]) -> Path:
+        """A file that no training makes, by what it is made of, from the cache or made now; beside
+        it the seconds that took."""
+        text = json.dumps([self.fingerprint(self.bench.model), *content])
+        key = hashlib.sha256(text.encode()).hexdigest()[:24]
+        path, state = self.cache / kind / f"{key}.safetensors", processes()
+        if not path.exists() and state.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            started = time.monotonic()
+            make(path)
+            seconds = round(time.monotonic() - started, 2)
+            write_text(path.with_suffix(".json"), json.dumps({"seconds": seconds}))
         state.wait_for_everyone()
         return path
 
-    def adapter(self, name: str) -> Adapter:
-        """An adapter by its name under `recipes`, its file, its run's folder, or its hub id."""
-        if name not in self.loaded:
-            trained = name in self.bench.recipes
-            self.loaded[name] = Adapter.load(self.trained(name)) if trained else self._found(name)
-        return self.loaded[name]
+    def adapter(self, name: str, snapshot: int | None = None) -> Adapter:
+        """An adapter by its name under `recipes` or `words`, its file, its run's folder, or its hub
+        id."""
+        key = (name, snapshot)
+        if key not in self.loaded:
+            if name in self.bench.recipes:
+                self.loaded[key] = Adapter.load(self.result(name, snapshot))
+            elif name in self.bench.words:
+                self.loaded[key] = Adapter.load(self.from_words(name))
+            else:
+                self.loaded[key] = self._found(name)
+        return self.loaded[key]
+
+    def result(self, name: str, snapshot: int | None = None) -> Path:
+        """The file that a recipe's training left, or its snapshot: the one asked for, or chosen."""
+        run, iteration = self.trained(name), snapshot or self.chosen.get(name)
+        if iteration is not None and iteration != self.snapshots(name)[-1]:
+            return snapshot_file(run, iteration)
+        return run / (WEIGHTS if self.bench.recipe(name).parameters == "full" else ADAPTER)
 
     def extra(self, cell: Cell) -> list[tuple[Adapter, float]]:
         """The adapter that a cell carries beside its method's own, if there is one."""
@@ -250,7 +318,8 @@ class Weights:
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What a cell's images depend on besides prompts, seeds and sampling."""
-        whole, conditions = self.whole(cell.method), cell.conditions
+        conditions = cell.conditions
+        whole = self.whole(cell.method, conditions.snapshot)
         return {
             "model": conditions.model,
             "fingerprint": self.fingerprint(conditions.model),
@@ -260,7 +329,7 @@ class Weights:
                     "weight": weight * conditions.weight,
                     "identity": adapter.identity,
                 }
-                for adapter, weight in self.parts(cell.method)
+                for adapter, weight in self.parts(cell.method, conditions.snapshot)
             ],
             "weights": None if whole is None else sha256_of(whole),
             "image": conditions.image,
@@ -289,8 +358,10 @@ class Weights:
         whole = self.whole(method)
         if method in bench.adapters:
             fields["adapters"] = bench.adapters[method]
-        elif self._is_uce(method) and bench.uce is not None:
+        elif self.is_uce(method) and bench.uce is not None:
             fields |= bench.uce.model_dump()
+        elif method in bench.words:
+            fields |= bench.words[method].model_dump(exclude_defaults=True)
         elif method in bench.images:
             fields["images"] = bench.images[method]
         elif method in bench.code:
@@ -304,6 +375,8 @@ class Weights:
                 "changes": bench.recipes[method].set,
                 "recipe_sha256": bench.recipe(method).sha256,
                 "training": metrics["training"],
+                **({"snapshots": metrics["snapshots"]} if "snapshots" in metrics else {}),
+                **({"snapshot": self.chosen[method]} if method in self.chosen else {}),
                 "tool": metrics["tool"],
                 "versions": metrics["versions"],
             }
@@ -311,7 +384,7 @@ class Weights:
 
     def cosines(self) -> AdapterCosines | None:
         """How the adapters of the table stand to each other; None where there is but one."""
-        parts = {name: (adapter, 1.0) for name, adapter in self.loaded.items()}
+        parts = {n: (a, 1.0) for (n, at), a in self.loaded.items() if not at and not a.is_portable}
         if len(parts) < 2:
             return None
         report = interference(list(parts.values()))

@@ -1,6 +1,6 @@
 """A bench's results as one HTML file that needs nothing else: no network, no script."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sdd_lora.bench.results import (
     SettingRow,
     Variation,
     find_row,
+    pair_of,
 )
 
 REPORT = "report.html"
@@ -57,6 +58,7 @@ def render_report(folder: Path) -> str:
         best=best,
         headline=headline_pair(results),
         trade=_trade_off_chart(results),
+        curve_field=curve_field(results),
         groups={name: _groups(results.rows, name) for name in results.measure_names()},
         main_grid=pictures.main(["sd", best[0].method] if best else ["sd"])
         if "sd" in results.method_names()
@@ -111,14 +113,8 @@ def best_that_keeps(results: Results) -> tuple[Row, Row] | None:
 
 
 def headline_pair(results: Results) -> tuple[str, str] | None:
-    """The first rate of what is erased (lower is better) and of what is kept (higher is better)."""
-    found: dict[tuple[str, str], str] = {}
-    for name in results.headline():
-        info = results.info(name)
-        if info.kind == "rate":
-            found.setdefault((info.of, info.better), name)
-    erased, kept = found.get(("erased", "lower")), found.get(("kept", "higher"))
-    return (erased, kept) if erased and kept else None
+    """The rates of the figure: of what is erased, and of what is kept."""
+    return pair_of({name: results.info(name) for name in results.headline()})
 
 
 def image_counts(results: Results, measure: str) -> list[int]:
@@ -143,7 +139,8 @@ def _scale(results: Results, measure: str) -> tuple[float, float]:
 
 
 def _trade_off_chart(results: Results) -> tuple[str, str, Chart] | None:
-    """Erased against kept: a point a method, and a curve over the weight where that was varied."""
+    """Erased against kept: a point a method, and a curve over its training where snapshots were
+    drawn, else over the weight where that was varied."""
     pair = headline_pair(results)
     if pair is None:
         return None
@@ -154,8 +151,8 @@ def _trade_off_chart(results: Results) -> tuple[str, str, Chart] | None:
     ]
     curves_of: dict[str, list[tuple[float, float]]] = {}
     for variation in results.variations:
-        if variation.field == "weight":
-            curves_of |= _weight_curves(variation, pair)
+        if variation.field == curve_field(results):
+            curves_of |= _settings_curves(variation, pair)
     return (*pair, scatter(spots, curves_of)) if len(spots) > 1 else None
 
 
@@ -165,10 +162,16 @@ def _spot(label: str, erased: Row | None, kept: Row | None) -> Spot | None:
     return label, kept.value, kept.ci95, erased.value, erased.ci95
 
 
-def _weight_curves(
+def curve_field(results: Results) -> str:
+    """What the figure's curves go over: the training's snapshots, or the adapters' weight."""
+    fields = {variation.field for variation in results.variations}
+    return "snapshot" if "snapshot" in fields else "weight"
+
+
+def _settings_curves(
     variation: Variation, pair: tuple[str, str]
 ) -> dict[str, list[tuple[float, float]]]:
-    """For each method, (kept, erased) by rising weight."""
+    """For each method, (kept, erased) by rising setting."""
     found: dict[str, dict[float, dict[str, float]]] = {}
     for row in variation.rows:
         if row.group == ALL and row.measure in pair and not isinstance(row.setting, str):
@@ -178,10 +181,10 @@ def _weight_curves(
     return {
         method: [
             (values[kept], values[erased])
-            for _, values in sorted(by_weight.items())
+            for _, values in sorted(by_setting.items())
             if len(values) == len(pair)
         ]
-        for method, by_weight in found.items()
+        for method, by_setting in found.items()
     }
 
 
@@ -196,11 +199,17 @@ def _variation(variation: Variation, results: Results) -> dict[str, Any]:
     settings = list(dict.fromkeys(row.setting for row in rows))
     measures = list(dict.fromkeys(row.measure for row in rows))
     charts = {}
+    along = variation.field == "snapshot"
+
+    def place(row: SettingRow) -> float:
+        return _passes_at(results, row) if along else float(row.setting)
+
     if len(settings) > 2 and not any(isinstance(setting, str) for setting in settings):
-        charts = {name: _curves(rows, name) for name in measures}
+        charts = {name: _curves(rows, name, place) for name in measures}
     return {
         "name": variation.name,
         "field": variation.field,
+        "axis": "UNet passes" if along else variation.field,
         "settings": settings,
         "setting_names": setting_names(variation),
         "cells": {(row.method, row.measure, row.setting): row for row in rows},
@@ -210,12 +219,24 @@ def _variation(variation: Variation, results: Results) -> dict[str, Any]:
     }
 
 
-def _curves(rows: Sequence[SettingRow], measure: str) -> Chart:
+def _passes_at(results: Results, row: SettingRow) -> float:
+    """The UNet passes that a row's method had taken at its snapshot; iterations where its run
+    doesn't tell."""
+    told = results.methods.get(row.method, {})
+    spent = {s["iteration"]: s["unet_passes"] for s in told.get("snapshots", [])}
+    if training := told.get("training"):
+        spent[training["iterations"]] = training["unet_passes"]
+    return float(spent.get(row.setting, row.setting))
+
+
+def _curves(
+    rows: Sequence[SettingRow], measure: str, place: Callable[[SettingRow], float]
+) -> Chart:
     series: dict[str, list[tuple[float, float, tuple[float, float]]]] = {}
     own = [row for row in rows if row.measure == measure]
     for row in sorted(own, key=lambda row: row.setting):
         interval = row.ci95 or (row.value, row.value)
-        series.setdefault(row.method, []).append((float(row.setting), row.value, interval))
+        series.setdefault(row.method, []).append((place(row), row.value, interval))
     return curves(series)
 
 

@@ -1,7 +1,7 @@
 """What a bench found: `results.json`, and the lines of `images.jsonl`, as models."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +147,36 @@ class PromptUse(FrozenModel):
     images: int
 
 
+class ChoiceRow(FrozenModel):
+    """A snapshot of a trained row on the prompts and seeds of `choice`: rates over `n` images each
+    of what is erased and kept, and whether the table's row is drawn with it."""
+
+    method: str
+    iteration: int
+    drawn: float
+    kept: float
+    n: tuple[int, int]
+    chosen: bool
+
+
+class Cost(FrozenModel):
+    """What a row took, and what its method was `told` to erase and to keep; None where that is not
+    known. Bytes are those of what a user gets."""
+
+    method: str
+    told: str
+    unet_passes: int | None = None
+    seconds: float | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+
+
 class Results(FrozenModel):
     """All of `results.json`. `methods` says for each row what drew it: recipe, adapters, training;
     `sources` for each measure whose weights, or which package, made its numbers; `missing` which
     measures could not be taken, and why; `notes` what else a reader must know; `prompts` how many
-    of each set's prompts were drawn."""
+    of each set's prompts were drawn; `choices` which snapshots stand in the table; `costs` what
+    each row took."""
 
     bench: str
     model: str
@@ -171,6 +196,8 @@ class Results(FrozenModel):
     missing: list[str] = []
     notes: list[str] = []
     prompts: list[PromptUse] = []
+    choices: list[ChoiceRow] = []
+    costs: list[Cost] = []
 
     @classmethod
     def load(cls, folder: Path) -> "Results":
@@ -210,3 +237,13 @@ def find_row(rows: Sequence[Row], method: str, measure: str, group: str) -> Row 
     """The row of these three, if there is one."""
     wanted = (method, measure, group)
     return next((r for r in rows if (r.method, r.measure, r.group) == wanted), None)
+
+
+def pair_of(infos: Mapping[str, MeasureInfo]) -> tuple[str, str] | None:
+    """The first rate of what is erased (lower is better) and of what is kept (higher is better)."""
+    found: dict[tuple[str, str], str] = {}
+    for name, info in infos.items():
+        if info.kind == "rate":
+            found.setdefault((info.of, info.better), name)
+    erased, kept = found.get(("erased", "lower")), found.get(("kept", "higher"))
+    return (erased, kept) if erased and kept else None

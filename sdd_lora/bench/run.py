@@ -13,12 +13,14 @@ import torch
 from sdd_lora.bench import tables, text
 from sdd_lora.bench.attacked import Attacking
 from sdd_lora.bench.bench_file import Bench
+from sdd_lora.bench.choice import choice_cells, choice_rows, chosen_of, read_choice, write_choice
+from sdd_lora.bench.costs import costs_of
 from sdd_lora.bench.grid import Cell, Grid, draws_with, grid_of
 from sdd_lora.bench.held_out import grouping_of
 from sdd_lora.bench.measuring import BASE, Measuring, without_rows
 from sdd_lora.bench.methods import Train, Weights
 from sdd_lora.bench.ready_made import copy_ready_made, ready_made
-from sdd_lora.bench.results import BENCH, IMAGES, RESULTS, ImageRecord, Results, Row
+from sdd_lora.bench.results import BENCH, IMAGES, RESULTS, ChoiceRow, ImageRecord, Results, Row
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.images import check_concept, check_sampling, generate
 from sdd_lora.generation.img2img import from_images
@@ -28,6 +30,7 @@ from sdd_lora.generation.sampling import Sampling
 from sdd_lora.io.atomic import write_text
 from sdd_lora.io.distributed import Shard, processes
 from sdd_lora.measures.asked import kept_concept
+from sdd_lora.measures.base import MeasureInfo
 from sdd_lora.measures.registry import LoadedMeasure, load_measures
 from sdd_lora.progress import say
 
@@ -52,6 +55,8 @@ def run(
     if state.is_main_process:
         claim(folder, bench)
     measuring = Measuring(folder, measures, grid.default)
+    info = {name: told for m in measures for name, told in m.measure.info.items()}
+    choices = _choose(folder, bench, grid, weights, measuring, info)
     records: list[ImageRecord] = []
     set_rows: list[Row] = []
     costs: dict[tuple[str, str], tuple[float, float]] = {}
@@ -73,11 +78,13 @@ def run(
     write_text(folder / IMAGES, "".join(record.to_line() for record in records))
     for line in measuring.notes:
         say(line)
-    results = _results(bench, grid, measures, records, set_rows, costs).model_copy(
+    results = _results(bench, grid, measures, info, records, set_rows, costs).model_copy(
         update={
             "command": command,
             "versions": versions,
             "methods": methods,
+            "costs": costs_of(weights),
+            "choices": choices,
             "interference": weights.cosines(),
             "notes": prompt_notes(grid) + measuring.notes,
         }
@@ -91,23 +98,52 @@ def run(
     return results
 
 
+def _choose(
+    folder: Path,
+    bench: Bench,
+    grid: Grid,
+    weights: Weights,
+    measuring: Measuring,
+    info: dict[str, MeasureInfo],
+) -> list[ChoiceRow]:
+    """Choose the snapshots that stand in the table, and tell `weights`; returns all of them."""
+    state = processes()
+    cells = choice_cells(bench, grid.default, weights.snapshots)
+    for number, cell in enumerate(cells):
+        say(f"choosing, {number + 1}/{len(cells)}: {cell.label}")
+        draw_cell(folder, cell, bench, weights, {})
+    if state.is_main_process:
+        write_choice(folder, choice_rows(cells, measuring.records, info))
+    state.wait_for_everyone()
+    rows = read_choice(folder) or []
+    weights.chosen |= chosen_of(rows)
+    return rows
+
+
 def draw_shard(bench: Bench, folder: Path, train: Train, shard: Shard) -> int:
     """Train what is needed and draw this shard's share of every cell; returns how many images.
 
-    Shards may fill one folder at once. Cells that start from others' images, and attacks, are left
-    for `run`, which also measures. Raises BadInput as `run` does.
+    Shards may fill one folder at once. Cells that start from others' images, attacks, and rows
+    whose snapshot is still to be chosen are left for `run`, which also measures. Raises BadInput as
+    `run` does.
     """
     grid, weights, _ = _prepared(bench, folder, train)
     claim(folder, bench)
     drawn = left = 0
+    choices = read_choice(folder)
+    weights.chosen |= chosen_of(choices or [])
+    later = set(bench.choice.methods) if bench.choice and choices is None else set[str]()
+    for cell in choice_cells(bench, grid.default, weights.snapshots):
+        drawn += draw_cell(folder, cell, bench, weights, {}, shard)
     for number, cell in enumerate(grid.cells):
-        if cell.conditions.attack or cell.conditions.image:
+        chosen_later = cell.method in later and cell.conditions.snapshot is None
+        if cell.conditions.attack or cell.conditions.image or chosen_later:
             left += 1
         elif cell.variation is None or not cell.is_main:
             say(f"{number + 1}/{len(grid.cells)}: {cell.label}, shard {shard.index}/{shard.count}")
             drawn += draw_cell(folder, cell, bench, weights, {}, shard)
     if left:
-        say(f"{left} cells start from others' images or from attacks: left for the last call")
+        say(f"{left} cells start from others' images, attacks or a choice: left for the last call")
     return drawn
 
 
@@ -127,6 +163,7 @@ def _check_before_drawing(bench: Bench, grid: Grid, weights: Weights, attacking:
     for cell in grid.cells:
         check_sampling(sampling_of_cell(cell, bench), [spec.job for spec in cell.specs])
     attacking.check(grid.cells)
+    choice_cells(bench, grid.default, weights.snapshots)
     for cell in grid.cells:
         if cell.method in bench.images:
             ready_made(bench.file(bench.images[cell.method]), [spec.job for spec in cell.specs])
@@ -150,12 +187,12 @@ def _results(
     bench: Bench,
     grid: Grid,
     measures: Sequence[LoadedMeasure],
+    info: dict[str, MeasureInfo],
     records: Sequence[ImageRecord],
     set_rows: Sequence[Row],
     costs: dict[tuple[str, str], tuple[float, float]],
 ) -> Results:
     """What the values amount to, and where they come from."""
-    info = {name: told for m in measures for name, told in m.measure.info.items()}
     fields = {name: variation.field for name, variation in bench.variations.items()}
     now = datetime.datetime.now(datetime.timezone.utc)
     return Results(

@@ -79,6 +79,32 @@ def main_table(results: Results) -> Table:
     ]
 
 
+def cost_table(results: Results) -> Table:
+    """Methods down; what each took, and what its method was told."""
+    heads = ["method", "UNet passes", "seconds", "trained parameters", "bytes", "told"]
+    rows = []
+    for cost in results.costs:
+        numbers = (cost.unet_passes, cost.seconds, cost.parameters, cost.bytes)
+        counted = [MISSING if number is None else f"{number:,.0f}" for number in numbers]
+        rows.append([cost.method, *counted, cost.told])
+    return heads, rows
+
+
+def choice_table(results: Results) -> Table:
+    """Snapshots down; their rates on the seeds of the choice, and which stand in the table."""
+    heads = ["method, iteration", "drawn %", "kept %", "in the table"]
+    rows = [
+        [
+            f"{row.method}, {row.iteration}",
+            f"{percent(row.drawn)} of {row.n[0]}",
+            f"{percent(row.kept)} of {row.n[1]}",
+            "yes" if row.chosen else "",
+        ]
+        for row in results.choices
+    ]
+    return heads, rows
+
+
 def comparison_table(results: Results, comparison: Comparison) -> Table:
     """Conditions down, methods across; what an attack costs beside."""
     heads = [f"{comparison.title}: {heading(results, comparison.measure)}", *comparison.methods]
@@ -102,8 +128,12 @@ def _rate_text(estimate: RateEstimate | None) -> str:
 
 
 def tables(results: Results) -> Iterator[Table]:
-    """The main table, then those of robustness and of attacks."""
+    """The main table, costs and choices, then those of robustness and of attacks."""
     yield main_table(results)
+    if results.costs:
+        yield cost_table(results)
+    if results.choices:
+        yield choice_table(results)
     for comparison in (*robustness(results), *attack_comparisons(results)):
         yield comparison_table(results, comparison)
 

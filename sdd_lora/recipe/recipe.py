@@ -135,6 +135,11 @@ class Recipe(Section):
                 "another init",
             ),
             (
+                self.training.iterations == 0 and self.lora.init != "closed-form",
+                "training.iterations: 0 leaves the base as it is, unless lora.init: closed-form "
+                "changes it",
+            ),
+            (
                 is_lora and self.lora.targets != expected,
                 f"lora.targets: {name} changes what is {kind.place}: expected "
                 f"{expected}, found {self.lora.targets}",

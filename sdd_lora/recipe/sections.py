@@ -283,8 +283,8 @@ class Training(LaterFields):
 
     _later = ("snapshot_every",)
 
-    iterations: Positive = 1500
-    """Updates of the factors."""
+    iterations: Count = 1500
+    """Updates of the factors; 0 leaves an adapter where `lora.init: closed-form` starts it."""
 
     gradient_accumulation: Positive = 1
     """Losses whose gradients are averaged before an update."""

@@ -54,13 +54,13 @@ class Snapshot:
 @dataclass
 class TrainingReport:
     """Numbers of a finished training; `peak_bytes` is None where an earlier training in the same
-    process hides it."""
+    process hides it, `final_loss` where there were no iterations."""
 
     iterations: int
     unet_passes: int
     seconds: float
     peak_bytes: int | None
-    final_loss: float
+    final_loss: float | None
     snapshots: list[Snapshot]
 
 
@@ -268,7 +268,7 @@ class Trainer:
             unet_passes=self._total_passes(),
             seconds=self.seconds,
             peak_bytes=self._peak.bytes(),
-            final_loss=sum(last) / len(last),
+            final_loss=sum(last) / len(last) if last else None,
             snapshots=self.snapshots,
         )
 

@@ -13,7 +13,8 @@ from sdd_lora.runs.many import packaged_recipe
 BENCHES = sorted((packaged_recipe("bench/x").parent).glob("*.yaml"))
 #: what each bench of the embedded model leaves out: ESD as an adapter stands in one of them, each
 #: rows that the published tables came before
-NEWER = {"esd-x-1-preserve", "leco", "leco-preserve", "uce"}
+NEWER = {"closed-form", "closed-form-sdd", "esd-x-1-preserve", "leco", "leco-preserve", "uce"}
+NEWER |= {"words", "words-solved"}
 LEFT_OUT = {
     "demo-single": {"esd-u-1-lora"},
     "demo-multi": {"esd-u-1-lora", "esd-x-1-lora"},

@@ -2,12 +2,14 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from support.short_run import short
 from support.trainers import recipe, trainer
 
 from sdd_lora import Adapter, train
+from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 
 
@@ -42,6 +44,15 @@ def test_a_resumed_run_knows_the_snapshots_before_it(tmp_path):
     second.resume()
     assert kept == [2, 4] and second.snapshots == first.snapshots
     assert [s.iteration for s in second.run().snapshots] == kept
+
+
+def test_a_closed_form_alone_is_an_adapter_without_a_unet_pass(tmp_path):
+    made = train(short(lora__init="closed-form", training__iterations=0), tmp_path / "run")
+    assert made.norm() > 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["training"]["unet_passes"] == 0 and metrics["training"]["final_loss"] is None
+    with pytest.raises(BadInput, match="0 leaves the base as it is"):
+        short(training__iterations=0)
 
 
 def test_a_recipe_without_snapshots_is_stored_as_before():
