@@ -68,13 +68,13 @@ def test_an_unknown_field_is_told_which_one_was_meant(written, meant):
         Recipe.parse(MINIMAL + written + "\n")
 
 
-def test_what_set_got_wrong_is_blamed_on_set_and_the_rest_on_the_file():
+def test_what_an_override_got_wrong_is_blamed_on_it_and_the_rest_on_the_file():
     overrides = {"lora.rnak": 2, "trainign.iterations": 3, "ema.decay": "much", "rollout.steps": 1}
     with pytest.raises(BadInput) as caught:
         Recipe.parse(MINIMAL + "lora: {rank: 0}\n", "r.yaml", overrides=overrides)
     lines = str(caught.value).splitlines()
     blamed = {line.partition(": ")[0] for line in lines}
-    assert blamed == {"r.yaml:4", *(f"--set {name}" for name in overrides)}
+    assert blamed == {"r.yaml:4", *(f'`overrides["{name}"]`' for name in overrides)}
 
 
 @pytest.mark.parametrize("name", ["judge", "nudenet", "open_nsfw", "none"])

@@ -132,7 +132,7 @@ def peft_config(factors: Mapping[str, Factors], base: str | None) -> str:
     if len(components) > 1:
         raise BadInput(
             "a peft folder is of one model, this adapter changes UNet and text encoder; "
-            "convert it to a .safetensors file with --to peft, which diffusers loads"
+            "convert it to a .safetensors file of format peft, which diffusers loads"
         )
     (component,) = components.values()
     config = _lora_config(component) | {

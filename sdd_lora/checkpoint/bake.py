@@ -101,9 +101,9 @@ def bake(
     is then as it was.
     """
     if in_place == (out is not None):
-        raise BadInput("expected either an output (-o) or --in-place")
+        raise BadInput("expected either `out=PATH` or `in_place=True`")
     if in_place and str(model) in EMBEDDED:
-        raise BadInput(f"{model}: travels with the package; bake it to a new output (-o)")
+        raise BadInput(f"{model}: travels with the package; bake it into a new one, `out=PATH`")
     _require_adapters(adapters)
     path = locate(model)
     with ExitStack() as stack:
@@ -188,7 +188,7 @@ def _require_new_undo(plan: BakePlan, undo: Path, out: Path | None, force: bool)
         raise BadInput(f"{legacy[0]}: a legacy file has no undo: the original stays; keep it")
     if plan.record.ema == "drop":
         raise BadInput(
-            "--ema drop has no undo: the undo file would hold all EMA copies; keep the original"
+            '`ema="drop"` has no undo: the undo file would hold all EMA copies; keep the original'
         )
 
 
@@ -331,6 +331,6 @@ def _add_warnings(plan: BakePlan, adapters: Weighted, report: BakeReport) -> Non
         if poor:
             report.warnings.append(
                 f"{dtype} is too coarse for this edit: {len(poor)} of {len(changes)} tensors "
-                f"keep too little of it (the least: {min(poor):.0%}); bake with --rounding "
-                "stochastic, or into an fp16 or fp32 copy of the model"
+                f"keep too little of it (the least: {min(poor):.0%}); bake with "
+                "`rounding='stochastic'`, or into an fp16 or fp32 copy of the model"
             )

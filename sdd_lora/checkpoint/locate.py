@@ -93,7 +93,7 @@ def _snapshot(path: Path) -> Path:
 def require_new_output(output: Path, model: Path, force: bool) -> None:
     """Raises BadInput where an output exists (unless with `force`), or overlaps with its input."""
     if output.exists() and output.samefile(model):
-        raise BadInput(f"{output}: is the input itself; choose another output or --in-place")
+        raise BadInput(f"{output}: is the input itself; choose another output or `in_place=True`")
     refuse_existing(output, force)
     if model.is_dir() and output.resolve().is_relative_to(model.resolve()):
         raise BadInput(f"{output}: lies inside the input; choose another output")

@@ -64,7 +64,7 @@ def unbake(
     """
     model, undo = Path(model), Path(undo)
     if in_place == (out is not None):
-        raise BadInput("expected either an output (-o) or --in-place")
+        raise BadInput("expected either `out=PATH` or `in_place=True`")
     if not model.exists():
         raise BadInput(f"{model}: no such file or folder")
     if in_place:

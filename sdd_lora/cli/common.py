@@ -222,8 +222,29 @@ def _fail(message: str, exit_code: int, debug: bool) -> None:
         import traceback
 
         traceback.print_exc()
-    print(f"sdd-lora: {_harmless(message)}", file=sys.stderr, flush=True)
+    print(f"sdd-lora: {_harmless(in_options(message))}", file=sys.stderr, flush=True)
     raise typer.Exit(exit_code)
+
+
+def in_options(message: str) -> str:
+    """A message that names parameters of the Python API, with the options of the same names:
+    "`force=True`" → "--force", "`overrides["ema.decay"]`" → "--set ema.decay"."""
+
+    def option(found: re.Match[str]) -> str:
+        name = "-o" if found[1] == "out" else f"--{found[1].replace('_', '-')}"
+        return name if found[2] == "True" else f"{name} {found[2]}"
+
+    value = r"""=['"]?([^`'"]*)['"]?"""
+    message = re.sub(r'`overrides\["([^"`]+)"\]`', r"--set \1", message)
+    message = re.sub(rf'`overrides\["([^"`]+)"\]{value}`', r"--set \1=\2", message)
+    return re.sub(rf"`(\w+){value}`", option, message)
+
+
+class _Formatter(logging.Formatter):
+    """Messages alone, as the command line spells them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return in_options(super().format(record))
 
 
 def _harmless(message: str) -> str:
@@ -242,7 +263,7 @@ def _set_up_logging(quiet: bool, debug: bool) -> None:
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
 

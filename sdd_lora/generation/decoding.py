@@ -65,7 +65,7 @@ def _likely_cause(pipeline: StableDiffusionPipeline) -> str:
             if not torch.isfinite(parameter).all():
                 return f"{part}: {name} holds NaN or infinity; get the file again, or in fp32"
     if pipeline.unet.dtype == torch.float16:
-        return "numbers beyond fp16's largest, 65504; try --precision fp32 or bf16"
+        return "numbers beyond fp16's largest, 65504; try precision fp32 or bf16"
     if getattr(pipeline.unet, "peft_config", None):
         return "an adapter's weight is too large; try a smaller one"
     return "weights too large to compute with; get the model's file again"

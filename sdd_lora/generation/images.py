@@ -38,9 +38,9 @@ def check_sampling(sampling: Sampling, jobs: Sequence[Job] = ()) -> None:
         known = ", ".join(METHODS)
         raise BadInput(f"method {sampling.method}: not available; expected one of: {known}")
     if sampling.method != "sd" and not sampling.concept.strip(", "):
-        raise BadInput(f"method {sampling.method}: needs --concept, what it works against")
+        raise BadInput(f"method {sampling.method}: needs a concept, what it works against")
     if sampling.method == "sd" and sampling.concept:
-        raise BadInput("--concept: nothing works against it; give a --method, such as neg")
+        raise BadInput("concept: nothing works against it; expected a method too, such as neg")
     every = {sampling.for_job(job) for job in jobs} or {sampling}
     highest = max(own.guidance for own in every)
     if sampling.method in _CHANGE_GUIDANCE and highest <= 1:
@@ -105,10 +105,10 @@ def _half_of(batch: int, error: Exception) -> int:
     """The batch to go on with after running out of memory. Raises SddLoraError where it was 1."""
     if batch == 1:
         raise SddLoraError(
-            "out of memory while drawing a single image: draw smaller ones (--width, --height), "
-            f"with --precision fp16, or on another device ({str(error).splitlines()[0]:.200})"
+            "out of memory while drawing a single image: draw smaller ones (width, height), "
+            f"in precision fp16, or on another device ({str(error).splitlines()[0]:.200})"
         ) from error
-    warn(f"out of memory with {batch} images at once: going on with {batch // 2} (as --batch does)")
+    warn(f"out of memory with {batch} images at once: going on with {batch // 2}")
     return batch // 2
 
 

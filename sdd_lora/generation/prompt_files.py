@@ -262,7 +262,7 @@ def _columns_of(found: Sequence[str], where: str, column: str | None) -> dict[st
         listed = ", ".join(found[:10]) or "nothing"
         raise BadInput(
             f"{where}: expected a column named {column or 'prompt'}, found {listed:.200}; "
-            "--column names another one"
+            "`column=NAME` names another one"
         )
     return columns
 

@@ -19,7 +19,7 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errn
 def refuse_existing(path: Path, force: bool) -> None:
     """Raises BadInput where an output exists and `force` was not given."""
     if path.exists() and not force:
-        raise BadInput(f"{path}: exists already; choose another output or add --force")
+        raise BadInput(f"{path}: exists already; choose another output or add `force=True`")
 
 
 def require_replaceable(
@@ -37,7 +37,7 @@ def require_replaceable(
         is_file = path.is_symlink() or not path.is_dir()
         if not marked or (is_file and not is_part(path.relative_to(folder))):
             raise BadInput(
-                f"{folder}: --force would delete {path}, which such an output doesn't hold; "
+                f"{folder}: `force=True` would delete {path}, which such an output doesn't hold; "
                 "choose another output, or move that folder away"
             )
 

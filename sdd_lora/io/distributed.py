@@ -40,7 +40,7 @@ class Shard:
         """Read "I/N", such as "2/8". Raises BadInput unless 1 ≤ I ≤ N."""
         found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text.strip())
         if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise BadInput(f"--shard {text}: expected I/N with I from 1 to N, such as 1/4 … 4/4")
+            raise BadInput(f"shard {text}: expected I/N with I from 1 to N, such as 1/4 … 4/4")
         return cls(int(found[1]), int(found[2]))
 
     def take(self, items: Sequence[Shared]) -> list[Shared]:

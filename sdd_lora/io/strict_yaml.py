@@ -155,7 +155,7 @@ def parse_strictly(
 ) -> S:
     """YAML text as a `kind`; `prepared` may fill in fields before they are checked.
 
-    `options` are the dotted names that `prepared` takes from --set, for errors to name. Raises
+    `options` are the dotted names that `prepared` overrides, for errors to name. Raises
     BadInput with every problem and its line.
     """
     document = read_yaml(text, where)
@@ -258,11 +258,12 @@ def _problems(
         line, is_written = document.find(location)
         name = ".".join(map(str, location))
         option = next((o for o in options if _concerns(o, name, is_written)), None)
-        yield f"{f'--set {option}' if option else f'{where}:{line}'}: {name or 'recipe'}: {message}"
+        place = f'`overrides["{option}"]`' if option else f"{where}:{line}"
+        yield f"{place}: {name or 'recipe'}: {message}"
 
 
 def _concerns(option: str, name: str, is_written: bool) -> bool:
-    """Whether a problem of the field `name` comes from --set `option`, and not from the file."""
+    """Whether a problem of the field `name` comes from the override `option`, not from the file."""
     within = f"{name}.".startswith(f"{option}.")
     return within or (not is_written and f"{option}.".startswith(f"{name}."))
 

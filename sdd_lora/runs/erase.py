@@ -76,7 +76,7 @@ def erase(
     concepts, keep, into = _read_words(text, concepts, keep, into)
     width = int(text.encoder.config.hidden_size)
     if rank is not None and rank > width:
-        raise BadInput(f"--rank: expected {width} at most, the prompts' width, found {rank}")
+        raise BadInput(f"rank: expected {width} at most, the prompts' width, found {rank}")
     known = _Vocabulary.of(text, vocabulary)
     stay = {phrase.lower() for phrase in keep}
     gone = {word for concept in concepts for word in concept.lower().split()} - stay
@@ -133,7 +133,7 @@ def solve(
         if not adapter.is_portable or entry is None or not adapter.metadata.concepts:
             raise BadInput(
                 f"{adapter.name}: doesn't tell the words it was made from; only erasers of "
-                "sdd-lora erase are solved; expected --how sum"
+                "erase are solved; sum it instead, with stack"
             )
     model = model or _common("model", [adapter.metadata.base_model for adapter in adapters])
     known = [entry for entry in made if entry is not None]
@@ -142,7 +142,7 @@ def solve(
         [concept for adapter in adapters for concept in adapter.metadata.concepts],
         model or "demo",
         keep=[phrase for entry in known for phrase in entry.keep],
-        into=_common("--into", [entry.into for entry in known]),
+        into=_common("into", [entry.into for entry in known]),
         rank=rank or asked,
         name=name or "+".join(adapter.name for adapter in adapters),
         vocabulary=_common("vocabulary", [entry.vocabulary for entry in known]) or VOCABULARY,
@@ -162,11 +162,11 @@ def _read_words(
 ) -> tuple[list[str], list[str], str | None]:
     """The words of a call, checked."""
     if not concepts:
-        raise BadInput("CONCEPT: expected at least one, found none")
-    erased = words.require_readable("CONCEPT", concepts, text.tokenizer, _TOKENS)
-    kept = words.require_readable("--keep", keep, text.tokenizer, _TOKENS) if keep else []
+        raise BadInput("concepts: expected at least one, found none")
+    erased = words.require_readable("concepts", concepts, text.tokenizer, _TOKENS)
+    kept = words.require_readable("keep", keep, text.tokenizer, _TOKENS) if keep else []
     if into is not None:
-        (into,) = words.require_readable("--into", [into], text.tokenizer, _TOKENS)
+        (into,) = words.require_readable("into", [into], text.tokenizer, _TOKENS)
     stay = {_as_read(text, phrase) for phrase in (*kept, into or "")}
     if both := [concept for concept in erased if _as_read(text, concept) in stay]:
         raise BadInput(f"{both[0]!r}: is to go, and to stay or come instead; expected one of them")
@@ -218,7 +218,7 @@ class _Vocabulary:
         if not len(alone):
             raise BadInput(
                 "nothing of the tokenizer's words is left to keep; erase less at once, or at a "
-                "lower --rank"
+                "lower rank"
             )
         total = moment(alone, alone, _SHARES)
         if len(together):

@@ -61,7 +61,9 @@ def finish_move(folder: Path) -> None:
 def check_folder(folder: Path, recipe: Recipe, resume: bool = False, force: bool = False) -> None:
     """Raises BadInput where a run may not be made here, or not be resumed; writes nothing."""
     if resume and force:
-        raise BadInput("--resume continues a run, --force starts it over; expected one of them")
+        raise BadInput(
+            "`resume=True` continues a run, `force=True` starts it over; expected one of them"
+        )
     if resume:
         _check_resumable(folder, recipe)
         return
@@ -74,8 +76,10 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool = False, force: bool
     if not is_finished(folder) and not _is_resumable(folder):
         raise BadInput(f"{folder}: holds other files; choose another folder")
     if not force:
-        advice = "add --resume to continue it, " if _is_resumable(folder) else ""
-        raise BadInput(f"{folder}: holds another run; {advice}choose another folder or add --force")
+        advice = "add `resume=True` to continue it, " if _is_resumable(folder) else ""
+        raise BadInput(
+            f"{folder}: holds another run; {advice}choose another folder or add `force=True`"
+        )
 
 
 def require_same(written: Path, recipe: Recipe, *, but_measure: bool = False) -> None:
@@ -86,7 +90,7 @@ def require_same(written: Path, recipe: Recipe, *, but_measure: bool = False) ->
         there = there.model_copy(update={"measure": recipe.measure})
     if there.sha256 != recipe.sha256:
         raise BadInput(
-            f"{written}: belongs to another recipe (or other --set values) than the one given; "
+            f"{written}: belongs to another recipe (or other values in it) than the one given; "
             "resume with that one, or train into another folder"
         )
 
@@ -168,7 +172,7 @@ def _complete_move(folder: Path) -> None:
 def _check_resumable(folder: Path, recipe: Recipe) -> None:
     place = under_way(folder)
     if place is None and not is_finished(folder):
-        raise BadInput(f"{folder}: holds no run to resume; leave --resume away")
+        raise BadInput(f"{folder}: holds no run to resume; leave `resume=True` away")
     require_same((place or folder) / RECIPE, recipe, but_measure=place is not None)
     if place is None:
         raise BadInput(f"{folder}: holds a finished run; nothing to resume")

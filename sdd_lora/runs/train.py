@@ -113,8 +113,8 @@ def _measuring_advice(place: Path) -> Iterator[None]:
         yield
     except SddLoraError as error:
         raise type(error)(
-            f"{error}\nThe training is finished, its result is in {place}: --resume measures it "
-            "without training again, with other --set measure.… too"
+            f"{error}\nThe training is finished, its result is in {place}: `resume=True` measures "
+            "it without training again, by another `measure` section too"
         ) from error
 
 

@@ -4,7 +4,7 @@ import torch
 
 from sdd_lora.errors import BadInput
 
-#: `--precision` → the dtype of a model's weights while it draws
+#: a precision's name → the dtype of a model's weights while it draws
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -25,7 +25,7 @@ def device_named(name: str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
-        raise BadInput(f"--device {name}: can't be used here: {first:.200}") from None
+        raise BadInput(f"device {name}: can't be used here: {first:.200}") from None
     return device
 
 

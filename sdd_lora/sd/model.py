@@ -209,13 +209,13 @@ def _require_parts(found: ModelDescription, parts: dict[str, Any]) -> None:
     """Raises BadInput, with the way out, for parts that a model lacks."""
     if "text_encoder" in found.missing:
         raise BadInput(
-            f"{found.path}: holds no text encoder; give a whole model, and this file with --weights"
-            " where it holds a UNet"
+            f"{found.path}: holds no text encoder; give a whole model, and this file as "
+            "`weights=FILE` where it holds a UNet"
         )
     if "vae" in found.missing and "vae" not in parts:
         raise BadInput(
-            f"{found.path}: holds no VAE, which makes images of latents; give one with --vae: a "
-            "model that has one, or a VAE's own file"
+            f"{found.path}: holds no VAE, which makes images of latents; give one as `vae=MODEL`: "
+            "a model that has one, or a VAE's own file"
         )
 
 

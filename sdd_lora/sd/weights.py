@@ -46,7 +46,7 @@ def _targets(
         raise BadInput(
             f"{path}: {lost[0]}: the model's UNet has no such parameter ({len(lost)} of "
             f"{len(header.tensors)} keys have no place); expected weights of a UNet alone, whole "
-            "or partial. A whole checkpoint is given as MODEL, an adapter with --adapter"
+            "or partial. A whole checkpoint is a MODEL; an adapter is given as such"
         )
     for key, info in header.tensors.items():
         name = canonical_parameter(key) or ""

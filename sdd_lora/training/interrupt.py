@@ -22,7 +22,9 @@ def whole_steps() -> Iterator[Callable[[], bool]]:
     def wait(*_: object) -> None:
         nonlocal interrupted
         if interrupted:
-            raise InterruptedTwice("interrupted twice; --resume continues from the last checkpoint")
+            raise InterruptedTwice(
+                "interrupted twice; `resume=True` continues from the last checkpoint"
+            )
         interrupted = True
 
     if threading.current_thread() is not threading.main_thread():

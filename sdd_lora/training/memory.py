@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from sdd_lora.errors import SddLoraError
-from sdd_lora.io.strict_yaml import as_options
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.devices import is_out_of_memory
 
@@ -88,14 +87,19 @@ def memory_advice(recipe: Recipe) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        steps = [f"{as_options(changes)} ({costs})" for changes, costs in memory_savers(recipe)]
+        steps = [f"{_overrides(changes)} ({costs})" for changes, costs in memory_savers(recipe)]
         if recipe.parameters == "full":
-            steps.append("--set parameters=lora")
+            steps.append(_overrides({"parameters": "lora"}))
         advice = f"Try, in this order: {'; '.join(steps)}" if steps else "Nothing here takes less"
         raise SddLoraError(
             f"out of memory at {peak_bytes() / 1e9:.1f} GB. {advice}; or close other programs that "
             "hold memory"
         ) from error
+
+
+def _overrides(changes: dict[str, Any]) -> str:
+    """Changes of a recipe as an error shows them, in Python and at the command line."""
+    return " ".join(f'`overrides["{name}"]={value!r}`' for name, value in changes.items())
 
 
 def memory_savers(recipe: Recipe) -> list[tuple[dict[str, Any], str]]:

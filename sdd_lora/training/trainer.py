@@ -257,7 +257,7 @@ class Trainer:
         except KeyboardInterrupt:
             self.save_state()
             raise KeyboardInterrupt(
-                f"interrupted at iteration {self.iteration} of {total}; --resume continues"
+                f"interrupted at iteration {self.iteration} of {total}; `resume=True` continues"
             ) from None
         self.save_state()
         for tracker in self.accelerator.trackers:
@@ -343,12 +343,12 @@ class Trainer:
         if "training_sha256" not in state:
             raise BadInput(
                 f"{self.state_path}: an earlier version of sdd_lora left this state, and trained by"
-                " another loss; go on with that version, or start over with --force"
+                " another loss; go on with that version, or start over with `force=True`"
             )
         if state["training_sha256"] != self.recipe.training_sha256:
             raise BadInput(
-                f"{self.state_path}: belongs to another recipe (or other --set values); "
-                "train it in another folder, or start over with --force"
+                f"{self.state_path}: belongs to another recipe (or other values in it); "
+                "train it in another folder, or start over with `force=True`"
             )
         processes = len(state["rollouts"])
         if processes != self.accelerator.num_processes:

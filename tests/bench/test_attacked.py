@@ -210,9 +210,9 @@ def test_rates_are_paired_with_the_same_prompts_and_seeds():
     [
         (
             {"attacks": {"methods": ["sd"]}},
-            r"--set attacks: .*at least one attack: paraph",
+            r'overrides\["attacks"\]`: .*at least one attack: paraph',
         ),
-        ({"attacks.inversion.steps": 0}, r"--set attacks.inversion.steps: "),
+        ({"attacks.inversion.steps": 0}, r'overrides\["attacks.inversion.steps"\]`: '),
         ({"attacks.magic": {}}, "attacks.magic: unknown field"),
         ({"attacks.methods": ["mime"]}, "method mime: expected one of sd"),
         ({"attacks.methods": ["sd", "sd"]}, "attacks.methods: sd stands there twice"),

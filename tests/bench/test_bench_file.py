@@ -97,12 +97,12 @@ def test_the_demo_benches_fill_every_row(name):
     [
         ({"methods": ["sd", "magic"]}, r"bench:\d+: .*method magic: expected one of sd, neg"),
         ({"style": "noto"}, "expected either concepts or a style"),
-        ({"seeds.last": 3}, r"--set seeds.last: seeds.last: unknown field"),
+        ({"seeds.last": 3}, r'overrides\["seeds.last"\]`: seeds.last: unknown field'),
         (
             {"sampling.scheduler": "magic"},
-            r"--set sampling.scheduler: .*found 'magic'",
+            r"overrides..sampling\.scheduler..`: .*found 'magic'",
         ),
-        ({"prompts.erased": {}}, r"--set prompts.erased: prompts.erased"),
+        ({"prompts.erased": {}}, r'overrides\["prompts.erased"\]`: prompts.erased'),
         (
             {"variations": {"v": {"field": "weight", "values": ["x"], "methods": ["sd"]}}},
             "weight takes numbers",
@@ -117,7 +117,10 @@ def test_the_demo_benches_fill_every_row(name):
         (varied("steps", 3, 3.0), r"v.values: 3.0 stands there twice"),
         (varied("steps", 3, methods=["sd", "sd"]), r"v.methods: sd stands there twice"),
         (varied("steps", 3, erased=0, kept=0), r"v: expected images"),
-        ({"methods": ["sd", "neg", "sd"]}, r"--set methods: methods: sd stands there twice"),
+        (
+            {"methods": ["sd", "neg", "sd"]},
+            r'overrides\["methods"\]`: methods: sd stands there twice',
+        ),
         ({"measures": ["judge", "judge"]}, "measures: judge stands there twice"),
         ({"measures": [5]}, "measures: expected a name, or {name: …}, found 5"),
         ({"prompts.erased": {"w": []}}, r"bench:\d+: prompts: w: expected prompts"),

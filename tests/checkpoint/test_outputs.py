@@ -54,7 +54,7 @@ def test_outputs_that_stand_in_the_way(tmp_path):
     other = models.write(tmp_path / "o.safetensors", {"x": np.zeros(1)})
     (tmp_path / "link.safetensors").symlink_to(source)
     adapters = [(models.adapter(), 1.0)]
-    with pytest.raises(BadInput, match="--force"):
+    with pytest.raises(BadInput, match="`force=True`"):
         bake(source, adapters, out=other)
     for same in (source, tmp_path / "link.safetensors"):
         with pytest.raises(BadInput, match="input itself"):
@@ -132,7 +132,7 @@ def test_force_replaces_no_folder_that_only_looks_like_a_model(tmp_path):
     folder, mine = models.write_folder(tmp_path / "model"), tmp_path / "mine"
     (mine / "unet").mkdir(parents=True)
     (mine / "unet" / "data.json").write_text("{}")
-    with pytest.raises(BadInput, match="--force would delete"):
+    with pytest.raises(BadInput, match="`force=True` would delete"):
         bake(folder, [(models.adapter(), 1.0)], out=mine, force=True)
     assert (mine / "unet" / "data.json").exists()
     (mine / "unet" / "data.json").unlink()

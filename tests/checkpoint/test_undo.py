@@ -195,7 +195,7 @@ def test_what_is_no_undo_of_it_is_refused(source, tmp_path):
             unbake(model, file, in_place=True)
     with pytest.raises(BadInput, match="input itself"):
         unbake(out, undo, out, force=True)
-    with pytest.raises(BadInput, match="--force"):
+    with pytest.raises(BadInput, match="`force=True`"):
         unbake(out, undo, source)
     with pytest.raises(BadInput, match="either"):
         unbake(out, undo)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sdd_lora.cli.common import weighted
+from sdd_lora.cli.common import in_options, weighted
 from sdd_lora.version import __version__
 
 VERBS = ["demo", "train", "measure", "plan", "inspect", "verify", "convert", "resize", "stack",
@@ -57,3 +57,14 @@ def test_a_weight_follows_the_last_colon():
     assert [weighted(a) for a in ("a", "a:0.5", "a:b/c", "dir/a.safetensors:-1")] == [
         ("a", 1), ("a", 0.5), ("a:b/c", 1), ("dir/a.safetensors", -1),
     ]  # fmt: skip
+
+
+def test_messages_name_parameters_and_the_command_line_shows_them_as_options():
+    said = in_options(
+        'r.yaml: add `force=True`, `out=PATH`, `how="sum"`, `overrides["a.b"]`, '
+        "`overrides[\"a.b\"]='c'` or `in_place=True`; `demo` is one, `x == y` none"
+    )
+    assert said == (
+        "r.yaml: add --force, -o PATH, --how sum, --set a.b, --set a.b=c or --in-place; "
+        "`demo` is one, `x == y` none"
+    )

@@ -85,5 +85,5 @@ def test_latents_beyond_fp16_are_an_error_with_advice():
     pipeline = load_pipeline("demo", dtype=torch.float16)
     with torch.no_grad():
         pipeline.unet.conv_out.weight *= 60_000
-    with pytest.raises(SddLoraError, match=r"65504; try --precision fp32"):
+    with pytest.raises(SddLoraError, match=r"65504; try precision fp32"):
         images(pipeline)

@@ -247,7 +247,7 @@ def test_the_negative_prompt_changes_the_image(pipeline):
 
 
 def test_a_method_needs_its_concept_and_must_exist():
-    with pytest.raises(BadInput, match="needs --concept"):
+    with pytest.raises(BadInput, match="needs a concept"):
         check_sampling(Sampling(method="neg"))
     with pytest.raises(BadInput, match="not available; expected one of: sd, neg"):
         check_sampling(Sampling(method="magic"))

@@ -52,7 +52,7 @@ def test_out_of_memory_goes_on_with_half_the_batch(pipeline, monkeypatch, caplog
 
 def test_out_of_memory_with_one_image_gives_advice(pipeline, monkeypatch):
     out_of_memory_beyond(0, monkeypatch)
-    with pytest.raises(SddLoraError, match="--precision fp16"):
+    with pytest.raises(SddLoraError, match="precision fp16"):
         dict(draw(pipeline, JOBS[:1], SAMPLING, "test"))
 
 

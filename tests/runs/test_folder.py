@@ -71,7 +71,7 @@ def test_other_files_are_nobodys_to_replace(tmp_path, there):
 
 def test_an_unfinished_run_is_offered_to_be_resumed(tmp_path):
     take(tmp_path, tmp_path, RECIPE)
-    with pytest.raises(BadInput, match="add --resume to continue it"):
+    with pytest.raises(BadInput, match="add `resume=True` to continue it"):
         check_folder(tmp_path, RECIPE)
     check_folder(tmp_path, RECIPE, resume=True)
     check_folder(tmp_path, OTHER, force=True)
@@ -84,7 +84,8 @@ def test_a_finished_run_is_not_resumed_even_where_it_kept_its_state(finished):
     assert under_way(finished) is None
     with pytest.raises(BadInput, match="finished run; nothing to resume"):
         check_folder(finished, RECIPE, resume=True)
-    with pytest.raises(BadInput, match="holds another run; choose another folder or add --force"):
+    message = "holds another run; choose another folder or add `force=True`"
+    with pytest.raises(BadInput, match=message):
         check_folder(finished, RECIPE)
 
 

@@ -71,7 +71,7 @@ def test_the_two_files_hold_the_returned_adapter(measured):
 def test_a_folder_that_holds_another_run_is_refused(measured):
     folder, recipe, _ = measured
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-    with pytest.raises(BadInput, match=r"holds another run.*--force"):
+    with pytest.raises(BadInput, match=r"holds another run.*`force=True`"):
         train(short(), folder)
     with pytest.raises(BadInput, match="belongs to another recipe"):
         train(short(), folder, resume=True)
@@ -244,7 +244,7 @@ def test_a_training_whose_measuring_failed_is_measured_without_training_again(
         raise SddLoraError("out of memory")
 
     monkeypatch.setattr(before_after, "measure_before_after", fails)
-    with pytest.raises(SddLoraError, match=r"out of memory\n.*--resume"):
+    with pytest.raises(SddLoraError, match=r"out of memory\n.*`resume=True`"):
         train(recipe, tmp_path / "run")
     monkeypatch.undo()
     monkeypatch.setattr(Trainer, "step", None)

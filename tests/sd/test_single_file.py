@@ -94,7 +94,7 @@ def without_vae(tensors, tmp_path):
 
 
 def test_a_file_without_vae_asks_for_one_but_trains(without_vae):
-    with pytest.raises(BadInput, match=r"holds no VAE.*--vae"):
+    with pytest.raises(BadInput, match=r"holds no VAE.*`vae=MODEL`"):
         load_base_pipeline(without_vae)
     assert load_training_parts(without_vae).unet is not None
 

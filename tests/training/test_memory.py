@@ -73,11 +73,14 @@ def test_out_of_memory_gives_advice(monkeypatch, error):
         trained.run()
     message = str(caught.value)
     assert "out of memory at" in message
-    for step in ("--set rollout.batch=1", "training.gradient_accumulation=2",
-                 "--set training.gradient_checkpointing=true",
-                 "--set training.base_precision=bf16"):  # fmt: skip
+    for step in (
+        'overrides["rollout.batch"]=1',
+        '["training.gradient_accumulation"]=2',
+        '["training.gradient_checkpointing"]=True',
+        """["training.base_precision"]='bf16'""",
+    ):
         assert step in message
-    assert "parameters=lora" not in message and "adamw8bit" not in message
+    assert '["parameters"]' not in message and "adamw8bit" not in message
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():

@@ -43,7 +43,7 @@ def test_ctrl_c_leaves_a_state_and_says_so(tmp_path, monkeypatch):
         return step()
 
     monkeypatch.setattr(interrupted, "step", stop_at_two)
-    with pytest.raises(KeyboardInterrupt, match="iteration 2 of 6; --resume"):
+    with pytest.raises(KeyboardInterrupt, match="iteration 2 of 6; `resume=True`"):
         interrupted.run()
     resumed = trainer(settings, tmp_path / "state" / "state.pt")
     resumed.resume()
@@ -83,7 +83,7 @@ def test_a_second_ctrl_c_leaves_the_last_checkpoint_as_it_was(tmp_path, monkeypa
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(trainer_module, "update_average", twice)
-    with pytest.raises(KeyboardInterrupt, match="twice; --resume continues from the last"):
+    with pytest.raises(KeyboardInterrupt, match="twice; `resume=True` continues from the last"):
         interrupted.run()
     assert path.read_bytes() == before
 

@@ -74,7 +74,7 @@ def gated_layers(pipeline: StableDiffusionPipeline) -> list[torch.nn.Module]:
         if name in layer.lora_B
     ]
     if not ups:
-        raise BadInput("method sdd-gated: there is no adapter to gate; give one with --adapter")
+        raise BadInput("method sdd-gated: there is no adapter to gate; give one")
     return ups
 
 
