@@ -36,6 +36,7 @@ bench: sections bench_file ready_made results comparisons grid pictures tables c
 bench: measuring methods text attacked costs choice report run
 cli: common tables adapters inspect checkpoints train erase plan pictures
 __main__
+comfyui
 """
 
 
