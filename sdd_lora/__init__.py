@@ -1,27 +1,63 @@
-"""Safety adapters for Stable Diffusion 1.x: safe self-distillation with LoRA."""
+"""Safety adapters for Stable Diffusion 1.x: safe self-distillation with LoRA.
+
+What is public is imported when it is first used, so that `import sdd_lora` is quick.
+"""
 
 import importlib
 from typing import TYPE_CHECKING
 
+from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.version import __version__
 
 _PUBLIC = {
     "Adapter": "sdd_lora.adapter.adapter",
-    "stack": "sdd_lora.adapter.algebra",
-    "bake": "sdd_lora.checkpoint.bake",
+    "BakeReport": "sdd_lora.checkpoint.bake",
+    "Erased": "sdd_lora.runs.erase",
+    "Extraction": "sdd_lora.checkpoint.extract",
     "Recipe": "sdd_lora.recipe",
+    "Resized": "sdd_lora.adapter.algebra",
+    "bake": "sdd_lora.checkpoint.bake",
     "erase": "sdd_lora.runs.erase",
-    "train": "sdd_lora.runs.train",
+    "extract": "sdd_lora.checkpoint.extract",
     "load_pipeline": "sdd_lora.sd.pipeline",
+    "measure": "sdd_lora.runs.measure",
+    "resize": "sdd_lora.adapter.algebra",
+    "solve": "sdd_lora.runs.erase",
+    "stack": "sdd_lora.adapter.algebra",
+    "train": "sdd_lora.runs.train",
+    "unbake": "sdd_lora.checkpoint.undo",
 }
-__all__ = ["Adapter", "Recipe", "__version__", "bake", "erase", "load_pipeline", "stack", "train"]
+__all__ = [
+    "Adapter",
+    "BadInput",
+    "BakeReport",
+    "Erased",
+    "Extraction",
+    "Recipe",
+    "Resized",
+    "SddLoraError",
+    "__version__",
+    "bake",
+    "erase",
+    "extract",
+    "load_pipeline",
+    "measure",
+    "resize",
+    "solve",
+    "stack",
+    "train",
+    "unbake",
+]
 
 if TYPE_CHECKING:
     from sdd_lora.adapter.adapter import Adapter
-    from sdd_lora.adapter.algebra import stack
-    from sdd_lora.checkpoint.bake import bake
+    from sdd_lora.adapter.algebra import Resized, resize, stack
+    from sdd_lora.checkpoint.bake import BakeReport, bake
+    from sdd_lora.checkpoint.extract import Extraction, extract
+    from sdd_lora.checkpoint.undo import unbake
     from sdd_lora.recipe import Recipe
-    from sdd_lora.runs.erase import erase
+    from sdd_lora.runs.erase import Erased, erase, solve
+    from sdd_lora.runs.measure import measure
     from sdd_lora.runs.train import train
     from sdd_lora.sd.pipeline import load_pipeline
 

@@ -28,8 +28,8 @@ def warn(message: str) -> None:
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
-    """A bar with time left on stderr; where no terminal is, a line every half minute; silent with
-    `--quiet`."""
+    """A bar with time left, on a terminal's stderr or in a notebook; elsewhere a line every half
+    minute; nothing where the log "sdd_lora" is set above INFO, as `--quiet` does."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -41,7 +41,8 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
     )
 
     console = Console(stderr=True)
-    shown = console.is_terminal and log.isEnabledFor(logging.INFO)
+    has_bars = console.is_terminal or console.is_jupyter
+    is_wanted = log.level == logging.NOTSET or log.isEnabledFor(logging.INFO)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -51,7 +52,7 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    with Progress(*columns, console=console, disable=not (has_bars and is_wanted)) as bar:
         task = bar.add_task(description, total=total, completed=done, note="")
         started, said = time.monotonic(), time.monotonic()
         made = done
@@ -60,7 +61,7 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
             nonlocal made, said
             made += steps
             bar.update(task, advance=steps, note=note)
-            if not console.is_terminal and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+            if not has_bars and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 left = (said - started) / max(1, made - done) * (total - made)
                 say(f"{description} {made}/{total}  {left:.0f} s left  {note}".rstrip())

@@ -17,7 +17,8 @@ io: atomic cache distributed pictures plugins sniff strict_yaml jsonl safetensor
 io: download torch_pickle torch_zip
 sd1
 recipe: sections presets other_trainers recipe reference
-adapter: factors metadata alphas formats hub adapter inspect loaders algebra interference card
+adapter: factors metadata alphas formats hub adapter weighted inspect loaders algebra
+adapter: interference card
 checkpoint: journal copying locate layout history rounding plan prediction describe editing detect
 checkpoint: portable undo_file undo in_place bake extract
 demo: vocabulary judge

@@ -20,7 +20,7 @@ from sdd_lora.adapter.alphas import (
     peft_metadata,
 )
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.adapter.metadata import ENTRY_KEY, MergedPart, Metadata, is_edited
+from sdd_lora.adapter.metadata import ENTRY_KEY, MergedPart, Metadata, is_edited, shortened
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_folder, atomic_output, require_replaceable
 from sdd_lora.io.download import is_hub_id
@@ -188,6 +188,11 @@ class Adapter:
             return self
         factors = {name: part.on(weight_of(name)) for name, part in self.modules.items()}
         return Adapter(factors, self.metadata | {"identity": self.identity})
+
+    def __repr__(self) -> str:
+        sizes = f"rank {self.rank}, {len(self.factors)} modules, {self.parameters:,} parameters"
+        erased = shortened(self.metadata.concepts, 3)
+        return f"Adapter({self.name!r}, {sizes}{f', erases {erased}' if erased else ''})"
 
     @property
     def name(self) -> str:

@@ -12,18 +12,21 @@ from threadpoolctl import threadpool_limits
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import Factors, concatenated, truncated
 from sdd_lora.adapter.metadata import Metadata, ResizedFrom
+from sdd_lora.adapter.weighted import AdapterLike, AdaptersLike, as_adapter, with_weights
 from sdd_lora.errors import BadInput
 from sdd_lora.progress import warn
 
 Weighted = Sequence[tuple[Adapter, float]]
 
 
-def stack(parts: Weighted, name: str | None = None) -> Adapter:
+def stack(adapters: AdaptersLike, name: str | None = None) -> Adapter:
     """Σ wᵢ ΔWᵢ as one adapter: exact for any ranks, alphas and signs of the weights.
 
-    Factors are concatenated, so ranks add up; summing up and down apart would bring in cross
-    terms. Raises BadInput where there is no part, or two parts are for models of other widths.
+    `adapters`: Adapters, files, runs' folders or hub ids, each alone (weight 1), as "A:0.8" or as
+    (A, 0.8). Factors are concatenated, so ranks add up; summing up and down apart would bring in
+    cross terms. Raises BadInput where there is no part, or two are for models of other widths.
     """
+    parts = with_weights(adapters)
     if not parts:
         raise BadInput("nothing to stack: expected at least one adapter")
     if len({adapter.is_portable for adapter, _ in parts}) > 1:
@@ -54,13 +57,18 @@ class Resized:
     error: float
     error_of_module: dict[str, float]
 
+    def __repr__(self) -> str:
+        return f"Resized({self.adapter!r}, error {self.error:.3g})"
 
-def resize(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> Resized:
+
+def resize(adapter: AdapterLike, rank: int | None = None, energy: float | None = None) -> Resized:
     """The best adapter of at most `rank`, or the smallest that keeps the share `energy` of ‖ΔW‖².
 
-    Exactly one of the two is given; energy is in (0, 1]. Raises BadInput otherwise.
+    `adapter` may be a file, a run's folder or a hub id. Exactly one of rank and energy is given;
+    energy is in (0, 1]. Raises BadInput otherwise.
     """
     require_one_size(rank, energy)
+    adapter = as_adapter(adapter)
     factors, errors = {}, {}
     lost = whole = 0.0
     with threadpool_limits(1, user_api="blas"):  # the same bytes at any number of threads

@@ -40,6 +40,10 @@ class Factors:
         if not (np.isfinite(self.down).all() and np.isfinite(self.up).all()):
             raise BadInput("values that are not finite (NaN or infinity)")
 
+    def __repr__(self) -> str:
+        size = " × ".join(map(str, self.weight_shape))
+        return f"{type(self).__name__}({size}, rank {self.rank}, alpha {self.alpha:g})"
+
     @property
     def rank(self) -> int:
         return self.down.shape[0]

@@ -302,15 +302,15 @@ def is_edited(header: Mapping[str, str], data_hash: str) -> bool:
     return written not in (None, data_hash)
 
 
-def shortened(concepts: Iterable[str]) -> str:
-    """The first `SHOWN_CONCEPTS` of them, and how many more there are.
+def shortened(concepts: Iterable[str], most: int = SHOWN_CONCEPTS) -> str:
+    """The first `most` of them, and how many more there are.
 
     "axe, in oil" is left out where "axe" is there too: the recipe and the sidecar list all of them.
     """
     listed = dict.fromkeys(concepts)
     distinct = [c for c in listed if "," not in c or c.partition(",")[0] not in listed]
-    more = len(distinct) - SHOWN_CONCEPTS
-    return ", ".join(distinct[:SHOWN_CONCEPTS]) + (f" and {more} more" if more > 0 else "")
+    more = len(distinct) - most
+    return ", ".join(distinct[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _parsed(text: str) -> Metadata:

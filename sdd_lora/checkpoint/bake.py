@@ -4,9 +4,10 @@ import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from sdd_lora.adapter.algebra import Weighted
+from sdd_lora.adapter.weighted import AdaptersLike, with_weights
 from sdd_lora.checkpoint.copying import (
     PAGE_BYTES,
     copy_range,
@@ -48,7 +49,7 @@ from sdd_lora.progress import warn
 _REALISED_ENOUGH, _ERROR_TOO_MUCH = 0.9, 0.5
 
 
-@dataclass
+@dataclass(repr=False)
 class BakeReport:
     """What was baked, where, and what rounding left of it.
 
@@ -71,6 +72,11 @@ class BakeReport:
     total: Tally = field(default_factory=Tally)
     changed: bool = False
 
+    def __repr__(self) -> str:
+        baked = ", ".join(f"{a.name} × {a.weight:g}" for a in self.adapters) or "no adapter"
+        tensors = f"{len(self.changes)} tensors of {', '.join(self.copies)}"
+        return f"BakeReport({str(self.output)!r}: {baked}, {tensors})"
+
     def add(self, edited: list[EditedTensor]) -> None:
         for one in edited:
             self.changes.append(one.change)
@@ -80,21 +86,23 @@ class BakeReport:
 
 def bake(
     model: str | Path,
-    adapters: Weighted,
+    adapters: AdaptersLike,
     out: str | Path | None = None,
     *,
     in_place: bool = False,
     undo: str | Path | None = None,
     ema: EmaChoice = "patch",
-    rounding: Rounding | None = None,
+    rounding: Rounding | Literal["nearest", "stochastic"] = "nearest",
     base: str | Path | None = None,
     force: bool = False,
 ) -> BakeReport:
     """Write Σ wᵢ·ΔWᵢ into a checkpoint on disk: to `out`, or in place with an undo file.
 
-    W' = round(W + Σ wᵢ·ΔWᵢ), summed in fp64 and rounded once, in every copy of the weights. All
-    other bytes, the tensors' order and the metadata stay; what was baked is added to the metadata.
-    With `base`, an adapter whose delta already lies in the model is found without its metadata.
+    `adapters`: Adapters, files, runs' folders or hub ids, each alone (weight 1), as "A:0.8" or as
+    (A, 0.8). W' = round(W + Σ wᵢ·ΔWᵢ), summed in fp64 and rounded once, in every copy of the
+    weights. All other bytes, the tensors' order and the metadata stay; what was baked is added to
+    the metadata. With `base`, an adapter whose delta already lies in the model is found without its
+    metadata.
 
     Raises BadInput where the model is no Stable Diffusion 1.x, an adapter doesn't fit or is in it
     already, or an output stands in the way; SddLoraError where the disk is full or fails. The model
@@ -104,16 +112,18 @@ def bake(
         raise BadInput("expected either `out=PATH` or `in_place=True`")
     if in_place and str(model) in EMBEDDED:
         raise BadInput(f"{model}: travels with the package; bake it into a new one, `out=PATH`")
-    _require_adapters(adapters)
+    parts = with_weights(adapters)
+    _require_adapters(parts)
+    rounding = Rounding(rounding) if isinstance(rounding, str) else rounding
     path = locate(model)
     with ExitStack() as stack:
         if in_place:
             stack.enter_context(lock_model(path))
         checkpoint = open_sd1(path)
         if base is not None:
-            refuse_present(checkpoint, open_sd1(locate(base)), adapters)
+            refuse_present(checkpoint, open_sd1(locate(base)), parts)
         whole = not in_place and undo is not None
-        plan = plan_bake(checkpoint, adapters, ema, rounding or Rounding(), whole)
+        plan = plan_bake(checkpoint, parts, ema, rounding, whole)
         undo = None if undo is None else Path(undo)
         if out is None:
             undo = undo or free_undo_name(path)
@@ -133,7 +143,7 @@ def bake(
             _require_space(plan, out, undo)
             report = _report(plan, out, undo)
             (_write_folder if path.is_dir() else _write_file)(plan, out, undo, report)
-    _add_warnings(plan, adapters, report)
+    _add_warnings(plan, parts, report)
     for message in report.warnings:
         warn(message)
     return report

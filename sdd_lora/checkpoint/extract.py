@@ -18,6 +18,7 @@ from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.algebra import require_one_size
 from sdd_lora.adapter.factors import low_rank
 from sdd_lora.checkpoint.layout import Checkpoint, TensorLocation, open_checkpoint, plain_key
+from sdd_lora.checkpoint.locate import locate
 from sdd_lora.errors import BadInput
 from sdd_lora.progress import progress, warn
 
@@ -54,6 +55,10 @@ class Extraction:
     outside: dict[str, float]
     not_compared: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        kept = f"{self.kept_share:.1%} of the squared change"
+        return f"Extraction({self.adapter!r}, {kept})"
+
     @property
     def inside_share(self) -> float:
         """The share of the whole squared change that lies in modules an adapter may hold."""
@@ -70,15 +75,20 @@ class Extraction:
 
 
 def extract(
-    tuned: Path, base: Path, rank: int | None = None, energy: float | None = None
+    tuned: str | Path,
+    base: str | Path,
+    rank: int | None = None,
+    energy: float | None = None,
 ) -> Extraction:
     """The best adapter for tuned − base, of a rank or of the energy to keep in each module.
 
-    Raises BadInput where the two are no pair (they share no parameter, or a module is of another
-    size), or nothing differs that an adapter may hold.
+    Both are MODELs; `tuned` may hold some of the weights alone. Raises BadInput where the two are
+    no pair (they share no parameter, or a module is of another size), or nothing differs that an
+    adapter may hold.
     """
     require_one_size(rank, energy)
     factors, kept, norms, outside = {}, {}, {}, {}
+    tuned, base = locate(tuned), locate(base)
     ours, theirs = open_checkpoint(tuned), open_checkpoint(base)
     pairs, not_compared = _paired_locations(ours, theirs)
     for parameter, change in _changes(ours, theirs, pairs):

@@ -53,7 +53,12 @@ class Unbaked:
 
 
 def unbake(
-    model: Path, undo: Path, out: Path | None = None, *, in_place: bool = False, force: bool = False
+    model: str | Path,
+    undo: str | Path,
+    out: str | Path | None = None,
+    *,
+    in_place: bool = False,
+    force: bool = False,
 ) -> Unbaked:
     """Take a bake back, byte for byte: to `out`, or in place.
 

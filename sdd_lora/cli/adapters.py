@@ -18,7 +18,6 @@ from sdd_lora.cli.common import (
     StoredDtype,
     WeightedAdapters,
     verb,
-    weighted,
 )
 from sdd_lora.cli.tables import erased_table, table
 from sdd_lora.errors import BadInput
@@ -228,13 +227,13 @@ def stack(
         sdd-lora stack no-weapons.safetensors no-gore.safetensors -o no-both.safetensors --how solve
     """
     from sdd_lora.adapter import algebra as compose
-    from sdd_lora.adapter.adapter import Adapter
     from sdd_lora.adapter.interference import draw_heat_map, interference
+    from sdd_lora.adapter.weighted import with_weights
     from sdd_lora.io.atomic import atomic_output
     from sdd_lora.progress import warn
 
     check_outputs(force, output, *([heat_map] if heat_map else []))
-    parts = [(Adapter.load(path), weight) for path, weight in map(weighted, adapters)]
+    parts = with_weights(adapters)
     from_words = all(p.is_portable and p.metadata.words and weight == 1 for p, weight in parts)
     as_made = from_words and not any(part.lineage for part, _ in parts)
     if (how or ("solve" if as_made else "sum")) == "solve":

@@ -17,7 +17,6 @@ from sdd_lora.cli.common import (
     Result,
     WeightedAdapters,
     verb,
-    weighted,
 )
 from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
@@ -81,7 +80,8 @@ def bake(
 
         sdd-lora bake diffusers-folder runs/weapons --in-place
     """  # noqa: E501
-    from sdd_lora.adapter.adapter import Adapter, adapter_file
+    from sdd_lora.adapter.adapter import adapter_file
+    from sdd_lora.adapter.weighted import weighted
     from sdd_lora.checkpoint import bake as baking
     from sdd_lora.checkpoint.locate import require_apart
     from sdd_lora.checkpoint.rounding import Rounding
@@ -92,10 +92,9 @@ def bake(
     read = [path for path, _ in sources] + ([] if base is None else [Path(base)])
     for written in filter(None, (output, undo)):
         require_apart(written, *read)
-    parts = [(Adapter.load(path), weight) for path, weight in sources]
     report = baking.bake(
         model,
-        parts,
+        sources,
         output,
         in_place=in_place,
         undo=undo,
@@ -224,11 +223,9 @@ def extract(
         sdd-lora extract esd-weights.safetensors --base diffusers-folder -o esd.safetensors --energy 0.9
     """  # noqa: E501
     from sdd_lora.checkpoint import extract as difference
-    from sdd_lora.checkpoint.locate import locate
 
     check_outputs(force, output)
-    tuned_path = Path(locate(tuned))
-    found = difference.extract(tuned_path, Path(locate(base)), rank, energy)
+    found = difference.extract(tuned, base, rank, energy)
     written = write(found.adapter, output, "kohya", dtype)
     data = written | {
         "kept_share": found.kept_share,

@@ -5,7 +5,6 @@ import functools
 import inspect
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -266,20 +265,3 @@ def _set_up_logging(quiet: bool, debug: bool) -> None:
         handler.setFormatter(_Formatter("%(message)s"))
         log.addHandler(handler)
         log.propagate = False
-
-
-def weighted(argument: str) -> tuple[str, float]:
-    """ "A[:w]" → (A, w); the weight is 1 where none is given. Windows drives are left alone."""
-    if tag := re.fullmatch(r"<lora:(.+?)(?::([\d.-]+))?>", argument):
-        raise BadInput(f"{argument}: expected a file, as {tag[1]}.safetensors:{tag[2] or 1}")
-    head, _, tail = argument.rpartition(":")
-    is_drive = os.name == "nt" and len(head) == 1
-    if not head or is_drive or "/" in tail or "\\" in tail:
-        return argument, 1.0
-    try:
-        weight = float(tail)
-    except ValueError:
-        raise BadInput(f"{argument}: expected A or A:weight, found the weight {tail!r}") from None
-    if not math.isfinite(weight):
-        raise BadInput(f"{argument}: expected a finite weight, found {tail}")
-    return head, weight

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sdd_lora.cli.common import Changes, Model, Precision, Result, is_main_process, verb, weighted
+from sdd_lora.cli.common import Changes, Model, Precision, Result, is_main_process, verb
 from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
 from sdd_lora.sd.schedulers import Scheduler
@@ -208,16 +208,17 @@ def _load(
     clip_skip: int,
 ) -> "tuple[StableDiffusionPipeline, dict[str, Any]]":
     """The pipeline of generate's options, and what images depend on besides the sampling."""
+    from sdd_lora.adapter.weighted import weighted, with_weights
     from sdd_lora.io.atomic import sha256_of
-    from sdd_lora.sd.devices import DTYPES, device_named
-    from sdd_lora.sd.pipeline import load_adapters, load_pipeline, sha256_of_parts
+    from sdd_lora.sd.devices import device_named
+    from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
 
     named = [weighted(adapter) for adapter in adapters]
-    loaded = load_adapters(named)
+    loaded = with_weights(named)
     pipeline = load_pipeline(
         model,
         loaded,
-        dtype=None if precision is None else DTYPES[precision],
+        dtype=precision,
         device=device_named(device),
         weights=weights,
         vae=vae,

@@ -17,7 +17,6 @@ from sdd_lora.cli.common import (
     WeightedAdapters,
     is_main_process,
     verb,
-    weighted,
 )
 from sdd_lora.cli.tables import measures_table, runs_table
 from sdd_lora.errors import BadInput
@@ -194,6 +193,7 @@ def measure(
     """
     from sdd_lora.adapter.adapter import Adapter, adapter_file
     from sdd_lora.adapter.algebra import stack
+    from sdd_lora.adapter.weighted import weighted
     from sdd_lora.io.strict_yaml import parse_override
     from sdd_lora.recipe import Recipe
     from sdd_lora.runs import measure as runs

@@ -169,6 +169,21 @@ class Recipe(Section):
                 raise ValueError(message)
         return self
 
+    def __repr__(self) -> str:
+        trained = f"rank {self.lora.rank}" if self.parameters == "lora" else "whole weights"
+        return (
+            f"Recipe({self.name!r} on {self.model!r}: {self.objective.kind}, {trained}, "
+            f"{len(self.concepts)} concepts, {self.training.iterations} iterations)"
+        )
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    @classmethod
+    def of(cls, given: "Recipe | str | Path") -> "Recipe":
+        """A recipe as it is, or of a file."""
+        return given if isinstance(given, Recipe) else cls.load(given)
+
     @classmethod
     def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> "Recipe":
         """Read a recipe file; `overrides` maps dotted names to values ("ema.decay": 0.99).

@@ -11,6 +11,7 @@ import torch
 from sdd_lora import sd1
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.factors import EmbeddingFactors
+from sdd_lora.adapter.weighted import AdapterLike, as_adapter
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import atomic_output
 from sdd_lora.io.cache import cache_folder
@@ -48,6 +49,9 @@ class Erased:
     adapter: Adapter
     near: tuple[str, ...]
     ranks: tuple[Rank, ...]
+
+    def __repr__(self) -> str:
+        return f"Erased({self.adapter!r}, near: {', '.join(self.near) or 'none'})"
 
     def as_json(self) -> dict[str, Any]:
         """`near` and `ranks` as JSON has them."""
@@ -116,7 +120,7 @@ def erase(
 
 
 def solve(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[AdapterLike],
     model: str | None = None,
     *,
     rank: int | None = None,
@@ -128,23 +132,24 @@ def solve(
     own model, that adapter again. Raises BadInput where one doesn't tell its words, or they were
     made differently.
     """
-    made = [adapter.metadata.words for adapter in adapters]
-    for adapter, entry in zip(adapters, made, strict=True):
+    parts = [as_adapter(adapter) for adapter in adapters]
+    made = [part.metadata.words for part in parts]
+    for adapter, entry in zip(parts, made, strict=True):
         if not adapter.is_portable or entry is None or not adapter.metadata.concepts:
             raise BadInput(
                 f"{adapter.name}: doesn't tell the words it was made from; only erasers of "
                 "erase are solved; sum it instead, with stack"
             )
-    model = model or _common("model", [adapter.metadata.base_model for adapter in adapters])
+    model = model or _common("model", [part.metadata.base_model for part in parts])
     known = [entry for entry in made if entry is not None]
     asked = known[0].rank if len(known) == 1 else None
     return erase(
-        [concept for adapter in adapters for concept in adapter.metadata.concepts],
+        [concept for part in parts for concept in part.metadata.concepts],
         model or "demo",
         keep=[phrase for entry in known for phrase in entry.keep],
         into=_common("into", [entry.into for entry in known]),
         rank=rank or asked,
-        name=name or "+".join(adapter.name for adapter in adapters),
+        name=name or "+".join(part.name for part in parts),
         vocabulary=_common("vocabulary", [entry.vocabulary for entry in known]) or VOCABULARY,
     )
 

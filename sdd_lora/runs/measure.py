@@ -14,6 +14,7 @@ from PIL import Image
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.card import render_card, render_weights_card, write_sidecar
 from sdd_lora.adapter.metadata import ENTRY_KEY, Metadata, TrainedOn
+from sdd_lora.adapter.weighted import AdapterLike, as_adapter
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import atomic_output, sha256_of, write_text
 from sdd_lora.io.safetensors import serialize
@@ -46,15 +47,16 @@ _VERSIONS_OF = (
 
 
 def measure(
-    adapter: Adapter, recipe: Recipe, out_dir: str | Path, *, force: bool = False
+    adapter: AdapterLike, recipe: Recipe | str | Path, out_dir: str | Path, *, force: bool = False
 ) -> dict[str, Any]:
     """Measure an adapter by a recipe's `measure`, whoever made it; returns the metrics.
 
+    The adapter may be a file, a run's folder or a hub id, the recipe a file.
     The folder is written as `train` does, without the numbers of a training: the adapter and its
     twin, now with the measures in their headers, sidecar, card, `metrics.json`, picture. Raises
     BadInput where the recipe measures nothing, or the folder holds another run or other files.
     """
-    folder = Path(out_dir)
+    adapter, recipe, folder = as_adapter(adapter), Recipe.of(recipe), Path(out_dir)
     with lock(folder):
         check_folder(folder, recipe, force=force)
         if not before_after.wanted(recipe):

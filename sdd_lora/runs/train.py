@@ -34,7 +34,7 @@ from sdd_lora.sd.model import TrainingParts, load_training_parts
 from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.memory import memory_advice
 from sdd_lora.training.roles import LoraRoles
-from sdd_lora.training.trainer import Trainer, TrainingReport
+from sdd_lora.training.trainer import Callback, Trainer, TrainingReport
 from sdd_lora.version import __version__
 
 #: a closed form with 3 kept prompts ruined the embedded model, one with 290 hardly changed it
@@ -42,26 +42,34 @@ FEW_KEPT_PROMPTS = 50
 
 
 def train(
-    recipe: Recipe,
-    out_dir: str | Path,
+    recipe: Recipe | str | Path,
+    out_dir: str | Path | None = None,
     *,
     resume: bool = False,
     keep_state: bool = False,
     force: bool = False,
     parts: TrainingParts | None = None,
+    callback: Callback | None = None,
 ) -> Adapter | Path:
     """Train a recipe's adapter into a run's folder, measure it, and return it.
 
-    With `parameters: full` there is no adapter: the changed weights of the UNet are written, in
-    fp32 by diffusers' names, and the file's path is returned. `resume` continues an unfinished run
-    of the same recipe; `force` starts over where the folder holds a run, and a finished one stays
-    as it is until the new one is. `parts` is a base already loaded, which comes back as it was.
+    `recipe` may be a file; `out_dir` is runs/NAME where it isn't given. With `parameters: full`
+    there is no adapter: the changed weights of the UNet are written, in fp32 by diffusers' names,
+    and the file's path is returned. `resume` continues an unfinished run of the same recipe;
+    `force` starts over where the folder holds a run, and a finished one stays as it is until the
+    new one is. `parts` is a base already loaded, which comes back as it was.
+
+    `callback(iteration, losses)` is called after each iteration, in every process: the number of
+    iterations done, and {"loss": the iteration's}. A KeyboardInterrupt that it raises stops the
+    training as Ctrl-C does.
+
     Raises BadInput where the folder holds another run or other files, Busy where another process
     trains; SddLoraError where the training fails, KeyboardInterrupt with advice on Ctrl-C.
     """
-    folder = Path(out_dir)
+    recipe = Recipe.of(recipe)
+    folder = Path("runs") / recipe.name if out_dir is None else Path(out_dir)
     with lock(folder) if processes().is_main_process else nullcontext():
-        return _train_locked(recipe, folder, resume, keep_state, force, parts)
+        return _train_locked(recipe, folder, resume, keep_state, force, parts, callback)
 
 
 def _train_locked(
@@ -71,6 +79,7 @@ def _train_locked(
     keep_state: bool,
     force: bool,
     parts: TrainingParts | None,
+    callback: Callback | None,
 ) -> Adapter | Path:
     """`train`, in a folder that the main process has locked."""
     state = processes()
@@ -82,7 +91,7 @@ def _train_locked(
         adapter_file(recipe.lora.starts_from)  # now, not after the model is loaded
     state.wait_for_everyone()
     place = (under_way(folder) if resume else None) or place_of_new(folder)
-    result, metadata, report = _run_training(recipe, folder, place, resume, parts)
+    result, metadata, report = _run_training(recipe, folder, place, resume, parts, callback)
     if state.is_main_process:
         training = asdict(report) | {"seconds": round(report.seconds, 2)}
         made_by = {"recipe_sha256": recipe.sha256}
@@ -131,7 +140,12 @@ def _warn_of_prompts(recipe: Recipe) -> None:
 
 
 def _run_training(
-    recipe: Recipe, folder: Path, place: Path, resume: bool, parts: TrainingParts | None
+    recipe: Recipe,
+    folder: Path,
+    place: Path,
+    resume: bool,
+    parts: TrainingParts | None,
+    callback: Callback | None,
 ) -> tuple[Adapter | dict[str, torch.Tensor], Metadata, TrainingReport]:
     """The training's result (an adapter, or whole weights by name), its metadata and its report.
     The folder's earlier files are touched only when everything else is ready."""
@@ -166,7 +180,7 @@ def _run_training(
                 else:
                     write_weights(result, metadata, path)
 
-            report = trainer.run(keep)
+            report = trainer.run(keep, callback)
             return _result(trainer, metadata), metadata, report
         finally:
             trainer.roles.remove()

@@ -11,32 +11,31 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.weighted import AdaptersLike, with_weights
 from sdd_lora.checkpoint.prediction import PredictionType
 from sdd_lora.errors import BadInput
 from sdd_lora.progress import warn
-from sdd_lora.sd.devices import best_device, default_dtype
+from sdd_lora.sd.devices import DTYPES, best_device, default_dtype
 from sdd_lora.sd.model import load_base_pipeline, text_fingerprint
 from sdd_lora.sd.weights import apply_weights
 from sdd_lora.sd1 import misfits
 
 
-def load_adapters(named: Sequence[tuple[str, float]]) -> list[tuple[Adapter, float]]:
-    """Adapters from their files or run folders, with their weights."""
-    return [(Adapter.load(name), weight) for name, weight in named]
-
-
 def load_pipeline(
-    model: str,
-    adapters: Sequence[tuple[Adapter, float]] = (),
-    dtype: torch.dtype | None = None,
+    model: str | Path,
+    adapters: AdaptersLike = (),
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     weights: str | Path | None = None,
     vae: str | None = None,
     prediction: PredictionType | None = None,
     clip_skip: int = 1,
+    torch_dtype: torch.dtype | str | None = None,
 ) -> StableDiffusionPipeline:
     """A `StableDiffusionPipeline` of MODEL; the adapters are live, not merged.
 
+    `adapters`: Adapters, files, runs' folders or hub ids, each alone (weight 1), as "A:0.8" or as
+    (A, 0.8). `dtype`, or as diffusers called it `torch_dtype`: torch's, or fp32, fp16 or bf16.
     `weights` is a file of a UNet's weights, whole or partial, that take the place of the model's;
     `vae` a MODEL or file whose VAE does. `prediction` is epsilon or v_prediction where the model's
     files don't say. `clip_skip` counts as user interfaces do: 1 takes the text encoder's last
@@ -44,22 +43,33 @@ def load_pipeline(
     on CUDA, else fp32. Raises BadInput for a model that is no SD 1.x and for adapters or weights
     that don't fit it.
     """
+    model, parts = str(model), with_weights(adapters)
     device = torch.device(device) if device is not None else best_device()
-    pipeline = load_base_pipeline(model, dtype or default_dtype(device), vae, prediction)
+    chosen = _dtype_named(dtype if torch_dtype is None else torch_dtype) or default_dtype(device)
+    pipeline = load_base_pipeline(model, chosen, vae, prediction)
     pipeline.set_progress_bar_config(disable=True)
     if weights is not None:
         apply_weights(pipeline.unet, Path(weights))
-    _tell_of_another_encoder(pipeline, adapters, model)
-    names = [f"adapter_{number}" for number in range(len(adapters))]
-    for name, (adapter, _) in zip(names, adapters, strict=True):
+    _tell_of_another_encoder(pipeline, parts, model)
+    names = [f"adapter_{number}" for number in range(len(parts))]
+    for name, (adapter, _) in zip(names, parts, strict=True):
         _check_adapter_fits(pipeline, adapter, model)
         arrays = adapter.on(partial(_own_weight, pipeline.unet)).to_state_dict("kohya")
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         pipeline.load_lora_weights(tensors, adapter_name=name)
-    if adapters:
-        pipeline.set_adapters(names, [weight for _, weight in adapters])
+    if parts:
+        pipeline.set_adapters(names, [weight for _, weight in parts])
     _skip_last_layers(pipeline.text_encoder, clip_skip - 1)
     return pipeline.to(device)
+
+
+def _dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by its name, or itself. Raises BadInput for a name that is none."""
+    if not isinstance(dtype, str):
+        return dtype
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype {dtype!r}: expected a torch.dtype, or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def _skip_last_layers(text_encoder: CLIPTextModel, count: int) -> None:

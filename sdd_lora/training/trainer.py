@@ -40,6 +40,8 @@ _DEVICE_VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
 
 #: keeps a training's result so far; called by all processes together
 KeepSnapshot = Callable[["Trainer"], None]
+#: called after each iteration with their number and {"loss": the iteration's}
+Callback = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -244,14 +246,16 @@ class Trainer:
 
     # ── the run ──────────────────────────────────────────────────────────────────────────────
 
-    def run(self, keep: KeepSnapshot | None = None) -> TrainingReport:
-        """All iterations left, checkpointed; `keep` is called for each snapshot. Raises
-        KeyboardInterrupt with advice on Ctrl-C."""
+    def run(
+        self, keep: KeepSnapshot | None = None, callback: Callback | None = None
+    ) -> TrainingReport:
+        """All iterations left, checkpointed; `keep` is called for each snapshot, `callback` after
+        each iteration. Raises KeyboardInterrupt with advice on Ctrl-C."""
         total = self.recipe.training.iterations
         if self.state_path is not None:
             self.accelerator.init_trackers("tensorboard")
         try:
-            self._iterate(total, keep)
+            self._iterate(total, keep, callback)
         except InterruptedTwice:
             raise
         except KeyboardInterrupt:
@@ -272,7 +276,7 @@ class Trainer:
             snapshots=self.snapshots,
         )
 
-    def _iterate(self, total: int, keep: KeepSnapshot | None) -> None:
+    def _iterate(self, total: int, keep: KeepSnapshot | None, callback: Callback | None) -> None:
         started, before, saved = time.monotonic(), self.seconds, time.monotonic()
         pause = _CHECKPOINT_EVERY_S
         with progress("training", total, self.iteration) as advance, whole_steps() as interrupted:
@@ -288,6 +292,8 @@ class Trainer:
                     passes, seconds = self._total_passes(), round(self.seconds, 2)
                     self.snapshots.append(Snapshot(self.iteration, passes, seconds))
                     keep(self)
+                if callback:
+                    callback(self.iteration, {"loss": loss})
                 due = time.monotonic() - saved > pause
                 due, stop = self._any_process(due, interrupted())
                 if due:

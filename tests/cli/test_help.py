@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from sdd_lora.cli.common import in_options, weighted
+from sdd_lora.adapter.weighted import weighted
+from sdd_lora.cli.common import in_options
 from sdd_lora.version import __version__
 
 VERBS = ["demo", "train", "measure", "plan", "inspect", "verify", "convert", "resize", "stack",
