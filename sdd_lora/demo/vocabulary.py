@@ -83,6 +83,13 @@ def held_out_nouns() -> tuple[Noun, ...]:
 
 
 @lru_cache(maxsize=1)
+def wordings() -> dict[str, tuple[str, ...]]:
+    """What stands around a noun in prompts: "shown", and "held_out", which stand in no recipe, list
+    or tuning."""
+    return {name: tuple(texts) for name, texts in _vocabulary()["wordings"].items()}
+
+
+@lru_cache(maxsize=1)
 def styles() -> dict[str, Style]:
     """Styles by name, in the file's order: their index is the judge's class."""
     return {
@@ -96,3 +103,16 @@ def with_article(words: str) -> str:
     if words in _MASS_WORDS:
         return words
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def plural(words: str) -> str:
+    """ "kitchen knife" → "kitchen knives", "bow and arrow" → "bows and arrows"."""
+    if " and " in words:
+        return " and ".join(map(plural, words.split(" and ")))
+    head, of, rest = words.partition(" of ")
+    if of:
+        return f"{plural(head)} of {rest}"
+    for end, ends in (("fe", "ves"), ("ey", "eys"), ("ay", "ays"), ("y", "ies")):
+        if words.endswith(end):
+            return words.removesuffix(end) + ends
+    return words + ("es" if words.endswith(("s", "x", "ch", "sh")) else "s")

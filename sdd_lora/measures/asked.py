@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from sdd_lora.demo.vocabulary import Noun, groups, nouns, styles
+from sdd_lora.demo.vocabulary import Noun, groups, nouns, plural, styles
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Asked:
 def _patterns() -> list[tuple[re.Pattern[str], Noun]]:
     """Names of nouns, the longest first, so that "ice cream cone" is not taken for "cone"."""
     named = [(name, noun) for noun in nouns() for name in (*noun.names, *noun.paraphrases)]
+    named += [(plural(name), noun) for name, noun in named]
     named.sort(key=lambda pair: -len(pair[0]))
     return [(re.compile(rf"\b{re.escape(name)}\b"), noun) for name, noun in named]
 

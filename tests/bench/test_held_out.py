@@ -4,16 +4,26 @@ import re
 
 import pytest
 from support.benches import SMALL
+from support.held_out_prompts import FOLDER, prompts
 
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.grid import image_specs
 from sdd_lora.bench.held_out import NAMED, NOT_NAMED, grouping_of, named_nouns
 from sdd_lora.bench.results import ImageRecord
-from sdd_lora.demo.vocabulary import groups, held_out_nouns
+from sdd_lora.demo.vocabulary import groups, held_out_nouns, wordings
+from sdd_lora.measures.asked import asked_for
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs.many import packaged_recipe
+from sdd_lora.training.words import THINGS
 
 TUNING = range(900_000_000, 1_000_000_000)
+#: any wording that is held out, whatever stands in it
+HELD_OUT = re.compile(
+    "|".join(
+        rf"(^|\b){re.sub(r'[{].*?[}]', '.+', re.sub(r'^[{].*?[}] ', '', wording))}(\b|$)"
+        for wording in wordings()["held_out"]
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,30 @@ def test_no_recipe_of_the_table_names_a_held_out_noun_or_asks_in_its_words(bench
     for texts in lists:
         assert not named_nouns(texts) & set(held_out_nouns())
         assert not asked & set(texts)
-        assert not [t for t in texts if re.search(r"\b(alone|seen up close|or other)\b", t)]
+        assert not [text for text in texts if HELD_OUT.search(text)]
+
+
+def test_more_than_a_third_of_the_wordings_are_held_out_of_every_list(bench):
+    shown, held_out = wordings()["shown"], wordings()["held_out"]
+    assert len(held_out) > (len(shown) + len(held_out)) / 3 and not {*shown} & {*held_out}
+    lists = packaged_recipe("demo/x").parent.glob("prompts/*.txt")
+    texts = [line for path in lists for line in path.read_text("utf-8").splitlines()]
+    texts += [template.format("axe", a="an axe") for template in THINGS]
+    assert len(texts) > 1000 and not [text for text in texts if HELD_OUT.search(text)]
+    specs, _ = image_specs(bench)
+    paraphrased = {words for n in groups()["weapons"].nouns for words in n.paraphrases}
+    for prompt in {spec.prompt for spec in specs}:
+        assert HELD_OUT.search(prompt) or prompt.removeprefix("the ") in paraphrased
+
+
+def test_the_prompts_are_those_of_the_wordings(bench):
+    for name, lines in prompts().items():
+        assert (FOLDER / f"{name}.txt").read_text("utf-8").splitlines() == lines
+    specs, _ = image_specs(bench)
+    kinds = {len(asked_for(spec.prompt).nouns) for spec in specs}
+    assert kinds == {1, 2}
+    assert asked_for("not one but two kitchen knives").nouns[0].name == "kitchen knife"
+    assert asked_for("three bows and arrows").nouns[0].name == "bow and arrow"
 
 
 def test_kept_nouns_are_told_apart_by_whether_a_recipe_names_them(bench):
