@@ -27,10 +27,11 @@ training: ema embeddings objectives nf4 memory interrupt optimizer roles rollout
 training: projection words trainer plan
 generation: prompt_files sampling decoding guided
 generation.methods: sd neg sld sega gated
-generation: manifest images img2img
+generation: given manifest images img2img
 measures: base intervals needs asked judge card_rows nudenet open_nsfw clip_encoder clip q16 unsafe
 measures: fid lpips registry
-attacks: settings case tokens noise words ring_a_bell inversion unlearndiffatk
+attacks: settings case base_drawing tokens noise words ring_a_bell inversion unlearndiffatk
+attacks: emphasis noise_search completion img2img_attack inpainting null_text relearning
 runs: folder before_after measure train many erase
 bench.peers: uce
 bench: sections bench_file ready_made results comparisons grid pictures tables charts held_out

@@ -1,50 +1,17 @@
 """Image-to-image (SDEdit, Meng et al. 2021, arXiv 2108.01073): drawing that starts from images."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from sdd_lora.generation.guided import size_of
+from sdd_lora.generation.given import FromGiven, Given, as_drawn, from_given
 from sdd_lora.generation.sampling import Job, Sampling
 from sdd_lora.io.pictures import reading
-
-
-class FromImages(StableDiffusionImg2ImgPipeline):
-    """Called like the text-to-image pipeline; each prompt starts from the image that `images` has
-    of its job, whose size it keeps. `strength` is the share of the noise schedule that is redone.
-    """
-
-    images: Mapping[Job, Path]
-    strength: float
-
-    def __call__(
-        self,
-        prompt: list[str],
-        generator: list[Any],
-        guidance_scale: float,
-        width: int | None = None,
-        height: int | None = None,
-        **options: Any,
-    ) -> Any:
-        start = []
-        for text, seeded in zip(prompt, generator, strict=True):
-            job = Job(text, seeded.initial_seed(), guidance_scale, width, height)
-            path = self.images[job]
-            advice = "can't read this image; delete it and run again, which draws it anew"
-            with reading(path, advice), Image.open(path) as opened:
-                start.append(opened.convert("RGB"))
-        return super().__call__(
-            prompt,
-            image=start,
-            strength=self.strength,
-            generator=generator,
-            guidance_scale=guidance_scale,
-            **options,
-        )
+from sdd_lora.sd.schedulers import set_scheduler
 
 
 def from_images(
@@ -52,18 +19,48 @@ def from_images(
     images: Mapping[Job, Path],
     sampling: Sampling,
     strength: float,
-) -> FromImages:
+) -> FromGiven:
     """An img2img pipeline over the same parts; `images` has a file for each job that it will draw
-    with `sampling`. `strength` lies between 0 and 1."""
-    started = FromImages(**pipeline.components, requires_safety_checker=False)
-    started.set_progress_bar_config(disable=True)
-    started.strength = strength
-    started.images = {_as_drawn(job, sampling, pipeline): file for job, file in images.items()}
-    return started
+    with `sampling`, whose size it keeps. `strength` is the share of the noise schedule that is
+    redone, over 0 and at most 1."""
+    files = {as_drawn(job, sampling, pipeline): file for job, file in images.items()}
+
+    def given(job: Job) -> Given:
+        advice = "can't read this image; delete it and run again, which draws it anew"
+        with reading(files[job], advice), Image.open(files[job]) as opened:
+            image = np.asarray(opened.convert("RGB"))
+        generator = torch.Generator().manual_seed(job.seed)
+        return noised(
+            pipeline, encode_image(pipeline, image, generator), sampling, strength, generator
+        )
+
+    return from_given(pipeline, given)
 
 
-def _as_drawn(job: Job, sampling: Sampling, pipeline: StableDiffusionPipeline) -> Job:
-    """The job with the guidance and the size that it is drawn with: both sides, or none."""
-    own = sampling.for_job(job)
-    width, height = size_of(pipeline, own) if own.width or own.height else (None, None)
-    return replace(job, guidance=own.guidance, width=width, height=height)
+@torch.no_grad()
+def encode_image(
+    pipeline: StableDiffusionPipeline, image: np.ndarray, generator: torch.Generator
+) -> torch.Tensor:
+    """Latents (4, h, w) of an image (H, W, 3) uint8, drawn from what the autoencoder says."""
+    pixels = pipeline.image_processor.preprocess(Image.fromarray(image))
+    pixels = pixels.to(pipeline.device, pipeline.vae.dtype)
+    encoded = pipeline.vae.encode(pixels).latent_dist.sample(generator)
+    return (encoded * pipeline.vae.config.scaling_factor)[0]
+
+
+def noised(
+    pipeline: StableDiffusionPipeline,
+    latents: torch.Tensor,
+    sampling: Sampling,
+    strength: float,
+    generator: torch.Generator,
+) -> Given:
+    """What is known of a picture's latents (4, h, w) where the last `strength` of the schedule is
+    to be drawn again."""
+    set_scheduler(pipeline, sampling.scheduler)
+    pipeline.scheduler.set_timesteps(sampling.steps)
+    step = sampling.steps - min(int(sampling.steps * strength), sampling.steps)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    at = pipeline.scheduler.timesteps[step * pipeline.scheduler.order]
+    noisy = pipeline.scheduler.add_noise(latents[None], noise[None], at[None].to(latents.device))
+    return Given(latents=noisy[0], step=torch.tensor(step))
