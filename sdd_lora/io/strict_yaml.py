@@ -15,8 +15,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationError,
 )
 
@@ -78,6 +80,12 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+_ONE, _SEVERAL = "(one)", "(several)"  # in places of errors, which don't name them
+#: a section, or a list of such sections
+OneOrSeveral = Annotated[
+    Annotated[S, Tag(_ONE)] | Annotated[list[S], Tag(_SEVERAL)],
+    Discriminator(lambda value: _SEVERAL if isinstance(value, list) else _ONE),
+]
 
 
 @dataclass(frozen=True)
@@ -249,7 +257,11 @@ def _problems(
 ) -> Iterator[str]:
     """One line a problem: the file's line, or the option, that it comes from."""
     for problem in error.errors():
-        location = tuple(part for part in problem["loc"] if not str(part).startswith("function-"))
+        location = tuple(
+            part
+            for part in problem["loc"]
+            if not str(part).startswith("function-") and part not in (_ONE, _SEVERAL)
+        )
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = f"unknown field; {_suggestion(kind, location)}"
@@ -291,6 +303,14 @@ def _fields_of(kind: type[Section], above: tuple[str, ...] = ()) -> Iterator[tup
     for name, field in kind.model_fields.items():
         if not field.exclude:
             yield (*above, name)
-        for part in (field.annotation, *get_args(field.annotation)):
-            if get_origin(part) is None and isinstance(part, type) and issubclass(part, Section):
-                yield from _fields_of(part, (*above, name))
+        for part in dict.fromkeys(_sections_in(field.annotation)):
+            yield from _fields_of(part, (*above, name))
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """The kinds of sections that a field may hold."""
+    if get_origin(annotation) is not None:
+        for part in get_args(annotation):
+            yield from _sections_in(part)
+    elif isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
