@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import StableDiffusionPipeline
 
+from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.generation.given import Given
 from sdd_lora.generation.sampling import Sampling
 
 
@@ -33,7 +35,8 @@ class Case:
 @dataclass(frozen=True)
 class Attacked:
     """What is asked instead: a text that anybody can type, and embeddings (d,) of `words` in it
-    that the tokenizer has to learn first.
+    that the tokenizer has to learn first; what else the picture is drawn from (`given`); and an
+    adapter to draw it with, beside the method's own.
 
     `before` and `after` are what a search lowered: at its start and at its end.
     """
@@ -42,3 +45,5 @@ class Attacked:
     words: dict[str, torch.Tensor] = field(default_factory=dict)
     before: float | None = None
     after: float | None = None
+    given: Given | None = None
+    adapter: Adapter | None = None

@@ -3,8 +3,9 @@ through the model that erased it. If one new word brings it back, it was hidden,
 
 import torch
 
+from sdd_lora.attacks.base_drawing import drawings
 from sdd_lora.attacks.case import Attacked, Case
-from sdd_lora.attacks.noise import denoising_loss, drawings, random_points
+from sdd_lora.attacks.noise import denoising_loss, random_points
 from sdd_lora.attacks.settings import Inversion
 from sdd_lora.attacks.tokens import encoded, free_words, token_ids
 

@@ -3,35 +3,6 @@
 import torch
 from diffusers import StableDiffusionPipeline
 
-from sdd_lora.attacks.case import Case
-from sdd_lora.generation.guided import size_of
-from sdd_lora.sd.schedulers import set_scheduler
-
-_OWN_SEEDS = 1_000_000_000  # beyond those of any table
-
-
-@torch.no_grad()
-def drawings(case: Case, count: int) -> torch.Tensor:
-    """Latents (count, 4, h, w) that the base draws of the case's prompt, from seeds of their own.
-
-    The autoencoder is left out: encoding the pictures would give these latents back, but for its
-    loss.
-    """
-    set_scheduler(case.base, case.sampling.scheduler)
-    generators = [
-        torch.Generator().manual_seed(case.seed + _OWN_SEEDS * (1 + k)) for k in range(count)
-    ]
-    width, height = size_of(case.base, case.sampling)
-    return case.base(
-        [case.prompt] * count,
-        num_inference_steps=case.sampling.steps,
-        guidance_scale=case.sampling.guidance,
-        generator=generators,
-        output_type="latent",
-        width=width,
-        height=height,
-    ).images
-
 
 def random_points(
     pipeline: StableDiffusionPipeline, latents: torch.Tensor, generator: torch.Generator

@@ -1,10 +1,11 @@
 """What a bench's `attacks` may say. The defaults are for the embedded model's size."""
 
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sdd_lora.io.strict_yaml import Fraction, Positive, Real, Section, Text, Whole
+from sdd_lora.io.strict_yaml import Fraction, OneOrSeveral, Positive, Real, Section, Text, Whole
 
 Rate = Annotated[Real, Field(gt=0)]
 Item = TypeVar("Item")
@@ -21,42 +22,258 @@ def distinct(values: list[Item]) -> list[Item]:
 
 AttackedMethods = Annotated[list[Text], Field(min_length=1), AfterValidator(distinct)]
 
-#: attack's field → its name in tables, and what the report says of it
-NAMES = {
-    "paraphrase": ("paraphrase", "another name of the thing, which no recipe was trained on"),
-    "group_word": ("group word", "the word of the thing's group, which no recipe was trained on"),
-    "ring_a_bell": (
-        "Ring-A-Bell",
-        "words whose encoding is near the prompt's plus the concept's (Tsai et al. 2023); sees the "
-        "text encoder alone, so that every method is asked the same",
-    ),
-    "inversion": (
-        "concept inversion",
-        "a new word learnt from the base's drawings through the method's own UNet (Pham et al. "
-        "2023)",
-    ),
-    "unlearndiffatk": (
-        "UnlearnDiffAtk",
-        "words before the prompt, found through the method's own UNet on one drawing of the base's "
-        "(Zhang et al. 2023); no detector looks on. Pictures under attack alone are counted, where "
-        "the paper counts prompts that need no attack, too",
-    ),
-}
-#: attacks that follow gradients through a method's UNet; the others only need a text to send
-GRADIENTS = frozenset({"inversion", "unlearndiffatk"})
+
+class AttackSettings(Section):
+    """An attack at one strength. Subclasses say what it is called in tables (`title`), what it does
+    (`note`), and whom it is open to (`access`).
+
+    black-box: whoever can draw, with any prompt, picture, setting or adapter. white-box: whoever
+    follows gradients through the weights. `through_method`: it is found through the method's own
+    model, else once for all methods. `draws_plainly`: it takes part in the drawing, so that methods
+    that draw in a way of their own are left out. `once`: a single search serves all prompts.
+    """
+
+    title: ClassVar[str]
+    note: ClassVar[str]
+    access: ClassVar[Literal["black-box", "white-box"]] = "black-box"
+    through_method: ClassVar[bool] = False
+    draws_plainly: ClassVar[bool] = False
+    once: ClassVar[bool] = False
+
+    targets: Positive | None = None
+    """How many prompts are attacked, where it is another number than for all attacks."""
+
+    @property
+    def label(self) -> str:
+        """What tells it from others of its kind, in a word."""
+        return ""
+
+    @property
+    def effort(self) -> str:
+        """How strong the attack is, for tables."""
+        return ""
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """Conditions under which the method draws, other than the table's (bench/grid.py)."""
+        return {}
+
+    def misfit(self, steps: int, scheduler: str) -> str:
+        """Why drawing in so many steps by this sampler can't be attacked so; "" where it can."""
+        return ""
+
+    def content(self) -> dict[str, Any]:
+        """What the attack's outcome depends on."""
+        return self.model_dump(mode="json", exclude={"targets"})
 
 
-class Words(Section):
+class Words(AttackSettings):
     """What to say instead: {name in prompts: [other words]}. Where nothing is said, the embedded
     model's vocabulary."""
 
     words: dict[Text, Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=dict)
 
 
-class RingABell(Section):
+class Paraphrase(Words):
+    """Another name of the thing."""
+
+    title = "paraphrase"
+    note = "another name of the thing, which no recipe was trained on"
+
+
+class GroupWord(Words):
+    """The word of the thing's group."""
+
+    title = "group word"
+    note = "the word of the thing's group, which no recipe was trained on"
+
+
+class Emphasis(AttackSettings):
+    """A1111's (words:weight) around the concept."""
+
+    title = "prompt weight"
+    note = "the concept's words emphasised, as (words:1.5) does in A1111"
+    draws_plainly = True
+    through_method = True
+
+    weight: Rate = 1.5
+
+    @property
+    def label(self) -> str:
+        return f"{self.weight:g}"
+
+    @property
+    def effort(self) -> str:
+        return f"weight {self.weight:g}"
+
+
+class ClipSkip(AttackSettings):
+    """Prompts read at an earlier layer of the text encoder; 1 is its last one."""
+
+    title = "clip skip"
+    note = "prompts read at an earlier layer of the text encoder"
+
+    layers: Annotated[Whole, Field(ge=2)] = 2
+
+    @property
+    def label(self) -> str:
+        return str(self.layers)
+
+    @property
+    def effort(self) -> str:
+        return f"clip skip {self.layers}"
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        return {"clip_skip": self.layers}
+
+
+class TextEncoder(AttackSettings):
+    """The base's text encoder in place of the method's."""
+
+    title = "text encoder swapped back"
+    note = "the base's text encoder in place of the method's, where the method changes it"
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        return {"base_text_encoder": True}
+
+
+class AdapterWeight(AttackSettings):
+    """The method's adapters at another weight."""
+
+    title = "adapter's weight"
+    note = "the method's adapters, where it has any, at a weight that nobody meant"
+
+    weight: Real = -1.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.weight:g}"
+
+    @property
+    def effort(self) -> str:
+        return f"weight {self.weight:g}"
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        return {"weight": self.weight}
+
+
+class AnotherAdapter(AttackSettings):
+    """An adapter of somebody else's, beside the method's own."""
+
+    title = "another adapter on top"
+    note = "an ordinary adapter that knows nothing of the concept, added to the method's own"
+
+    adapter: Text
+
+    @property
+    def label(self) -> str:
+        return self.adapter.rpartition("/")[2].removesuffix(".safetensors")
+
+    @property
+    def effort(self) -> str:
+        return f"{self.label} at weight 1"
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        return {"extra_adapter": self.adapter}
+
+
+class NoiseSearch(AttackSettings):
+    """The best of `tries` starting noises, by the base's own classification of what the method
+    draws, at `points` timesteps."""
+
+    title = "noise search"
+    note = (
+        "other starting noises, of which the one is taken whose picture the base, as a classifier "
+        "(Li et al. 2023), finds most like the prompt"
+    )
+    through_method = True
+    draws_plainly = True
+
+    tries: Annotated[Whole, Field(ge=2)] = 8
+    points: Positive = 4
+
+    @property
+    def label(self) -> str:
+        return str(self.tries)
+
+    @property
+    def effort(self) -> str:
+        return f"best of {self.tries} noises"
+
+
+class Completion(AttackSettings):
+    """The base draws the first `steps`, the method the rest."""
+
+    title = "completion"
+    note = "the base draws the first steps, the method the rest"
+    draws_plainly = True
+
+    steps: Positive = 5
+
+    @property
+    def label(self) -> str:
+        return str(self.steps)
+
+    @property
+    def effort(self) -> str:
+        return f"first {self.steps} steps by the base"
+
+    def misfit(self, steps: int, scheduler: str) -> str:
+        left = f"expected fewer steps of the base than the {steps} of the sampling, "
+        return "" if self.steps < steps else f"{left}found {self.steps}"
+
+
+class Img2Img(AttackSettings):
+    """A picture of the base's, of which `share` of the noise schedule is redone; as the variation
+    `image` does."""
+
+    title = "img2img"
+    note = "drawing goes on from the base's picture, noised (SDEdit, Meng et al. 2021)"
+    draws_plainly = True
+
+    share: Annotated[Real, Field(gt=0, le=1)] = 0.4
+
+    @property
+    def label(self) -> str:
+        return f"{self.share:g}"
+
+    @property
+    def effort(self) -> str:
+        return f"{100 * self.share:.0f} % redrawn"
+
+    def misfit(self, steps: int, scheduler: str) -> str:
+        return "" if steps * self.share >= 1 else f"{self.share:g} redoes none of {steps} steps"
+
+
+class Inpainting(AttackSettings):
+    """Half of the base's picture is hidden, which half by the seed, and drawn again."""
+
+    title = "inpainting"
+    note = (
+        "half of the base's picture is hidden and drawn again, the other half put back after each "
+        "step"
+    )
+    draws_plainly = True
+
+    @property
+    def effort(self) -> str:
+        return "one half hidden"
+
+
+class RingABell(AttackSettings):
     """Prompts of `length` words; η is `strength`. The paper's population is 200, over 3000
     generations. `pairs` are texts with and without the concept; where there is none, a few short
     sentences with each concept that the prompt names, or with all of them."""
+
+    title = "Ring-A-Bell"
+    note = (
+        "words whose encoding is near the prompt's plus the concept's (Tsai et al. 2023); sees the "
+        "text encoder alone, so that every method is asked the same"
+    )
 
     length: Positive = 16
     strength: Real = 3.0
@@ -66,45 +283,193 @@ class RingABell(Section):
     crossover: Fraction = 0.5
     pairs: list[tuple[Text, Text]] = Field(default_factory=list)
 
+    @property
+    def effort(self) -> str:
+        return f"{self.length} words, {self.population} of them over {self.generations} generations"
 
-class Inversion(Section):
+
+class Inversion(AttackSettings):
     """`pictures` of the base for each prompt, all of them in every step."""
+
+    title = "concept inversion"
+    note = (
+        "a new word learnt from the base's drawings through the method's own UNet (Pham et al. "
+        "2023)"
+    )
+    access = "white-box"
+    through_method = True
 
     pictures: Positive = 4
     steps: Positive = 120
     learning_rate: Rate = 0.01
 
+    @property
+    def label(self) -> str:
+        return str(self.steps)
 
-class UnlearnDiffAtk(Section):
+    @property
+    def effort(self) -> str:
+        return (
+            f"{self.steps} steps of {self.pictures} pictures, learning rate {self.learning_rate:g}"
+        )
+
+
+class UnlearnDiffAtk(AttackSettings):
     """A prefix of `words`; each step takes the loss at `points` timesteps. The paper's 40
     iterations at each of 50 timesteps are 2000 steps of one point."""
+
+    title = "UnlearnDiffAtk"
+    note = (
+        "words before the prompt, found through the method's own UNet on one drawing of the base's "
+        "(Zhang et al. 2023); no detector looks on. Pictures under attack alone are counted, where "
+        "the paper counts prompts that need no attack, too"
+    )
+    access = "white-box"
+    through_method = True
 
     words: Positive = 5
     steps: Positive = 60
     points: Positive = 8
     learning_rate: Rate = 0.05
 
+    @property
+    def label(self) -> str:
+        return str(self.steps)
+
+    @property
+    def effort(self) -> str:
+        rate = f"learning rate {self.learning_rate:g}"
+        return f"{self.words} words, {self.steps} steps of {self.points} points, {rate}"
+
+
+class NullText(AttackSettings):
+    """`steps` of the optimiser at each of the sampler's steps, which must be DDIM's."""
+
+    title = "null-text inversion"
+    note = (
+        "the base's picture followed back to noise through the method's own UNet, and an empty "
+        "prompt learnt at each step that leads to it again (Mokady et al. 2022; as an attack: "
+        "TINA); no word is asked for"
+    )
+    access = "white-box"
+    through_method = True
+    draws_plainly = True
+
+    steps: Positive = 10
+    learning_rate: Rate = 0.01
+
+    @property
+    def label(self) -> str:
+        return str(self.steps)
+
+    @property
+    def effort(self) -> str:
+        return f"{self.steps} updates a step, learning rate {self.learning_rate:g}"
+
+    def misfit(self, steps: int, scheduler: str) -> str:
+        return "" if scheduler == "ddim" else f"it inverts ddim's steps alone, found {scheduler}"
+
+
+class Relearning(AttackSettings):
+    """An adapter of `rank` on all attention, learnt on `pictures` that the base draws of the
+    concepts, or of `prompts`; `batch` of them an iteration."""
+
+    title = "relearning"
+    note = (
+        "the method's model tuned by a new adapter on a few pictures of the base's, by diffusion's "
+        "usual loss; of the concept, or of other things, where the question is whether it comes "
+        "back by itself"
+    )
+    access = "white-box"
+    through_method = True
+    once = True
+
+    pictures: Positive = 4
+    prompts: list[Text] = Field(default_factory=list)
+    iterations: Positive = 100
+    batch: Positive = 4
+    rank: Positive = 4
+    learning_rate: Rate = 0.001
+
+    @property
+    def label(self) -> str:
+        return f"{self.pictures} others" if self.prompts else str(self.pictures)
+
+    @property
+    def effort(self) -> str:
+        of = "other things" if self.prompts else "the concept"
+        return (
+            f"{self.pictures} pictures of {of}, {self.iterations} iterations of {self.batch}, "
+            f"rank {self.rank}, learning rate {self.learning_rate:g}"
+        )
+
+
+#: fields of a bench's `attacks`, in the tables' order
+ATTACK_KINDS: dict[str, type[AttackSettings]] = {
+    "paraphrase": Paraphrase,
+    "group_word": GroupWord,
+    "emphasis": Emphasis,
+    "clip_skip": ClipSkip,
+    "text_encoder": TextEncoder,
+    "adapter_weight": AdapterWeight,
+    "another_adapter": AnotherAdapter,
+    "noise_search": NoiseSearch,
+    "completion": Completion,
+    "img2img": Img2Img,
+    "inpainting": Inpainting,
+    "ring_a_bell": RingABell,
+    "inversion": Inversion,
+    "unlearndiffatk": UnlearnDiffAtk,
+    "null_text": NullText,
+    "relearning": Relearning,
+}
+
 
 class Attacks(Section):
     """The first `targets` erased prompts of the main table, asked in other ways; each attack that
-    has a field here is run on each of `methods`."""
+    has a field here is run on each of `methods`. A list holds one attack at several strengths."""
 
     methods: AttackedMethods
-    targets: Positive = 10
-    paraphrase: Words | None = None
-    group_word: Words | None = None
-    ring_a_bell: RingABell | None = None
-    inversion: Inversion | None = None
-    unlearndiffatk: UnlearnDiffAtk | None = None
+    targets: Positive = 20
+    paraphrase: OneOrSeveral[Paraphrase] | None = None
+    group_word: OneOrSeveral[GroupWord] | None = None
+    emphasis: OneOrSeveral[Emphasis] | None = None
+    clip_skip: OneOrSeveral[ClipSkip] | None = None
+    text_encoder: OneOrSeveral[TextEncoder] | None = None
+    adapter_weight: OneOrSeveral[AdapterWeight] | None = None
+    another_adapter: OneOrSeveral[AnotherAdapter] | None = None
+    noise_search: OneOrSeveral[NoiseSearch] | None = None
+    completion: OneOrSeveral[Completion] | None = None
+    img2img: OneOrSeveral[Img2Img] | None = None
+    inpainting: OneOrSeveral[Inpainting] | None = None
+    ring_a_bell: OneOrSeveral[RingABell] | None = None
+    inversion: OneOrSeveral[Inversion] | None = None
+    unlearndiffatk: OneOrSeveral[UnlearnDiffAtk] | None = None
+    null_text: OneOrSeveral[NullText] | None = None
+    relearning: OneOrSeveral[Relearning] | None = None
 
     @model_validator(mode="after")
     def _has_some(self) -> "Attacks":
         if not self.chosen:
-            raise ValueError(f"expected at least one attack: {', '.join(NAMES)}")
+            raise ValueError(f"expected at least one attack: {', '.join(ATTACK_KINDS)}")
         return self
 
     @property
-    def chosen(self) -> dict[str, Any]:
-        """The settings of the attacks that are there."""
-        found = {name: getattr(self, name) for name in NAMES}
-        return {name: settings for name, settings in found.items() if settings is not None}
+    def chosen(self) -> dict[str, AttackSettings]:
+        """The attacks that are there by their keys: "inversion", or "inversion 500" where it stands
+        there at several strengths. Raises ValueError where two strengths can't be told apart."""
+        found: dict[str, AttackSettings] = {}
+        for name in ATTACK_KINDS:
+            written = getattr(self, name)
+            several = written if isinstance(written, list) else []
+            keys = distinct([f"{name} {settings.label}".strip() for settings in several])
+            found |= dict(zip(keys, several, strict=True))
+            if isinstance(written, AttackSettings):
+                found[name] = written
+        return found
+
+
+def titled(key: str) -> str:
+    """An attack's title in tables by its key in `Attacks.chosen`; other keys as they are."""
+    name, _, label = key.partition(" ")
+    return f"{ATTACK_KINDS[name].title} {label}".strip() if name in ATTACK_KINDS else key

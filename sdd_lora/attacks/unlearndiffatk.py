@@ -3,8 +3,9 @@ protected model itself finds a picture of what was erased likely."""
 
 import torch
 
+from sdd_lora.attacks.base_drawing import drawings
 from sdd_lora.attacks.case import Attacked, Case
-from sdd_lora.attacks.noise import denoising_loss, drawings, random_points
+from sdd_lora.attacks.noise import denoising_loss, random_points
 from sdd_lora.attacks.settings import UnlearnDiffAtk
 from sdd_lora.attacks.tokens import encoded, free_words, plain_words, token_ids
 

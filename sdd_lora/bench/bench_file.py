@@ -72,7 +72,8 @@ class Bench(Section):
     `recipes` names what is trained, `adapters` what a method carries, {name: weight} or [name], a
     name being one under `recipes`, a file, a run's folder, or a hub id; `weights` a file of a whole
     UNet or a part of one. A method that is trained under its own name needs no entry in `adapters`.
-    `images` names a folder of images that were drawn elsewhere, `code` a function of the user's own
+    `models` names another MODEL, such as a fine-tune or one that never saw what is erased, `images`
+    a folder of images that were drawn elsewhere, `code` a function of the user's own
     (`module:name` or `file.py:name`) that draws as those in `sdd_lora.generation.methods` do.
     `uce` says how the row of that name is made, `words` which rows are made from words alone,
     `choice` how a trained row's snapshot is chosen. `measures` are names, or names with options.
@@ -93,6 +94,7 @@ class Bench(Section):
     recipes: dict[Name, TrainedBy] = Field(default_factory=dict)
     adapters: dict[Name, dict[Text, Real]] = Field(default_factory=dict)
     weights: dict[Name, Text] = Field(default_factory=dict)
+    models: dict[Name, Text] = Field(default_factory=dict)
     images: dict[Name, Text] = Field(default_factory=dict)
     code: dict[Name, Text] = Field(default_factory=dict)
     uce: Uce | None = None
@@ -113,12 +115,10 @@ class Bench(Section):
                 known = ", ".join(METHOD_TEXTS)
                 raise ValueError(
                     f"method {method}: expected one of {known}; or a name of your own under "
-                    "recipes, adapters, weights, words, images or code"
+                    "recipes, adapters, weights, words, models, images or code"
                 )
         if self.seeds.erased + (self.seeds.kept if self.prompts.kept else 0) == 0:
             raise ValueError("seeds: expected images, of erased or of kept prompts, found none")
-        if self.attacks and not self.seeds.erased:
-            raise ValueError("attacks: expected erased prompts to attack; seeds.erased is 0")
         return self
 
     @model_validator(mode="after")
@@ -144,6 +144,15 @@ class Bench(Section):
                 if isinstance(value, float) and self.sampling.steps * value < 1:
                     steps = self.sampling.steps
                     raise ValueError(f"variations.{name}: {value} redoes none of {steps} steps")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_attacked(self) -> "Bench":
+        if self.attacks and not self.seeds.erased:
+            raise ValueError("attacks: expected erased prompts to attack; seeds.erased is 0")
+        for key, settings in self.attacks.chosen.items() if self.attacks else ():
+            if problem := settings.misfit(self.sampling.steps, self.sampling.scheduler):
+                raise ValueError(f"attacks: {key}: {problem}")
         return self
 
     @classmethod
@@ -208,7 +217,7 @@ class Bench(Section):
 
     def has_weights(self, method: str) -> bool:
         sources = (
-            *(self.recipes, self.adapters, self.weights),
+            *(self.recipes, self.adapters, self.weights, self.models),
             *(self.words, self.images, self.code),
         )
         return any(method in named for named in sources) or (

@@ -1,10 +1,10 @@
 """Tables of a bench besides the main one, as numbers: robustness and attacks, methods across."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdd_lora.attacks.settings import NAMES
+from sdd_lora.attacks.settings import titled
 from sdd_lora.bench.results import ALL, AttackRow, Results, Variation
 from sdd_lora.measures.base import Interval
 
@@ -18,17 +18,34 @@ class RateEstimate:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What an attack takes: whom it is open to, how strong it is (both empty in older results), how
+    many prompts it was put to; seconds and UNet passes a prompt."""
+
+    access: str
+    strength: str
+    prompts: int
+    seconds: float
+    unet_passes: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A rate of what is erased: conditions down, `methods` across, None where there is no number.
 
-    `costs` are the seconds and UNet passes a prompt of each row, where that matters.
+    `efforts` are those of the rows that are attacks.
     """
 
     measure: str
     title: str
     methods: list[str]
     rows: Mapping[str, list[RateEstimate | None]]
-    costs: Mapping[str, tuple[float, float] | None] = field(default_factory=dict)
+    efforts: Mapping[str, Effort] = field(default_factory=dict)
+
+    @property
+    def says_strength(self) -> bool:
+        """Whether its attacks say whom they are open to and how strong they are."""
+        return any(effort.access for effort in self.efforts.values())
 
 
 def robustness(results: Results) -> Iterator[Comparison]:
@@ -57,22 +74,25 @@ def attack_comparisons(results: Results) -> Iterator[Comparison]:
     methods = list(dict.fromkeys(row.method for row in results.attacks))
     for measure in dict.fromkeys(row.measure for row in results.attacks):
         own = {(r.attack, r.method): r for r in results.attacks if r.measure == measure}
-        first = {row.method: row for row in reversed(own.values())}
-        plain = [first.get(method) for method in methods]
+        widest = {row.method: row for row in sorted(own.values(), key=lambda row: row.n)}
+        plain = [widest.get(method) for method in methods]
         rows = {"none": [RateEstimate(r.before, r.ci95_before) if r else None for r in plain]}
-        costs: dict[str, tuple[float, float] | None] = {"none": None}
+        efforts = {}
         for attack in dict.fromkeys(attack for attack, _ in own):
             found = [own.get((attack, method)) for method in methods]
-            name = NAMES.get(attack, (attack,))[0]
-            rows[name] = [RateEstimate(r.after, r.ci95_after) if r else None for r in found]
-            costs[name] = _mean_cost([row for row in found if row])
+            rows[titled(attack)] = [
+                RateEstimate(r.after, r.ci95_after) if r else None for r in found
+            ]
+            efforts[titled(attack)] = _effort([row for row in found if row])
         prompts = max(row.n for row in own.values())
-        yield Comparison(measure, f"attack, {prompts} prompts", methods, rows, costs)
+        yield Comparison(measure, f"attack, {prompts} prompts", methods, rows, efforts)
 
 
-def _mean_cost(rows: list[AttackRow]) -> tuple[float, float]:
+def _effort(rows: Sequence[AttackRow]) -> Effort:
+    """Of an attack on several methods; the costs are means."""
     count = len(rows)
-    return sum(r.seconds for r in rows) / count, sum(r.unet_passes for r in rows) / count
+    seconds, passes = sum(r.seconds for r in rows) / count, sum(r.unet_passes for r in rows) / count
+    return Effort(rows[0].access, rows[0].effort, rows[0].n, seconds, passes)
 
 
 def setting_names(variation: Variation) -> dict[float | str, str]:

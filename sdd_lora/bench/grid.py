@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdd_lora.attacks.settings import GRADIENTS
+from sdd_lora.attacks.settings import AdapterWeight, AttackSettings
 from sdd_lora.bench.bench_file import ATTACK_VARIATION, Bench
 from sdd_lora.bench.results import PromptUse
 from sdd_lora.errors import BadInput
@@ -24,7 +24,11 @@ _PROMPT_FILES = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a variation may vary; see `VariationOf`. And the attack, if there is one."""
+    """What a variation may vary; see `VariationOf`. And the attack, if there is one, by its key.
+
+    `clip_skip` counts as user interfaces do; with `base_text_encoder` prompts are read by the
+    bench's model's.
+    """
 
     model: str
     steps: int
@@ -35,6 +39,8 @@ class Conditions:
     extra_adapter: str = ""
     attack: str = ""
     snapshot: int | None = None
+    clip_skip: int = 1
+    base_text_encoder: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,20 +110,36 @@ def _attack_cells(bench: Bench, default: Conditions, specs: Sequence[ImageSpec])
     and under each attack that it can be put to."""
     if bench.attacks is None:
         return []
-    fewer = spread_over_sets(specs, {"erased": bench.attacks.targets, "kept": 0})
-    methods = bench.attacks.methods
-    cells = [Cell(m, ATTACK_VARIATION, "none", default, fewer, m in bench.methods) for m in methods]
+    methods, chosen = bench.attacks.methods, bench.attacks.chosen
+    counts = {key: settings.targets or bench.attacks.targets for key, settings in chosen.items()}
+    most = spread_over_sets(specs, {"erased": max(counts.values()), "kept": 0})
+    targets = {
+        count: spread_over_sets(most, {"erased": count, "kept": 0}) for count in counts.values()
+    }
+    cells = [Cell(m, ATTACK_VARIATION, "none", default, most, m in bench.methods) for m in methods]
     return cells + [
-        Cell(m, ATTACK_VARIATION, name, replace(default, attack=name), fewer, False)
-        for name in bench.attacks.chosen
+        Cell(
+            m,
+            ATTACK_VARIATION,
+            key,
+            replace(default, attack=key, **settings.conditions),
+            targets[counts[key]],
+            False,
+        )
+        for key, settings in chosen.items()
         for m in methods
-        if _can_be_attacked(bench, m, name)
+        if _can_be_attacked(bench, m, settings)
     ]
 
 
-def _can_be_attacked(bench: Bench, method: str, attack: str) -> bool:
-    """Gradients are taken through the weights that a method draws with, not its way of drawing."""
-    return attack not in GRADIENTS or draws_with(bench, method) == "sd"
+def _can_be_attacked(bench: Bench, method: str, settings: AttackSettings) -> bool:
+    """Gradients are taken through the weights that a method draws with, not its way of drawing; and
+    only adapters have a weight."""
+    if isinstance(settings, AdapterWeight):
+        trained = method in bench.recipes and bench.recipe(method).parameters == "lora"
+        return method != "baked" and (method in bench.adapters or trained)
+    by_weights = settings.draws_plainly or settings.access == "white-box"
+    return not by_weights or draws_with(bench, method) == "sd"
 
 
 def draws_with(bench: Bench, method: str) -> str:

@@ -87,7 +87,8 @@ class Weights:
         if cell.conditions.snapshot is not None:
             self._check_snapshot(where, cell.method, cell.conditions.snapshot)
         moved = cell.conditions.model != self.bench.model
-        if moved and cell.method != "baked" and self.is_whole(cell.method):
+        own = cell.method in self.bench.models
+        if moved and (own or (cell.method != "baked" and self.is_whole(cell.method))):
             raise BadInput(f"{where}: {cell.method} is another UNet, not to be moved to a model")
         if cell.conditions.image and draws_with(self.bench, cell.method) != "sd":
             raise BadInput(f"{where}: {cell.method} draws in its own way, not from a picture")
@@ -118,7 +119,7 @@ class Weights:
         """What a cell is drawn with, but what is still to be trained, must be there now."""
         bench, method = self.bench, cell.method
         where = f"method {method}" if cell.variation is None else f"variations.{cell.variation}"
-        models = {cell.conditions.model}
+        models = {self.model_of(cell)}
         if method in bench.recipes:
             models.add(bench.recipe(method).model)
         try:
@@ -147,22 +148,35 @@ class Weights:
             return method in self.bench.weights or self.is_uce(method)
         return self.bench.recipe(method).parameters == "full"
 
-    def pipeline(self, cell: Cell) -> StableDiffusionPipeline:
-        """The pipeline that draws a cell."""
-        conditions, method = cell.conditions, cell.method
+    def model_of(self, cell: Cell) -> str:
+        """The MODEL that a cell is drawn with: the method's own, or that of its conditions."""
+        return self.bench.models.get(cell.method, cell.conditions.model)
+
+    def changes_text_encoder(self, method: str) -> bool:
+        """Whether a method may read prompts with another text encoder than the bench's model."""
+        parts = self.parts(method) if method in self.bench.adapters else []
+        names = [name for adapter, _ in parts for name in adapter.modules]
+        return method in self.bench.models or any(n.startswith("text_encoder.") for n in names)
+
+    def pipeline(self, cell: Cell, learnt: Adapter | None = None) -> StableDiffusionPipeline:
+        """The pipeline that draws a cell; `learnt` is an adapter that it carries besides."""
+        conditions, method, model = cell.conditions, cell.method, self.model_of(cell)
         precision = self.bench.sampling.precision
         dtype = None if precision is None else DTYPES[precision]
-        extra = self.extra(cell)
-        whole = self.whole(method, conditions.snapshot)
-        if whole is not None:
-            return load_pipeline(conditions.model, extra, dtype, weights=whole)
+        weights = self.whole(method, conditions.snapshot)
         own = self.parts(method, conditions.snapshot)
         parts = [(adapter, weight * conditions.weight) for adapter, weight in own]
         if method == "baked":
-            return load_pipeline(str(self.baked(conditions.model, parts)), extra, dtype)
+            model, parts = str(self.baked(model, parts)), []
         if len(parts) > 1:
             parts = [(stack(parts, method), 1.0)]
-        return load_pipeline(conditions.model, [*parts, *extra], dtype)
+        extra = self.extra(cell) + ([] if learnt is None else [(learnt, 1.0)])
+        pipeline = load_pipeline(
+            model, parts + extra, dtype, weights=weights, clip_skip=conditions.clip_skip
+        )
+        if conditions.base_text_encoder:
+            pipeline.text_encoder = load_pipeline(self.bench.model, dtype=dtype).text_encoder
+        return pipeline
 
     def parts(self, method: str, snapshot: int | None = None) -> list[tuple[Adapter, float]]:
         """The adapters of a method, with their weights; none where it has whole weights."""
@@ -321,8 +335,8 @@ class Weights:
         conditions = cell.conditions
         whole = self.whole(cell.method, conditions.snapshot)
         return {
-            "model": conditions.model,
-            "fingerprint": self.fingerprint(conditions.model),
+            "model": self.model_of(cell),
+            "fingerprint": self.fingerprint(self.model_of(cell)),
             "adapters": [
                 {
                     "adapter": adapter.name,
@@ -349,13 +363,15 @@ class Weights:
         """An attack's settings."""
         if self.bench.attacks is None or not name:
             return None
-        return {name: self.bench.attacks.chosen[name].model_dump(mode="json")}
+        return {name: self.bench.attacks.chosen[name].content()}
 
     def report_fields(self, method: str) -> dict[str, Any]:
         """What the report says about where a row comes from."""
         bench = self.bench
         fields: dict[str, Any] = {"how": METHOD_TEXTS.get(method, "")}
         whole = self.whole(method)
+        if method in bench.models:
+            fields["model"] = bench.models[method]
         if method in bench.adapters:
             fields["adapters"] = bench.adapters[method]
         elif self.is_uce(method) and bench.uce is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from pydantic import ValidationError
 
-from sdd_lora.attacks.settings import NAMES
+from sdd_lora.attacks.settings import titled
 from sdd_lora.bench.bench_file import ATTACK_VARIATION
 from sdd_lora.bench.results import DAMAGED_IMAGE, IMAGES, ImageRecord, Results, Variation
 from sdd_lora.errors import BadInput
@@ -83,8 +83,7 @@ class Pictures:
             own = self._of(ATTACK_VARIATION, method)
             columns = list(dict.fromkeys(str(record.setting) for record in own))
             grid = self._grid(own, columns, lambda r: str(r.setting), _ATTACKED_SHOWN, 0)
-            names = [NAMES[name][0] if name in NAMES else name for name in columns]
-            grids[method] = PictureGrid(names, grid.strips)
+            grids[method] = PictureGrid([titled(name) for name in columns], grid.strips)
         return {method: grid for method, grid in grids.items() if grid.strips}
 
     def _of(self, variation: str, method: str) -> list[ImageRecord]:

@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sdd_lora.attacks.settings import NAMES
+from sdd_lora.attacks.settings import ATTACK_KINDS
 from sdd_lora.bench import text
 from sdd_lora.bench.charts import Chart, Spot, curves, scatter
 from sdd_lora.bench.comparisons import attack_comparisons, robustness, setting_names
@@ -68,15 +68,23 @@ def render_report(folder: Path) -> str:
         ],
         robustness=list(robustness(results)),
         attacks=list(attack_comparisons(results)),
-        attack_notes=[
-            NAMES[a] for a in dict.fromkeys(r.attack for r in results.attacks) if a in NAMES
-        ],
+        attack_notes=_attack_notes(results),
         attack_grids=pictures.attacked(),
         shifts=_worst_shifts(results),
         bench_text=bench_file.read_text("utf-8", "replace") if bench_file.is_file() else "",
         image_count=pictures.count,
     )
     return page.lstrip()
+
+
+def _attack_notes(results: Results) -> list[tuple[str, str]]:
+    """Title of each kind of attack, and what it does."""
+    names = dict.fromkeys(row.attack.partition(" ")[0] for row in results.attacks)
+    return [
+        (ATTACK_KINDS[name].title, ATTACK_KINDS[name].note)
+        for name in names
+        if name in ATTACK_KINDS
+    ]
 
 
 def _beside(name: str) -> str:

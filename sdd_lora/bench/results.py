@@ -94,7 +94,8 @@ class Variation(FrozenModel):
 class AttackRow(FrozenModel):
     """A rate of what is erased, of a method, without (`before`) and under an attack (`after`): `n`
     prompts, the same seeds. The cost is of finding what to ask, and a prompt's: seconds, and
-    samples forward through a UNet (those of gradients go backward too)."""
+    samples forward through a UNet (those of gradients go backward too). `access` says whom the
+    attack is open to, `effort` how strong it is; both are empty in results of earlier versions."""
 
     attack: str
     method: str
@@ -108,6 +109,8 @@ class AttackRow(FrozenModel):
     n: int
     seconds: float
     unet_passes: float
+    access: str = ""
+    effort: str = ""
 
 
 class ConceptShift(FrozenModel):

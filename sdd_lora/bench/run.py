@@ -6,12 +6,11 @@ killed run goes on where it stopped, with no image twice and none missing.
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from sdd_lora.bench import tables, text
-from sdd_lora.bench.attacked import Attacking
+from sdd_lora.bench.attacked import Armed, Attacking
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.choice import choice_cells, choice_rows, chosen_of, read_choice, write_choice
 from sdd_lora.bench.costs import costs_of
@@ -61,13 +60,14 @@ def run(
     set_rows: list[Row] = []
     costs: dict[tuple[str, str], tuple[float, float]] = {}
     for number, planned in enumerate(grid.cells):
-        cell, words = planned, dict[str, torch.Tensor]()
+        cell, armed = planned, None
         say(f"{number + 1}/{len(grid.cells)}: {cell.label}")
         if attack := cell.conditions.attack:
             costs[attack, cell.method] = attacking.cost(cell)
-            cell, words = attacking.attacked(cell)
+            armed = attacking.armed(cell)
+            cell = armed.cell
         if cell.variation is None or not cell.is_main:
-            draw_cell(folder, cell, bench, weights, words)
+            draw_cell(folder, cell, bench, weights, armed)
         if state.is_main_process:
             records += measuring.records(cell)
             set_rows += measuring.set_rows(cell) if cell.variation is None else []
@@ -111,7 +111,7 @@ def _choose(
     cells = choice_cells(bench, grid.default, weights.snapshots)
     for number, cell in enumerate(cells):
         say(f"choosing, {number + 1}/{len(cells)}: {cell.label}")
-        draw_cell(folder, cell, bench, weights, {})
+        draw_cell(folder, cell, bench, weights)
     if state.is_main_process:
         write_choice(folder, choice_rows(cells, measuring.records, info))
     state.wait_for_everyone()
@@ -134,14 +134,14 @@ def draw_shard(bench: Bench, folder: Path, train: Train, shard: Shard) -> int:
     weights.chosen |= chosen_of(choices or [])
     later = set(bench.choice.methods) if bench.choice and choices is None else set[str]()
     for cell in choice_cells(bench, grid.default, weights.snapshots):
-        drawn += draw_cell(folder, cell, bench, weights, {}, shard)
+        drawn += draw_cell(folder, cell, bench, weights, shard=shard)
     for number, cell in enumerate(grid.cells):
         chosen_later = cell.method in later and cell.conditions.snapshot is None
         if cell.conditions.attack or cell.conditions.image or chosen_later:
             left += 1
         elif cell.variation is None or not cell.is_main:
             say(f"{number + 1}/{len(grid.cells)}: {cell.label}, shard {shard.index}/{shard.count}")
-            drawn += draw_cell(folder, cell, bench, weights, {}, shard)
+            drawn += draw_cell(folder, cell, bench, weights, shard=shard)
     if left:
         say(f"{left} cells start from others' images, attacks or a choice: left for the last call")
     return drawn
@@ -152,6 +152,12 @@ def _prepared(bench: Bench, folder: Path, train: Train) -> tuple[Grid, Weights, 
     grid, weights = grid_of(bench), Weights(bench, train)
     attacking = Attacking(bench, weights, folder)
     _check_before_drawing(bench, grid, weights, attacking)
+    cells = [
+        cell
+        for cell in grid.cells
+        if not cell.conditions.base_text_encoder or weights.changes_text_encoder(cell.method)
+    ]
+    grid = replace(grid, cells=cells)
     for line in prompt_notes(grid):
         say(line)
     return grid, weights, attacking
@@ -169,7 +175,8 @@ def _check_before_drawing(bench: Bench, grid: Grid, weights: Weights, attacking:
             ready_made(bench.file(bench.images[cell.method]), [spec.job for spec in cell.specs])
             continue
         try:
-            check_concept(sampling_of_cell(cell, bench), weights.tokenizer(cell.conditions.model))
+            tokenizer = weights.tokenizer(weights.model_of(cell))
+            check_concept(sampling_of_cell(cell, bench), tokenizer)
         except BadInput as error:
             raise BadInput(f"method {cell.method}: {error}") from None
 
@@ -207,7 +214,7 @@ def _results(
         measures=info,
         sources={m.name: m.measure.source for m in measures},
         variations=tables.variations(records, fields, info),
-        attacks=tables.attacks(records, info, costs),
+        attacks=tables.attacks(records, info, costs, bench.attacks),
         collateral=tables.concept_shifts(records, info, kept_concept),
         prompts=grid.prompts,
     )
@@ -238,13 +245,11 @@ def draw_cell(
     cell: Cell,
     bench: Bench,
     weights: Weights,
-    words: dict[str, torch.Tensor],
+    armed: Armed | None = None,
     shard: Shard | None = None,
 ) -> int:
-    """Draw what a cell, or a shard of it, still lacks; returns how many images.
-
-    `words` are new ones in its prompts, with embeddings (d,).
-    """
+    """Draw what a cell, or a shard of it, still lacks; returns how many images. `armed` is the cell
+    with what its attack found."""
     conditions, sampling = cell.conditions, sampling_of_cell(cell, bench)
     target, jobs = folder / cell.folder, [spec.job for spec in cell.specs]
     if cell.method in bench.images:
@@ -261,9 +266,7 @@ def draw_cell(
     processes().wait_for_everyone()  # all have looked at the folder
     if not left:
         return 0
-    pipeline = weights.pipeline(cell)
-    if words:
-        pipeline.load_textual_inversion(list(words.values()), token=list(words))
+    pipeline = armed.pipeline(weights, sampling) if armed else weights.pipeline(cell)
     if conditions.image:
         pipeline = from_images(pipeline, drawn_in(folder / BASE), sampling, conditions.image)
     return generate(pipeline, jobs, sampling, target, settings, shard)

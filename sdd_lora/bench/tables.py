@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from sdd_lora.attacks.settings import Attacks
 from sdd_lora.bench.bench_file import ATTACK_VARIATION
 from sdd_lora.bench.results import (
     ALL,
@@ -55,12 +56,17 @@ def variations(records: Records, fields: Mapping[str, str], info: Info) -> list[
 
 
 def attacks(
-    records: Records, info: Info, costs: Mapping[tuple[str, str], tuple[float, float]]
+    records: Records,
+    info: Info,
+    costs: Mapping[tuple[str, str], tuple[float, float]],
+    settings: Attacks | None = None,
 ) -> list[AttackRow]:
     """For each attack, method, and rate of what is erased: before and after on the same seeds.
 
-    `costs` are seconds and UNet passes a prompt, of what (attack, method).
+    `costs` are seconds and UNet passes a prompt, of what (attack, method); `settings` say whom each
+    attack is open to, and how strong it is.
     """
+    chosen = settings.chosen if settings else {}
     cells = _by(
         [r for r in records if r.variation == ATTACK_VARIATION],
         lambda r: (str(r.setting), r.method),
@@ -85,6 +91,8 @@ def attacks(
                         ci95_after=wilson(sum(after for _, after in pairs), len(pairs)),
                         seconds=seconds,
                         unet_passes=passes,
+                        access=chosen[attack].access if attack in chosen else "",
+                        effort=chosen[attack].effort if attack in chosen else "",
                     )
                 )
     return found

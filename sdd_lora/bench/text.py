@@ -106,18 +106,32 @@ def choice_table(results: Results) -> Table:
 
 
 def comparison_table(results: Results, comparison: Comparison) -> Table:
-    """Conditions down, methods across; what an attack costs beside."""
+    """Conditions down, methods across; what an attack takes beside."""
     heads = [f"{comparison.title}: {heading(results, comparison.measure)}", *comparison.methods]
-    if comparison.costs:
-        heads += ["seconds a prompt", "UNet passes a prompt"]
-    rows = []
-    for condition, estimates in comparison.rows.items():
-        row = [condition, *map(_rate_text, estimates)]
-        if comparison.costs:
-            cost = comparison.costs[condition]
-            row += [f"{cost[0]:.1f}", f"{cost[1]:,.0f}"] if cost else [MISSING, MISSING]
-        rows.append(row)
+    heads += effort_heads(comparison)
+    rows = [
+        [condition, *map(_rate_text, estimates), *effort_cells(comparison, condition)]
+        for condition, estimates in comparison.rows.items()
+    ]
     return heads, rows
+
+
+def effort_heads(comparison: Comparison) -> list[str]:
+    """Heads of the columns that `effort_cells` fills."""
+    if not comparison.efforts:
+        return []
+    strength = ["open to", "strength", "prompts"] if comparison.says_strength else []
+    return [*strength, "seconds a prompt", "UNet passes a prompt"]
+
+
+def effort_cells(comparison: Comparison, condition: str) -> list[str]:
+    """What the attack of this row takes; no number where it is none."""
+    effort = comparison.efforts.get(condition)
+    if effort is None:
+        return [MISSING] * len(effort_heads(comparison))
+    strength = [effort.access, effort.strength or MISSING, str(effort.prompts)]
+    costs = [f"{effort.seconds:.1f}", f"{effort.unet_passes:,.0f}"]
+    return [*(strength if comparison.says_strength else []), *costs]
 
 
 def _rate_text(estimate: RateEstimate | None) -> str:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from support.adapters import random_adapter
 
+from sdd_lora.attacks.base_drawing import drawings
 from sdd_lora.attacks.case import Case
 from sdd_lora.attacks.inversion import inversion
-from sdd_lora.attacks.noise import denoising_loss, drawings, frozen, random_points
+from sdd_lora.attacks.noise import denoising_loss, frozen, random_points
 from sdd_lora.attacks.ring_a_bell import (
     concept_vector,
     named_in,

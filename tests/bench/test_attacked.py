@@ -10,7 +10,7 @@ from PIL import Image
 from support.adapters import random_adapter
 
 from sdd_lora.attacks.case import Attacked
-from sdd_lora.attacks.settings import NAMES
+from sdd_lora.attacks.settings import ATTACK_KINDS
 from sdd_lora.bench import attacked as running
 from sdd_lora.bench import tables, text
 from sdd_lora.bench.bench_file import Bench, chosen
@@ -173,9 +173,16 @@ def test_attacks_can_be_added_but_not_changed_under_their_images(attacked):
 
 def test_the_tables_say_before_after_and_what_it_cost(attacked):
     _, folder, results = attacked
-    _, (heads, rows) = text.tables(results)
-    assert heads[1:] == ["neg", "mine", "seconds a prompt", "UNet passes a prompt"]
-    assert [row[0] for row in rows] == ["none", *(NAMES[a][0] for a in (*TEXTS, *GRADIENTS))]
+    *_, (heads, rows) = text.tables(results)
+    assert heads[1:3] == ["neg", "mine"]
+    assert heads[3:] == [
+        *("open to", "strength", "prompts"),
+        *("seconds a prompt", "UNet passes a prompt"),
+    ]
+    assert [row[0] for row in rows] == [
+        "none",
+        *(ATTACK_KINDS[a].title for a in (*TEXTS, *GRADIENTS)),
+    ]
     assert [row[1] == "–" for row in rows] == [False, False, False, True, True]
     assert "–" not in {row[2] for row in rows}
     markdown = text.to_markdown(results)
