@@ -22,7 +22,7 @@ adapter: interference card
 checkpoint: journal copying locate layout history rounding plan prediction describe editing detect
 checkpoint: portable undo_file undo in_place bake extract
 demo: vocabulary judge
-sd: devices schedulers clip_tokenizer prompts weights single_file model pipeline
+sd: devices schedulers clip_tokenizer prompts weights textual_inversion single_file model pipeline
 training: ema embeddings objectives nf4 memory interrupt optimizer roles rollout init
 training: projection words trainer plan
 generation: prompt_files sampling decoding guided

@@ -48,6 +48,15 @@ _Weights = Annotated[
     Path | None,
     typer.Option(help="A UNet's weights, whole or partial, instead of the model's."),
 ]
+_Embeddings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--embedding",
+        help="Learned words (textual inversion; .pt, .bin or .safetensors): prompts name them by "
+        "NAME [default: the file's name]. Repeatable.",
+        metavar="[NAME=]FILE",
+    ),
+]
 _Method = Annotated[
     str,
     typer.Option(
@@ -122,6 +131,7 @@ def generate(
     prompts: _PromptFile = None,
     adapter: _Adapters = None,
     weights: _Weights = None,
+    embedding: _Embeddings = None,
     method: _Method = "sd",
     concept: _Concept = "",
     images: _Images = 1,
@@ -153,6 +163,8 @@ def generate(
         sdd-lora generate demo --prompts prompts.csv --adapter runs/demo-weapons:0.8 -o out
 
         sdd-lora generate demo --prompt "a bomb" --method sld-strong --concept bomb -o out
+
+        sdd-lora generate demo --prompt "a my-word" --embedding my-word.pt -o out
 
     Several processes share the images: `torchrun --nproc-per-node 2 -m sdd_lora generate …`.
     """
@@ -186,7 +198,15 @@ def generate(
     check_sampling(sampling, jobs)
     speaker = is_main_process()
     pipeline, settings = _load(
-        model, adapter or [], weights, vae, prediction, precision, device, clip_skip
+        model,
+        adapter or [],
+        weights,
+        vae,
+        prediction,
+        precision,
+        device,
+        clip_skip,
+        embedding or [],
     )
     drawn = draw_images(pipeline, jobs, sampling, output, settings, own_shard)
     if not speaker:
@@ -206,6 +226,7 @@ def _load(
     precision: str | None,
     device: str | None,
     clip_skip: int,
+    embeddings: Sequence[str],
 ) -> "tuple[StableDiffusionPipeline, dict[str, Any]]":
     """The pipeline of generate's options, and what images depend on besides the sampling."""
     from sdd_lora.adapter.weighted import weighted, with_weights
@@ -224,6 +245,7 @@ def _load(
         vae=vae,
         prediction=prediction,
         clip_skip=clip_skip,
+        embeddings=embeddings,
     )
     settings = {
         "model": model,
@@ -235,6 +257,8 @@ def _load(
         "weights": None if weights is None else sha256_of(weights),
     }
     own = _given(precision=precision, prediction=prediction)
+    if embeddings:
+        own["embeddings"] = list(embeddings)
     return pipeline, settings | own | ({"clip_skip": clip_skip} if clip_skip > 1 else {})
 
 

@@ -23,7 +23,15 @@ MAX_PICKLE_BYTES = 8 << 20
 MAX_READ_BYTES = 4 << 20  # of zip directories
 MAX_NESTING = 4
 #: Names that trainers give to a model's tensors among other things.
-_WRAPPING_NAMES = ("state_dict", "model_state_dict", "model", "module", "params", "unet")
+_WRAPPING_NAMES = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "params",
+    "unet",
+    "string_to_param",  # A1111's learned words
+)
 
 #: Globals by which numbers, arrays and containers are pickled, and nothing else can be.
 _PLAIN_DATA = {

@@ -17,6 +17,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.progress import warn
 from sdd_lora.sd.devices import DTYPES, best_device, default_dtype
 from sdd_lora.sd.model import load_base_pipeline, text_fingerprint
+from sdd_lora.sd.textual_inversion import add_embedding, named_embedding
 from sdd_lora.sd.weights import apply_weights
 from sdd_lora.sd1 import misfits
 
@@ -31,6 +32,7 @@ def load_pipeline(
     prediction: PredictionType | None = None,
     clip_skip: int = 1,
     torch_dtype: torch.dtype | str | None = None,
+    embeddings: Sequence[str] = (),
 ) -> StableDiffusionPipeline:
     """A `StableDiffusionPipeline` of MODEL; the adapters are live, not merged.
 
@@ -39,9 +41,10 @@ def load_pipeline(
     `weights` is a file of a UNet's weights, whole or partial, that take the place of the model's;
     `vae` a MODEL or file whose VAE does. `prediction` is epsilon or v_prediction where the model's
     files don't say. `clip_skip` counts as user interfaces do: 1 takes the text encoder's last
-    layer, 2 the one before. The device is CUDA, MPS or the CPU, whichever there is; the dtype fp16
-    on CUDA, else fp32. Raises BadInput for a model that is no SD 1.x and for adapters or weights
-    that don't fit it.
+    layer, 2 the one before. `embeddings` are files of learned words (textual inversion), FILE or
+    NAME=FILE: prompts name them by the file's name, or by NAME. The device is CUDA, MPS or the CPU,
+    whichever there is; the dtype fp16 on CUDA, else fp32. Raises BadInput for a model that is no
+    SD 1.x and for adapters or weights that don't fit it.
     """
     model, parts = str(model), with_weights(adapters)
     device = torch.device(device) if device is not None else best_device()
@@ -60,6 +63,8 @@ def load_pipeline(
     if parts:
         pipeline.set_adapters(names, [weight for _, weight in parts])
     _skip_last_layers(pipeline.text_encoder, clip_skip - 1)
+    for name, path in map(named_embedding, embeddings):
+        add_embedding(pipeline, name, path)
     return pipeline.to(device)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sdd_lora.cli.common import app
@@ -159,3 +161,29 @@ def test_an_odd_column_and_a_shard_from_the_command_line(tmp_path):
     assert set(images(tmp_path / "out")) == {"00001.png"}
     invoke(*common, "-o", tmp_path / "out")
     assert [line["prompt"] for line in manifest(tmp_path / "out")] == ["a cat", "a bus"]
+
+
+def test_a_learned_word_is_drawn_with(tmp_path):
+    vectors = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
+    save_file({"emb_params": 3 * vectors}, tmp_path / "my-word.safetensors")
+
+    def draw(name, *options):
+        asked = ["generate", "demo", "--prompt", "a my-word", "--steps", "1", *options]
+        drawn = CliRunner().invoke(app, [*asked, "-o", str(tmp_path / name)])
+        assert drawn.exit_code == 0, drawn.output
+        return next(iter(images(tmp_path / name).values()))
+
+    word = ("--embedding", str(tmp_path / "my-word.safetensors"))
+    assert np.abs(draw("with", *word) - draw("without")).max() > 5
+    missing = [
+        "generate",
+        "demo",
+        "--prompt",
+        "x",
+        "--embedding",
+        "no.pt",
+        "-o",
+        str(tmp_path / "x"),
+    ]
+    refused = CliRunner().invoke(app, missing)
+    assert refused.exit_code == 2 and "no.pt: can't be read" in refused.output

@@ -42,7 +42,8 @@ def sample(
     concepts = concepts_of(sampling.concept)
     with gated(pipeline, Gate(torch.zeros(1))) as gate:
         # closed meanwhile: an adapter of the text encoder must not change the similarity
-        gate.gain = similarity(prompts, concepts, pipeline.tokenizer, pipeline.text_encoder)
+        read = pipeline.maybe_convert_prompt(prompts, pipeline.tokenizer)  # learned words in full
+        gate.gain = similarity(read, concepts, pipeline.tokenizer, pipeline.text_encoder)
         return sd.sample(pipeline, prompts, generators, sampling)
 
 
