@@ -230,10 +230,26 @@ class Bench(Section):
 
     def recipe(self, name: str) -> Recipe:
         """The recipe that trains `name`, without a measurement of its own: the bench measures."""
-        trained = self.recipes[name]
-        changes = {"model": self.model} | trained.set
+        trained = self.trainings[name]
+        seed = {"training.seed": trained.seeds[0]} if trained.seeds else {}
+        changes = {"model": self.model} | trained.set | seed
         nothing = {"measure.detector": "none", "measure.transfer": []}
         return Recipe.load(self.file(trained.file), changes | nothing)
+
+    @property
+    def trainings(self) -> dict[str, TrainedBy]:
+        """What is trained, by name: `recipes`, and each again for every further seed of its own."""
+        further = {
+            f"{name}.seed-{seed}": trained.model_copy(update={"seeds": [seed]})
+            for name, trained in self.recipes.items()
+            for seed in trained.seeds[1:]
+        }
+        return self.recipes | further
+
+    def trainings_of(self, method: str) -> list[str]:
+        """The names of a row's trainings, one a seed."""
+        seeds = self.recipes[method].seeds if method in self.recipes else []
+        return [method, *(f"{method}.seed-{seed}" for seed in seeds[1:])]
 
     def to_yaml(self) -> str:
         """The complete bench, defaults filled in."""

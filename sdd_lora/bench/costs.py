@@ -49,10 +49,12 @@ def _of_training(weights: Weights, name: str, method: str) -> Cost:
         if snapshot["iteration"] == weights.chosen.get(name):
             spent = snapshot
     size = metrics.get("adapter") or metrics.get("weights") or {}
-    recipe = weights.bench.recipe(name)
+    recipe, seeds = weights.bench.recipe(name), len(weights.bench.trainings_of(name))
     told = [_count(recipe.concepts, "phrase")]
     if recipe.preserve.prompts:
         told.append(f"{_count(recipe.preserve.prompts, 'phrase')} to keep")
+    if seeds > 1:
+        told.append(f"{seeds} trainings of which each took that")
     return Cost(
         method=method,
         unet_passes=spent.get("unet_passes"),

@@ -1,6 +1,7 @@
 """What a bench draws: cells (a method under some conditions), each with its images' prompts and
 seeds."""
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,8 @@ _PROMPT_FILES = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a variation may vary; see `VariationOf`. And the attack, if there is one, by its key.
+    """What a variation may vary; see `VariationOf`. And the attack, if there is one, by its key;
+    and which of a row's trainings draws, where it has several.
 
     `clip_skip` counts as user interfaces do; with `base_text_encoder` prompts are read by the
     bench's model's.
@@ -41,6 +43,7 @@ class Conditions:
     snapshot: int | None = None
     clip_skip: int = 1
     base_text_encoder: bool = False
+    training: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,19 @@ class Cell:
     @property
     def folder(self) -> Path:
         if self.is_main:
-            return Path("images") / self.method
+            return Path("images") / self.method / self.conditions.training
         setting = "".join(c if c.isalnum() or c in ".-+" else "-" for c in str(self.setting))
         return Path("images") / str(self.variation) / setting / self.method
 
     @property
     def label(self) -> str:
-        return self.method if self.variation is None else f"{self.method}, {self.setting}"
+        own = self.conditions.training or self.method
+        return own if self.variation is None else f"{own}, {self.setting}"
+
+    @property
+    def drawn_by(self) -> str:
+        """The name of what draws: the method's, or one of its trainings'."""
+        return self.conditions.training or self.method
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def grid_of(bench: Bench) -> Grid:
     s = bench.sampling
     default = Conditions(bench.model, s.steps, s.guidance, s.scheduler)
     methods = sorted(bench.methods, key=lambda method: method != "sd")
-    cells = [Cell(method, None, None, default, specs, True) for method in methods]
+    cells = [cell for method in methods for cell in _main_cells(bench, method, default, specs)]
     for name, variation in bench.variations.items():
         fewer = spread_over_sets(specs, {"erased": variation.erased, "kept": variation.kept})
         own = variation.field == "guidance" and any(s.job.guidance is not None for s in fewer)
@@ -103,6 +112,22 @@ def grid_of(bench: Bench) -> Grid:
                 for m in variation.methods
             ]
     return Grid(cells + _attack_cells(bench, default, specs), prompts)
+
+
+def _main_cells(
+    bench: Bench, method: str, default: Conditions, specs: Sequence[ImageSpec]
+) -> list[Cell]:
+    """A method's cell of the main table; where it has several trainings, one each, among which its
+    images are dealt out, always in the same way."""
+    trainings = bench.trainings_of(method)
+    if len(trainings) == 1:
+        return [Cell(method, None, None, default, list(specs), True)]
+    dealt = random.Random(0).sample(range(len(specs)), len(specs))
+    cells = []
+    for number, training in enumerate(trainings):
+        own = [specs[i] for i in sorted(dealt[number :: len(trainings)])]
+        cells.append(Cell(method, None, None, replace(default, training=training), own, True))
+    return cells
 
 
 def _attack_cells(bench: Bench, default: Conditions, specs: Sequence[ImageSpec]) -> list[Cell]:

@@ -69,7 +69,8 @@ class Measuring:
     def _references(self, cell: Cell) -> dict[Job, str]:
         """The files of `sd`'s images from the same latents; none where they can't be compared, or
         where a run was killed while `sd` was drawn, and goes on with others."""
-        if cell.method == "sd" or replace(cell.conditions, weight=1.0) != self.default:
+        same = replace(cell.conditions, weight=1.0, snapshot=None, training="")
+        if cell.method == "sd" or same != self.default:
             return {}
         found = {job: self._name(path) for job, path in drawn_in(self.folder / BASE).items()}
         return found if all(spec.job in found for spec in cell.specs) else {}
@@ -120,6 +121,7 @@ class Measuring:
             values=values,
             asked=spec.job.prompt if spec.wanted else None,
             categories=spec.categories or None,
+            training=cell.conditions.training or None,
         )
 
     def _note_black(self, cell: Cell, black: Sequence[Any]) -> None:

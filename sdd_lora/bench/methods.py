@@ -71,7 +71,7 @@ class Weights:
                     f"method {method}: expected an entry under `recipes`, `adapters` or `weights` "
                     "that says what it draws with"
                 )
-        for name in self.bench.recipes:
+        for name in self.bench.trainings:
             self.bench.recipe(name)
         for cell in cells:
             self._check_variation(cell)
@@ -144,7 +144,7 @@ class Weights:
 
     def is_whole(self, method: str) -> bool:
         """Whether a method's weights are a UNet or parts of one."""
-        if method in self.bench.adapters or method not in self.bench.recipes:
+        if method in self.bench.adapters or method not in self.bench.trainings:
             return method in self.bench.weights or self.is_uce(method)
         return self.bench.recipe(method).parameters == "full"
 
@@ -160,7 +160,7 @@ class Weights:
 
     def pipeline(self, cell: Cell, learnt: Adapter | None = None) -> StableDiffusionPipeline:
         """The pipeline that draws a cell; `learnt` is an adapter that it carries besides."""
-        conditions, method, model = cell.conditions, cell.method, self.model_of(cell)
+        conditions, method, model = cell.conditions, cell.drawn_by, self.model_of(cell)
         precision = self.bench.sampling.precision
         dtype = None if precision is None else DTYPES[precision]
         weights = self.whole(method, conditions.snapshot)
@@ -185,7 +185,7 @@ class Weights:
         if method in self.bench.adapters:
             named = self.bench.adapters[method]
             return [(self.adapter(name), weight) for name, weight in named.items()]
-        made = method in self.bench.recipes or method in self.bench.words
+        made = method in self.bench.trainings or method in self.bench.words
         return [(self.adapter(method, snapshot), 1.0)] if made else []
 
     def whole(self, method: str, snapshot: int | None = None) -> Path | None:
@@ -251,7 +251,7 @@ class Weights:
         id."""
         key = (name, snapshot)
         if key not in self.loaded:
-            if name in self.bench.recipes:
+            if name in self.bench.trainings:
                 self.loaded[key] = Adapter.load(self.result(name, snapshot))
             elif name in self.bench.words:
                 self.loaded[key] = Adapter.load(self.from_words(name))
@@ -261,7 +261,8 @@ class Weights:
 
     def result(self, name: str, snapshot: int | None = None) -> Path:
         """The file that a recipe's training left, or its snapshot: the one asked for, or chosen."""
-        run, iteration = self.trained(name), snapshot or self.chosen.get(name)
+        row = name.partition(".seed-")[0]
+        run, iteration = self.trained(name), snapshot or self.chosen.get(row)
         if iteration is not None and iteration != self.snapshots(name)[-1]:
             return snapshot_file(run, iteration)
         return run / (WEIGHTS if self.bench.recipe(name).parameters == "full" else ADAPTER)
@@ -333,7 +334,7 @@ class Weights:
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What a cell's images depend on besides prompts, seeds and sampling."""
         conditions = cell.conditions
-        whole = self.whole(cell.method, conditions.snapshot)
+        whole = self.whole(cell.drawn_by, conditions.snapshot)
         return {
             "model": self.model_of(cell),
             "fingerprint": self.fingerprint(self.model_of(cell)),
@@ -343,7 +344,7 @@ class Weights:
                     "weight": weight * conditions.weight,
                     "identity": adapter.identity,
                 }
-                for adapter, weight in self.parts(cell.method, conditions.snapshot)
+                for adapter, weight in self.parts(cell.drawn_by, conditions.snapshot)
             ],
             "weights": None if whole is None else sha256_of(whole),
             "image": conditions.image,
@@ -389,6 +390,7 @@ class Weights:
             fields |= {
                 "recipe": bench.recipes[method].file,
                 "changes": bench.recipes[method].set,
+                **({"seeds": seeds} if (seeds := bench.recipes[method].seeds) else {}),
                 "recipe_sha256": bench.recipe(method).sha256,
                 "training": metrics["training"],
                 **({"snapshots": metrics["snapshots"]} if "snapshots" in metrics else {}),

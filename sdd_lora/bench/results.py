@@ -20,6 +20,7 @@ class ImageRecord(FrozenModel):
     """A line of images.jsonl: what was drawn how, and its values.
 
     `prompt` is what the image is judged by; `asked` is what was asked instead, under an attack.
+    `training` is the one that drew it, where its row has several.
     """
 
     model_config = ConfigDict(extra="allow")  # of later versions
@@ -37,6 +38,7 @@ class ImageRecord(FrozenModel):
     values: dict[str, bool | float]
     asked: str | None = None
     categories: tuple[str, ...] | None = None
+    training: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -70,7 +70,8 @@ def run(
             draw_cell(folder, cell, bench, weights, armed)
         if state.is_main_process:
             records += measuring.records(cell)
-            set_rows += measuring.set_rows(cell) if cell.variation is None else []
+            counts = cell.variation is None and cell.drawn_by == cell.method
+            set_rows += measuring.set_rows(cell) if counts else []
     methods = {method: weights.report_fields(method) for method in bench.methods}
     if not state.is_main_process:
         state.wait_for_everyone()

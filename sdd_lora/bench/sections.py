@@ -53,10 +53,15 @@ class BenchSampling(DrawingSection):
 
 
 class TrainedBy(Section):
-    """A recipe's file, beside the bench, and changes to it: {objective.kind: esd-x}."""
+    """A recipe's file, beside the bench, and changes to it: {objective.kind: esd-x}.
+
+    `seeds` are of as many trainings, which share the row's images: its intervals are over them,
+    too. What carries the row's adapter besides carries that of the first.
+    """
 
     file: Text
     set: dict[str, Any] = Field(default_factory=dict)
+    seeds: Annotated[list[Seed], AfterValidator(distinct)] = Field(default_factory=list)
 
 
 class Uce(Section):

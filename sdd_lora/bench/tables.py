@@ -16,6 +16,7 @@ from sdd_lora.bench.results import (
 )
 from sdd_lora.measures.base import MeasureInfo
 from sdd_lora.measures.intervals import (
+    bootstrap_groups,
     bootstrap_maximum,
     bootstrap_mean,
     expected_maximum,
@@ -176,8 +177,12 @@ def _maximum_row(measure: str, group: str, chosen: Records, of: str) -> Iterable
 def _measured_row(measure: str, group: str, chosen: Records, base: Records, kind: str) -> Row:
     """A rate, mean or total of images; its difference to `sd` where every image has its pair."""
     values = [r.values[measure] for r in chosen]
+    trainings = _by(chosen, lambda r: r.training)
     n, scale = len(values), len(values) if kind == "total" else 1
-    if kind == "rate":
+    if len(trainings) > 1:
+        own = [[r.values[measure] for r in part] for part in trainings.values()]
+        interval = _scaled(bootstrap_groups(own), scale)
+    elif kind == "rate":
         interval = wilson(int(sum(values)), n)
     else:
         interval = _scaled(bootstrap_mean(values), scale)
@@ -192,7 +197,11 @@ def _measured_row(measure: str, group: str, chosen: Records, base: Records, kind
     pairs = _paired_values(base, chosen, measure)
     if row.method == _PAIRED_WITH or len(pairs) < n:
         return row
-    if kind == "rate":
+    if len(trainings) > 1:
+        change = sum(after - before for before, after in pairs) / n * scale
+        moved = [[b - a for a, b in _paired_values(base, p, measure)] for p in trainings.values()]
+        interval = _scaled(bootstrap_groups(moved), scale)
+    elif kind == "rate":
         change, *bounds = paired_difference(*map(list, zip(*pairs, strict=True)))
         interval = (bounds[0], bounds[1])
     else:

@@ -4,17 +4,18 @@ import json
 
 import pytest
 from support.adapters import random_adapter
-from support.benches import RECIPE, SMALL, images_of, never_train, parsed, ran, same
+from support.benches import RECIPE, SMALL, images_of, lines_of, never_train, parsed, ran, same
 
 from sdd_lora.bench import text
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.choice import choice_rows
 from sdd_lora.bench.report import render_report
-from sdd_lora.bench.results import ImageRecord
+from sdd_lora.bench.results import ImageRecord, find_row
 from sdd_lora.bench.run import draw_shard
 from sdd_lora.errors import BadInput
 from sdd_lora.io.distributed import Shard
 from sdd_lora.measures.base import MeasureInfo
+from sdd_lora.measures.intervals import bootstrap_groups
 from sdd_lora.runs.folder import snapshot_file
 
 CHOICE = {
@@ -169,3 +170,30 @@ def test_words_alone_are_a_row_and_solved_ones_too(tmp_path, monkeypatch):
     assert costs["words"].seconds > 0 and costs["words"].parameters == 2 * 2 * 128
     with pytest.raises(BadInput, match="solved: nothing: no row under words"):
         parsed(words={"x": {"solved": ["nothing"]}})
+
+
+def test_several_trainings_share_a_rows_images_and_widen_its_interval(bench, tmp_path):
+    trained = bench.recipes["sdd"].model_copy(update={"seeds": [4, 9]})
+    few = bench.seeds.model_copy(update={"erased": 3, "kept": 3})
+    update = {"recipes": {"sdd": trained}, "variations": {}, "seeds": few}
+    asked = []
+
+    def noting(recipe, folder, resume):
+        asked.append(recipe.training.seed)
+        train_with_a_snapshot(recipe, folder, resume)
+
+    results = ran(bench.model_copy(update=update), tmp_path / "out", noting)
+    assert asked == [4, 9]
+    lines = [
+        line for line in lines_of(tmp_path / "out" / "images.jsonl") if line["method"] == "sdd"
+    ]
+    assert sorted(line["training"] for line in lines) == ["sdd"] * 3 + ["sdd.seed-9"] * 3
+    row = find_row(results.rows, "sdd", "concept drawn", "all")
+    assert row.n == 3 and row.difference is not None
+    assert "2 trainings" in next(c.told for c in results.costs if c.method == "sdd")
+
+
+def test_an_interval_over_trainings_is_wider_where_these_differ():
+    alike, apart = [[0, 1] * 20] * 2, [[0] * 40, [1] * 40]
+    narrow, wide = bootstrap_groups(alike), bootstrap_groups(apart)
+    assert wide == (0.0, 1.0) and narrow[1] - narrow[0] < 0.25
