@@ -1,7 +1,7 @@
 """Verbs that train and measure by recipe: demo, train, measure."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,7 +19,8 @@ from sdd_lora.cli.common import (
     verb,
 )
 from sdd_lora.cli.tables import measures_table, runs_table
-from sdd_lora.errors import BadInput
+from sdd_lora.errors import BadInput, SddLoraError
+from sdd_lora.progress import warn
 
 
 @verb("demo")
@@ -128,8 +129,8 @@ def train(
     """Train safety adapters by recipe, measure them, and write their cards.
 
     Ctrl-C (or a crash) leaves a run that --resume continues. Several recipes run one after another
-    over one loaded base, and end in a summary. With --force a finished run stays until the new one
-    is whole. LECO's config or prompts, sliders' and ai-toolkit's (type slider) are read as recipes
+    over one loaded base, and end in a summary; one that fails doesn't stop the others. With --force
+    a finished run stays until the new one is whole. LECO's config or prompts, sliders' and ai-toolkit's (type slider) are read as recipes
     where they erase; differences are printed.
 
     Examples:
@@ -156,15 +157,28 @@ def train(
 
     speaker = is_main_process()
     part = None if shard is None else Shard.parse(shard)
-    finished = train_recipes(recipes, output, changes or [], resume, keep_state, force, part)
+    failed: dict[str, str] = {}
+
+    def note(folder: Path, error: SddLoraError) -> None:
+        failed[str(folder)] = str(error)
+        warn(f"{folder}: failed: {error}\ngoing on with the other recipes")
+
+    finished = train_recipes(
+        recipes, output, changes or [], resume, keep_state, force, part, on_failure=note
+    )
     if not speaker:
         raise typer.Exit
     if len(finished) == 1:
         folder, metrics = finished[0]
         text = f"{folder}\n{measures_table(metrics)}"
-    else:
+    elif finished:
         text = runs_table(finished)
-    return Result({"runs": [{"folder": str(f)} | m for f, m in finished]}, text)
+    else:
+        text = "no recipe trained" if failed else f"no recipe falls to shard {shard}"
+    if failed:
+        text += f"\nfailed: {', '.join(failed)}; the messages above say why"
+    data: dict[str, Any] = {"runs": [{"folder": str(f)} | m for f, m in finished]}
+    return Result(data | ({"failed": failed} if failed else {}), text, int(bool(failed)))
 
 
 @verb("measure")

@@ -227,7 +227,13 @@ def _warn_of_long_prompts(pipeline: StableDiffusionPipeline, jobs: Sequence[Job]
 
 
 def _warn_of_low_guidance(sampling: Sampling, jobs: Sequence[Job]) -> None:
-    low = sum(sampling.for_job(job).guidance <= 1 for job in jobs)
+    without = [own for job in jobs if (own := sampling.for_job(job)).guidance <= 1]
+    low, negated = len(without), sum(bool(own.negative_prompt) for own in without)
+    if negated:
+        warn(
+            f"{negated} of {len(jobs)} images have a guidance of 1 or less, where no negative "
+            "prompt is read"
+        )
     if low and sampling.method in _CHANGE_GUIDANCE:
         warn(
             f"{low} of {len(jobs)} images have a guidance of 1 or less, where {sampling.method} "

@@ -1,10 +1,10 @@
 """Several recipes, one after another over one loaded base; a shard of them for a job array."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdd_lora.errors import BadInput
+from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.distributed import Shard, processes
 from sdd_lora.io.strict_yaml import parse_override
 from sdd_lora.progress import say
@@ -30,12 +30,14 @@ def train_recipes(
     keep_state: bool = False,
     force: bool = False,
     shard: Shard | None = None,
+    on_failure: Callable[[Path, SddLoraError], None] | None = None,
 ) -> list[tuple[Path, dict[str, Any]]]:
     """Train recipes one after another over one loaded base; returns each run's folder and metrics.
 
     All recipes are read, and their errors reported, before the first one starts. Of several,
     `resume` leaves finished ones alone, continues the one under way and starts the others; `shard`
-    trains its part of them alone.
+    trains its part of them alone. `on_failure` is told the folder of a recipe that failed, one of
+    several in one process, and the others go on; else the failure is raised.
     """
     everything = _recipes_and_folders(paths, output, changes)
     several = len(everything) > 1
@@ -56,16 +58,23 @@ def train_recipes(
         todo.append((recipe, folder, continues))
     state.wait_for_everyone()  # all have looked at the folders
     loaded: dict[Hashable, TrainingParts] = {}
+    failed = set()
     for recipe, folder, continues in todo:
-        train(
-            recipe,
-            folder,
-            resume=continues,
-            keep_state=keep_state,
-            force=force,
-            parts=_base_of(recipe, loaded) if several else None,
-        )
-    return [(folder, read_metrics(folder)) for _, folder in asked]
+        try:
+            train(
+                recipe,
+                folder,
+                resume=continues,
+                keep_state=keep_state,
+                force=force,
+                parts=_base_of(recipe, loaded) if several else None,
+            )
+        except SddLoraError as error:
+            if on_failure is None or not several or state.num_processes > 1:
+                raise
+            on_failure(folder, error)
+            failed.add(folder)
+    return [(folder, read_metrics(folder)) for _, folder in asked if folder not in failed]
 
 
 def recipe_files(paths: Sequence[Path]) -> list[Path]:

@@ -82,6 +82,12 @@ def test_a_side_alone_leaves_the_other_as_the_models_own(pipeline, method):
     assert [found[k].shape for k in (0, 1)] == [(64, 128, 3), (128, 64, 3)]
 
 
+def test_a_negative_prompt_that_nothing_reads_is_told(pipeline, tmp_path, caplog):
+    jobs = [Job("a bomb", 2, guidance=1.0), Job("a bomb", 2, guidance=1.0, negative_prompt="")]
+    generate(pipeline, jobs, Sampling(1, 4.0, negative_prompt="axe"), tmp_path, {})
+    assert "1 of 2 images have a guidance of 1 or less, where no negative" in caplog.text
+
+
 @pytest.mark.parametrize("method", ["neg", "sld-max", "sega"])
 def test_without_guidance_nothing_is_guided_away(pipeline, method, tmp_path, caplog):
     sampling = Sampling(12, 4.0, method=method, concept="bomb")

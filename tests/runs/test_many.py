@@ -1,9 +1,13 @@
 """Several recipes over one base, and shards of them."""
 
+import json
+
 import pytest
 from support.short_run import SHORT
+from typer.testing import CliRunner
 
-from sdd_lora.errors import BadInput
+from sdd_lora.cli import app
+from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.distributed import Shard
 from sdd_lora.runs import many
 from sdd_lora.runs.many import train_recipes
@@ -91,3 +95,31 @@ def test_a_shard_trains_its_part_of_the_recipes(tmp_path, monkeypatch):
     train_recipes([recipes], out, [], shard=Shard(2, 2))
     train_recipes([recipes], out, [], shard=Shard(2, 2), resume=True)
     assert trained == ["a", "c", "b"] and (out / "b" / "metrics.json").exists()
+
+
+def test_a_recipe_that_fails_stops_no_other_and_is_told_at_the_end(tmp_path, monkeypatch):
+    recipes, out = tmp_path / "recipes", tmp_path / "out"
+    recipes.mkdir()
+    for name in ("a", "b", "c"):
+        (recipes / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
+
+    def note(recipe, folder, **_):
+        if recipe.name == "b":
+            raise SddLoraError("the loss is nan")
+        folder.mkdir(parents=True)
+        training = {"unet_passes": 1, "seconds": 1}
+        metrics = {"tool": "sdd_lora 1", "measures": [], "training": training}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+    monkeypatch.setattr(many, "train", note)
+    done = CliRunner().invoke(app, ["train", str(recipes), "-o", str(out)])
+    assert done.exit_code == 1 and f"{out / 'b'}: failed: the loss is nan" in done.stderr
+    assert str(out / "c") in done.stdout and f"failed: {out / 'b'};" in done.stdout
+    with pytest.raises(SddLoraError, match="nan"):
+        train_recipes([recipes / "b.yaml"], out / "alone", [])
+
+
+def test_a_shard_without_recipes_says_so(tmp_path):
+    (tmp_path / "a.yaml").write_text(SHORT)
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "a.yaml"), "--shard", "2/2"])
+    assert (done.exit_code, done.stdout) == (0, "no recipe falls to shard 2/2\n")
