@@ -32,7 +32,7 @@ measures: base intervals needs asked judge card_rows nudenet open_nsfw clip_enco
 measures: fid lpips registry
 attacks: settings case base_drawing tokens noise words ring_a_bell inversion unlearndiffatk
 attacks: emphasis noise_search completion img2img_attack inpainting null_text relearning
-runs: folder before_after measure train many erase
+runs: folder seen before_after measure train many erase
 bench.peers: uce
 bench: sections bench_file ready_made results comparisons grid pictures tables charts held_out
 bench: measuring methods text attacked costs choice report run

@@ -87,9 +87,20 @@ def _render(metadata: Metadata, metrics: Mapping[str, Any], adapter: Adapter | N
         base=metadata.base_model,
         modules=len(adapter.factors) if adapter else 0,
         tables=_tables(metrics),
+        black=black_note(metrics["black"]) if "black" in metrics else "",
         training=metrics.get("training", {}),
         file={"bytes": None, "sha256": None} | metrics.get("adapter" if adapter else "weights", {}),
         versions=metrics.get("versions", {}),
+    )
+
+
+def black_note(black: Mapping[str, int]) -> str:
+    """What is to be said of images that are all black, `before` and `after`, of `images`."""
+    return (
+        f"{black['after']} of {black['images']} images drawn with it, and {black['before']} drawn "
+        "without it, are all black: no detector sees anything in them, and they count in no row. "
+        "Likely causes: numbers that overflow (draw in fp32), a change that is too strong, or a "
+        "safety checker that blanks images"
     )
 
 

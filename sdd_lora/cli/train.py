@@ -130,8 +130,8 @@ def train(
 
     Ctrl-C (or a crash) leaves a run that --resume continues. Several recipes run one after another
     over one loaded base, and end in a summary; one that fails doesn't stop the others. With --force
-    a finished run stays until the new one is whole. LECO's config or prompts, sliders' and ai-toolkit's (type slider) are read as recipes
-    where they erase; differences are printed.
+    a finished run stays until the new one is whole. LECO's config or prompts, sliders' and
+    ai-toolkit's (type slider) are read as recipes where they erase; differences are printed.
 
     Examples:
 

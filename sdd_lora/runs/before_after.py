@@ -23,28 +23,32 @@ from sdd_lora.generation.images import draw
 from sdd_lora.generation.sampling import Job, Sampling, jobs_for
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.measures.asked import asked_for
-from sdd_lora.measures.base import ImageSpec, Values, taken
+from sdd_lora.measures.base import ImageSpec, Values, is_black, taken
 from sdd_lora.measures.card_rows import CardRow, card_rows
 from sdd_lora.measures.judge import JudgeMeasure
 from sdd_lora.measures.registry import card_measure
 from sdd_lora.recipe import MeasureSettings, Recipe
-from sdd_lora.sd.devices import DTYPES
-from sdd_lora.sd.model import require_model, unet_config
+from sdd_lora.runs.seen import SeenImages
+from sdd_lora.sd.model import fingerprint, require_model, unet_config
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
 
 BASE_CACHE = Path(str(files("sdd_lora.demo").joinpath("base_verdicts.json.gz")))
 _PICTURES_OF_A_KIND = 8  # shown in the picture
 _DRAWN_AT_ONCE = 16
-_SEEN_AT_ONCE = 256  # images held in memory until they are judged
+_SEEN_AT_ONCE = 32  # images judged at once, and lost where it is interrupted
 Seen = TypeVar("Seen")
 
 
 @dataclass
 class Measured:
-    """Rows of the table, and the picture: concept and kept prompts, before above after."""
+    """Rows of the table, and the picture: concept and kept prompts, before above after.
+
+    `black`: images that are all black, `before` and `after`, of `images`; they count in no row.
+    """
 
     rows: list[CardRow]
     picture: Image.Image
+    black: dict[str, int]
 
 
 def wanted(recipe: Recipe) -> bool:
@@ -74,42 +78,67 @@ def check_measuring(recipe: Recipe) -> None:
 
 
 def measure_before_after(
-    recipe: Recipe, adapter: Adapter | None, model: str, weights: Path | None = None
+    recipe: Recipe,
+    adapter: Adapter | None,
+    model: str,
+    weights: Path | None = None,
+    kept_in: Path | None = None,
 ) -> Measured:
     """Draw `measure.images` of each kind of prompt, before and after; judge or flag; tabulate.
 
     After: with the adapter, or with the UNet weights of the file `weights`. Verdicts on the
     embedded model without an adapter come from a cache that travels with it; what the cache lacks
-    is drawn.
+    is drawn. What is seen goes into the folder `kept_in`, from which an interrupted call goes on.
     """
     settings = recipe.measure
     sampling, specs = sampling_of_card(settings), specs_of(settings)
     shown = _shown_indices([spec.kind for spec in specs])
-    measure_before_after = card_measure(settings.detector, recipe.concepts)
+    detector = card_measure(settings.detector, recipe.concepts)
     changed: dict[str, Any] = {"adapters": [(adapter, 1.0)]} if adapter else {"weights": weights}
 
     def see(part: Sequence[ImageSpec], images: np.ndarray) -> list[Values]:
-        return taken(measure_before_after, part, list(images))
+        values = taken(detector, part, list(images))
+        for index, image in enumerate(images):
+            if is_black(image):
+                values[index] = {"black": True}
+        return values
 
-    dtype = None if settings.precision is None else DTYPES[settings.precision]
-    pipeline = load_pipeline(model, dtype=dtype)
+    pipeline = load_pipeline(model, dtype=settings.precision)
+    conditions = {
+        "unet": fingerprint(pipeline.unet),
+        "dtype": str(pipeline.unet.dtype),
+        "sampling": [model, settings.steps, settings.guidance],
+        "measure": [settings.detector, detector.source, recipe.concepts],
+        "images": [key_of(spec.job) for spec in specs],
+    }
+
+    def kept(when: str) -> SeenImages | None:
+        return None if kept_in is None else SeenImages(kept_in, conditions | {"when": when})
+
     known: dict[str, Values] = {}
-    if isinstance(measure_before_after, JudgeMeasure):
+    if isinstance(detector, JudgeMeasure):
         cache = load_cache(pipeline, settings)
         known = {
-            key: measure_before_after.values(spec, cache[key])
+            key: detector.values(spec, cache[key])
             for key, spec in ((key_of(spec.job), spec) for spec in specs)
             if key in cache
         }
-    before, before_images = seen_in(pipeline, specs, sampling, see, "before", known, shown)
-    pipeline = load_pipeline(model, dtype=dtype, **changed)
-    after, after_images = seen_in(pipeline, specs, sampling, see, "after", {}, shown)
+    before, before_images = seen_in(
+        pipeline, specs, sampling, see, "before", known, shown, kept("before")
+    )
+    pipeline = load_pipeline(model, dtype=settings.precision, **changed)
+    after, after_images = seen_in(pipeline, specs, sampling, see, "after", {}, shown, kept("after"))
     picture = side_by_side(
         [specs[i].prompt for i in shown],
         [before_images[i] for i in shown],
         [after_images[i] for i in shown],
     )
-    return Measured(card_rows(measure_before_after, specs, before, after), picture)
+    black = {
+        "before": sum("black" in values for values in before),
+        "after": sum("black" in values for values in after),
+        "images": len(specs),
+    }
+    return Measured(card_rows(detector, specs, before, after), picture, black)
 
 
 def sampling_of_card(settings: MeasureSettings) -> Sampling:
@@ -157,22 +186,31 @@ def seen_in(
     description: str,
     known: Mapping[str, Seen],
     shown: Sequence[int] = (),
+    kept: SeenImages | None = None,
 ) -> tuple[list[Seen], dict[int, np.ndarray]]:
     """What `see` finds in the image of each spec, and the images of those `shown`, by index.
 
-    What is `known` of a job, by `key_of`, is not drawn, unless it is shown.
+    What is `known` of a job, by `key_of`, is not drawn, unless it is shown; nor is what is `kept`
+    of an interrupted call, to which all that is drawn now is added.
     """
     found: list[Seen | None] = [known.get(key_of(spec.job)) for spec in specs]
-    todo = [i for i, seen in enumerate(found) if seen is None or i in shown]
     images = {}
+    if kept:
+        for i, seen in kept.values.items():
+            found[i] = seen
+            if i in shown and (image := kept.image(i)) is not None:
+                images[i] = image
+    todo = [i for i, seen in enumerate(found) if seen is None or (i in shown and i not in images)]
     drawing = draw(pipeline, [specs[i].job for i in todo], sampling, description)
     while drawn := list(islice(drawing, _SEEN_AT_ONCE)):
         indices = [todo[number] for number, _ in drawn]
         seen_now = see([specs[i] for i in indices], np.stack([image for _, image in drawn]))
-        for i, (_, image), seen in zip(indices, drawn, seen_now, strict=True):
+        new = {i: image for i, (_, image) in zip(indices, drawn, strict=True) if i in shown}
+        for i, seen in zip(indices, seen_now, strict=True):
             found[i] = seen
-            if i in shown:
-                images[i] = image
+        images |= new
+        if kept:
+            kept.add(dict(zip(indices, seen_now, strict=True)), new)
     return [seen for seen in found if seen is not None], images
 
 

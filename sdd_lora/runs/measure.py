@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,13 @@ import torch
 from PIL import Image
 
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.card import render_card, render_weights_card, write_sidecar
+from sdd_lora.adapter.card import black_note, render_card, render_weights_card, write_sidecar
 from sdd_lora.adapter.metadata import ENTRY_KEY, Metadata, TrainedOn
 from sdd_lora.adapter.weighted import AdapterLike, as_adapter
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import atomic_output, sha256_of, write_text
 from sdd_lora.io.safetensors import serialize
-from sdd_lora.progress import say
+from sdd_lora.progress import say, warn
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import before_after
 from sdd_lora.runs.folder import (
@@ -32,6 +34,7 @@ from sdd_lora.runs.folder import (
     lock,
     replacement,
 )
+from sdd_lora.runs.seen import folder_of_seen, forget_seen
 from sdd_lora.version import __version__
 
 _VERSIONS_OF = (
@@ -51,10 +54,11 @@ def measure(
 ) -> dict[str, Any]:
     """Measure an adapter by a recipe's `measure`, whoever made it; returns the metrics.
 
-    The adapter may be a file, a run's folder or a hub id, the recipe a file.
-    The folder is written as `train` does, without the numbers of a training: the adapter and its
-    twin, now with the measures in their headers, sidecar, card, `metrics.json`, picture. Raises
-    BadInput where the recipe measures nothing, or the folder holds another run or other files.
+    The adapter may be a file, a run's folder or a hub id, the recipe a file. The folder is written
+    as `train` does, without the numbers of a training: the adapter and its twin, now with the
+    measures in their headers, sidecar, card, `metrics.json`, picture. Called again after Ctrl-C, it
+    draws what is missing. Raises BadInput where the recipe measures nothing, or the folder holds
+    another run or other files.
     """
     adapter, recipe, folder = as_adapter(adapter), Recipe.of(recipe), Path(out_dir)
     with lock(folder):
@@ -67,7 +71,7 @@ def measure(
             "measured_on": recipe.model,
             "measured_with": recipe.measure.model_dump(mode="json", exclude={"prompts"}),
         }
-        with replacement(folder) as place:
+        with replacement(folder) as place, advice_on_interrupt("the same call"):
             finish_adapter(adapter, place, recipe, made_by, training={})
         return read_metrics(folder)
 
@@ -82,7 +86,8 @@ def finish_adapter(
     """Write the adapter, measure it as written, write it again with its numbers, and its card; the
     metrics last."""
     _write_adapter(adapter, folder)
-    measured = _measured(recipe, folder, adapter=ADAPTER)
+    seen = folder_of_seen(adapter.identity)
+    measured = _measured(recipe, folder, seen, adapter=ADAPTER)
     if measured["measures"]:
         metadata = adapter.metadata | {"measures": measured["measures"]}
         adapter = Adapter(adapter.factors, metadata)
@@ -91,6 +96,7 @@ def finish_adapter(
     metrics = _metrics(made_by, adapter.metadata.base, result, training, measured)
     write_text(folder / CARD, render_card(adapter, metrics))
     _write_metrics(folder, metrics)
+    forget_seen(seen)
     return adapter
 
 
@@ -104,12 +110,25 @@ def finish_weights(
 ) -> None:
     """Write fully trained weights, measure them as written, write their card; the metrics last."""
     write_weights(tensors, metadata, folder / WEIGHTS)
-    measured = _measured(recipe, folder, weights=WEIGHTS)
+    seen = folder_of_seen(sha256_of(folder / WEIGHTS))
+    measured = _measured(recipe, folder, seen, weights=WEIGHTS)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     result = {"weights": _file_numbers(folder / WEIGHTS, parameters)}
     metrics = _metrics(made_by, metadata.base, result, training, measured)
     write_text(folder / CARD, render_weights_card(metadata, metrics))
     _write_metrics(folder, metrics)
+    forget_seen(seen)
+
+
+@contextmanager
+def advice_on_interrupt(again: str) -> Iterator[None]:
+    """Where Ctrl-C stops a measurement, say what goes on with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted while measuring; {again} draws the images that are missing"
+        ) from None
 
 
 def write_weights(tensors: dict[str, torch.Tensor], metadata: Metadata, path: Path) -> None:
@@ -137,7 +156,11 @@ def versions() -> dict[str, str]:
 
 
 def _measured(
-    recipe: Recipe, folder: Path, adapter: str | None = None, weights: str | None = None
+    recipe: Recipe,
+    folder: Path,
+    seen: Path,
+    adapter: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Rows on the recipe's model and on those of `transfer`; their pictures go into the folder."""
     if not before_after.wanted(recipe):
@@ -149,14 +172,16 @@ def _measured(
         model: f"before-after-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}.png"
         for model in recipe.measure.transfer
     }
-    rows = {}
+    found: dict[str, dict[str, Any]] = {}
     for model, picture in pictures.items():
-        measured = before_after.measure_before_after(recipe, written, model, file)
+        measured = before_after.measure_before_after(recipe, written, model, file, seen)
         _save_picture(measured.picture, folder / picture)
-        rows[model] = [asdict(row) for row in measured.rows]
-    return {
-        "measures": rows.pop(recipe.model),
-        "transfer": [{"model": model, "measures": found} for model, found in rows.items()],
+        found[model] = {"measures": [asdict(row) for row in measured.rows]}
+        if measured.black["before"] or measured.black["after"]:
+            found[model]["black"] = measured.black
+            warn(black_note(measured.black))
+    return found.pop(recipe.model) | {
+        "transfer": [{"model": model} | rows for model, rows in found.items()]
     }
 
 

@@ -29,7 +29,13 @@ from sdd_lora.runs.folder import (
     take,
     under_way,
 )
-from sdd_lora.runs.measure import finish_adapter, finish_weights, versions, write_weights
+from sdd_lora.runs.measure import (
+    advice_on_interrupt,
+    finish_adapter,
+    finish_weights,
+    versions,
+    write_weights,
+)
 from sdd_lora.sd.model import TrainingParts, load_training_parts
 from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.memory import memory_advice
@@ -97,7 +103,7 @@ def _train_locked(
         made_by = {"recipe_sha256": recipe.sha256}
         if snapshots := training.pop("snapshots"):
             made_by["snapshots"] = snapshots
-        with _measuring_advice(place):
+        with _measuring_advice(place), advice_on_interrupt("`resume=True`"):
             if isinstance(result, Adapter):
                 result = finish_adapter(result, place, recipe, made_by, training)
             else:
