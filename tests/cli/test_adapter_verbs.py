@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -19,30 +18,7 @@ from support.hub_stand_in import hub  # noqa: F401
 
 from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.cli import app
 from sdd_lora.io.safetensors import read_header
-
-
-@pytest.fixture
-def call(capsys):
-    """Call the command line in this process; stdout and stderr of what it printed."""
-
-    def run(*arguments, code=0):
-        logging.getLogger("sdd_lora").handlers.clear()  # they hold an earlier test's stderr
-        with pytest.raises(SystemExit) as ended:
-            app(list(map(str, arguments)))
-        printed = capsys.readouterr()
-        assert ended.value.code == code, printed.err
-        return printed
-
-    yield run
-    logging.getLogger("sdd_lora").handlers.clear()
-
-
-@pytest.fixture
-def ask(call):
-    """The one JSON object that a verb prints."""
-    return lambda *arguments, code=0: json.loads(call(*arguments, "--json", code=code).out)
 
 
 @pytest.fixture
@@ -387,15 +363,6 @@ def test_push_and_pull(hub, ask, a, tmp_path, call):  # noqa: F811
     assert "exists already" in call("pull", "me/eraser", "-o", tmp_path / "got", code=2).err
     call("pull", "me/eraser", "-o", tmp_path / "got", "--force")
     assert ask("inspect", tmp_path / "got")["files"][0]["kind"] == "adapter"
-
-
-@pytest.mark.parametrize(
-    "name", ["inspect", "verify", "convert", "resize", "stack", "extract", "push", "pull"]
-)
-def test_help_has_examples(call, name):
-    text = call(name, "--help").out
-    assert "Examples" in text
-    assert f"sdd-lora {name}" in text
 
 
 def test_an_adapter_that_changes_nothing_is_not_sound(ask, call, tmp_path):

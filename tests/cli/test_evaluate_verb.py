@@ -1,7 +1,6 @@
 """`sdd-lora evaluate` as a user types it."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -19,30 +18,26 @@ quick: {bench: {seeds.erased: 1, seeds.kept: 1}}
 """
 
 
-def evaluate(folder, *arguments):
-    (folder / "b.yaml").write_text(BENCH)
-    return subprocess.run(
-        [sys.executable, "-m", "sdd_lora", "evaluate", "b.yaml", *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=folder,
-    )  # fmt: skip
+@pytest.fixture(autouse=True)
+def bench(tmp_path, monkeypatch):
+    (tmp_path / "b.yaml").write_text(BENCH)
+    monkeypatch.chdir(tmp_path)
 
 
-def test_a_table_comes_out(tmp_path):
-    done = evaluate(tmp_path, "--quick")
-    assert done.returncode == 0, done.stderr
-    assert "concept drawn % ↓" in done.stdout and "noun kept % ↑" in done.stdout
-    assert [row.split()[0] for row in done.stdout.splitlines()[1:3]] == ["sd", "neg"]
+def test_a_table_comes_out(call, tmp_path, monkeypatch):
+    typed = ["evaluate", "b.yaml", "--quick"]
+    monkeypatch.setattr(sys, "argv", ["sdd-lora", *typed])
+    printed = call(*typed).out
+    assert "concept drawn % ↓" in printed and "noun kept % ↑" in printed
+    assert [row.split()[0] for row in printed.splitlines()[1:3]] == ["sd", "neg"]
     told = json.loads((tmp_path / "bench" / "small-quick" / "results.json").read_text())
-    assert told["bench"] == "small-quick" and told["command"].endswith("evaluate b.yaml --quick")
+    assert told["bench"] == "small-quick" and told["command"] == "sdd-lora evaluate b.yaml --quick"
     assert set(told["rows"][0]) >= {"method", "measure", "group", "value", "ci95", "n"}
     assert {row["n"] for row in told["rows"]} == {1}
 
 
-def test_methods_and_limit(tmp_path):
-    arguments = ("--methods", "neg", "--limit", 2, "-o", "out", "--json", "-q")
-    done = evaluate(tmp_path, *arguments)
-    assert done.returncode == 0 and done.stderr == ""
-    told = json.loads(done.stdout)
+def test_methods_and_limit(ask):
+    told = ask("evaluate", "b.yaml", "--methods", "neg", "--limit", 2, "-o", "out", "-q")
     assert told["folder"] == "out"
     assert {row["method"] for row in told["rows"]} == {"neg"}
     assert {row["n"] for row in told["rows"]} == {2}
@@ -58,8 +53,6 @@ def test_methods_and_limit(tmp_path):
         (["--set", "concept=" + "bomb " * 99], "too long: the model would not read"),
     ],
 )
-def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
-    done = evaluate(tmp_path, "-o", "out", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+def test_bad_input_is_one_clear_line(refused, tmp_path, arguments, message):
+    assert message in refused("evaluate", "b.yaml", "-o", "out", *arguments)
     assert not (tmp_path / "out").exists()

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from sdd_lora.cli import app
 from sdd_lora.cli.plan import _bytes_of
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
@@ -22,10 +20,25 @@ rollout: {{batch: 4}}
 """
 
 
-def plan(*arguments, code=0):
-    done = CliRunner().invoke(app, ["plan", *map(str, arguments)])
-    assert done.exit_code == code, done.output
-    return done
+@pytest.fixture(autouse=True, scope="module")
+def counted_once():
+    """Counting a footprint takes a second: no recipe's is counted twice here."""
+    known, count = {}, footprint.footprint
+
+    def cached(recipe, config):
+        key = recipe.to_yaml(), str(config)
+        if key not in known:
+            known[key] = count(recipe, config)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(footprint, "footprint", cached)
+        yield
+
+
+@pytest.fixture
+def plan(call):
+    return lambda *arguments, code=0: call("plan", *arguments, code=code).out
 
 
 @pytest.fixture
@@ -35,16 +48,18 @@ def recipe(tmp_path):
     return path
 
 
-def test_a_folder_is_summed_up(recipe):
+def test_a_folder_is_summed_up(plan, recipe):
     (recipe.parent / "two.yaml").write_text(DEMO.format(name="two"))
-    found = json.loads(plan(recipe.parent, "--json").stdout)
+    found = json.loads(plan(recipe.parent, "--json"))
     one, two = found["plans"]
     assert one["bytes"]["total"] == two["bytes"]["total"] == found["sum"]["peak"]
     assert found["sum"]["unet_passes"] == 2 * one["unet_passes"]
 
 
-def test_a_hundred_concepts_are_counted_once_and_planned_as_each_is_alone(recipe, monkeypatch):
-    alone, counted = json.loads(plan(recipe, "--json").stdout)["plans"][0], []
+def test_a_hundred_concepts_are_counted_once_and_planned_as_each_is_alone(
+    plan, recipe, monkeypatch
+):
+    alone, counted = json.loads(plan(recipe, "--json"))["plans"][0], []
     count = footprint.footprint
     monkeypatch.setattr(
         footprint, "footprint", lambda *of: counted.append(of[0].name) or count(*of)
@@ -55,7 +70,7 @@ def test_a_hundred_concepts_are_counted_once_and_planned_as_each_is_alone(recipe
         (recipe.parent / f"{number:03}.yaml").write_text(text + more)
     kept = DEMO.format(name="kept") + "preserve: {prompts: [a cat, a pizza]}\n"
     (recipe.parent / "kept.yaml").write_text(kept)
-    found = json.loads(plan(recipe.parent, "--json").stdout)
+    found = json.loads(plan(recipe.parent, "--json"))
     assert counted == ["n1", "kept"]
     plans = {p["name"]: p for p in found["plans"]}
     assert plans["one"] == alone
@@ -66,30 +81,30 @@ def test_a_hundred_concepts_are_counted_once_and_planned_as_each_is_alone(recipe
     assert found["sum"]["recipes"] == 101
 
 
-def test_several_have_a_row_each(recipe):
+def test_several_have_a_row_each(plan, recipe):
     (recipe.parent / "two.yaml").write_text(DEMO.format(name="two"))
-    head, one, two, _, total = plan(recipe.parent).stdout.splitlines()
+    head, one, two, _, total = plan(recipe.parent).splitlines()
     assert head.split()[0] == "recipe" and one.split()[0] == "one" and two.split()[0] == "two"
     assert total.startswith("all 2, one after another")
 
 
-def test_what_fits_is_named_with_its_costs(recipe):
-    as_it_is = json.loads(plan(recipe, "--json").stdout)["plans"][0]["bytes"]["total"]
+def test_what_fits_is_named_with_its_costs(plan, recipe):
+    as_it_is = json.loads(plan(recipe, "--json"))["plans"][0]["bytes"]["total"]
     wanted = f"{(600_000_000 + as_it_is * 0.6) / 1e6:.0f}MB"
-    found = json.loads(plan(recipe, "--fit", wanted, "--json").stdout)["plans"][0]
+    found = json.loads(plan(recipe, "--fit", wanted, "--json"))["plans"][0]
     totals = [as_it_is, *(saving["total"] for saving in found["savings"])]
     assert found["fits"] and totals == sorted(totals, reverse=True)
     changes = {k: v for saving in found["savings"] for k, v in saving["set"].items()}
     flags = [part for k, v in changes.items() for part in ("--set", f"{k}={str(v).lower()}")]
-    followed = json.loads(plan(recipe, *flags, "--json").stdout)["plans"][0]
+    followed = json.loads(plan(recipe, *flags, "--json"))["plans"][0]
     assert followed["bytes"]["total"] == totals[-1] <= 0.6 * as_it_is
 
 
-def test_what_cannot_fit_says_so(recipe):
+def test_what_cannot_fit_says_so(plan, recipe):
     done = plan(recipe, "--fit", "601MB", code=1)
-    assert "does not fit" in done.stdout
+    assert "does not fit" in done
     for change in ("training.gradient_checkpointing=true", "optimizer.kind=adamw8bit"):
-        assert f"--set {change}" in done.stdout
+        assert f"--set {change}" in done
 
 
 def test_sizes_are_read_with_their_units():
@@ -106,12 +121,12 @@ def test_recipes_for_sd15_can_be_read(path):
     assert "UNTESTED ON A GPU" in path.read_text("utf-8")
 
 
-def test_a_true_size_recipe_is_planned_offline(monkeypatch):
+def test_a_true_size_recipe_is_planned_offline(plan, monkeypatch):
     def no_network(*_):
         raise AssertionError("a plan asks nobody")
 
     monkeypatch.setattr("socket.socket.connect", no_network)
-    found = json.loads(plan(RECIPES / "sd15" / "nudity.yaml", "--json").stdout)["plans"][0]
+    found = json.loads(plan(RECIPES / "sd15" / "nudity.yaml", "--json"))["plans"][0]
     assert found["parameters"] == 859_520_964
     assert found["bytes"]["base"] == 2 * 859_520_964
     assert found["bytes"]["total"] < 2.6e9
