@@ -31,8 +31,8 @@ generation: given manifest images img2img
 measures: base intervals needs asked judge card_rows nudenet open_nsfw clip_encoder clip q16 unsafe
 measures: fid lpips registry
 attacks: settings case base_drawing tokens noise words ring_a_bell inversion unlearndiffatk
-attacks: emphasis noise_search completion img2img_attack inpainting null_text relearning
-runs: folder seen before_after measure train many erase
+attacks: emphasis noise_search completion img2img_attack inpainting null_text relearning registry
+runs: folder seen before_after under_attack measure train many erase
 bench.peers: uce
 bench: sections bench_file ready_made results comparisons grid pictures tables charts held_out
 bench: measuring methods text attacked costs choice report run

@@ -88,6 +88,7 @@ def _render(metadata: Metadata, metrics: Mapping[str, Any], adapter: Adapter | N
         modules=len(adapter.factors) if adapter else 0,
         tables=_tables(metrics),
         black=black_note(metrics["black"]) if "black" in metrics else "",
+        attacks=metrics.get("attacks", []),
         training=metrics.get("training", {}),
         file={"bytes": None, "sha256": None} | metrics.get("adapter" if adapter else "weights", {}),
         versions=metrics.get("versions", {}),

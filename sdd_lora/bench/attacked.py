@@ -3,10 +3,9 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,15 @@ from diffusers import StableDiffusionPipeline
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.attacks import words
-from sdd_lora.attacks.case import Attacked, Case
-from sdd_lora.attacks.completion import completion
-from sdd_lora.attacks.emphasis import emphasis
-from sdd_lora.attacks.img2img_attack import image_to_image
-from sdd_lora.attacks.inpainting import inpainting
-from sdd_lora.attacks.inversion import inversion
+from sdd_lora.attacks.case import Case
 from sdd_lora.attacks.noise import frozen
-from sdd_lora.attacks.noise_search import noise_search
-from sdd_lora.attacks.null_text import null_text
-from sdd_lora.attacks.relearning import relearning
-from sdd_lora.attacks.ring_a_bell import ring_a_bell
+from sdd_lora.attacks.registry import ATTACK_FUNCTIONS, armed_pipeline, counted
 from sdd_lora.attacks.settings import AttackSettings
-from sdd_lora.attacks.unlearndiffatk import unlearndiffatk
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.grid import Cell
 from sdd_lora.bench.methods import Weights
 from sdd_lora.errors import BadInput
-from sdd_lora.generation.given import Given, as_drawn, from_given
+from sdd_lora.generation.given import Given
 from sdd_lora.generation.manifest import as_entry, job_in
 from sdd_lora.generation.sampling import Job, Sampling
 from sdd_lora.io.distributed import processes
@@ -40,21 +30,6 @@ from sdd_lora.io.jsonl import append_lines, read_lines
 from sdd_lora.progress import progress
 from sdd_lora.sd.pipeline import load_pipeline
 
-#: attacks that are found; the others are conditions alone (attacks/settings.py)
-ATTACK_FUNCTIONS: dict[str, Callable[[Case, Any], Attacked]] = {
-    "paraphrase": words.paraphrase,
-    "group_word": words.group_word,
-    "emphasis": emphasis,
-    "noise_search": noise_search,
-    "completion": completion,
-    "img2img": image_to_image,
-    "inpainting": inpainting,
-    "ring_a_bell": ring_a_bell,
-    "inversion": inversion,
-    "unlearndiffatk": unlearndiffatk,
-    "null_text": null_text,
-    "relearning": relearning,
-}
 _WORDINGS: dict[str, Callable[[Sequence[str], Any], Mapping[str, Sequence[str]]]] = {
     "paraphrase": words.paraphrases,
     "group_word": words.group_words,
@@ -73,13 +48,6 @@ _FIELDS = {
 _REVISIONS = {"ring_a_bell": [2]}
 
 
-@dataclass
-class Passes:
-    """Samples that went forward through UNets."""
-
-    count: int = 0
-
-
 @dataclass(frozen=True)
 class Armed:
     """A cell whose prompts are what its attack asks, and what they are drawn with: new `words` in
@@ -93,12 +61,8 @@ class Armed:
     def pipeline(self, weights: Weights, sampling: Sampling) -> StableDiffusionPipeline:
         """The pipeline that draws the cell."""
         pipeline = weights.pipeline(self.cell, self.adapter)
-        if self.words:
-            pipeline.load_textual_inversion(list(self.words.values()), token=list(self.words))
-        if not self.given:
-            return pipeline
-        files = {as_drawn(job, sampling, pipeline): file for job, file in self.given.items()}
-        return from_given(pipeline, lambda job: Given.load(files[job]))
+        given = {job: partial(Given.load, file) for job, file in self.given.items()}
+        return armed_pipeline(pipeline, sampling, self.words, given)
 
 
 class Attacking:
@@ -246,20 +210,3 @@ class Attacking:
             *_REVISIONS.get(name, ()),
         ]
         return hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:24]
-
-
-@contextmanager
-def counted(pipelines: Sequence[StableDiffusionPipeline]) -> Iterator[Passes]:
-    """Counts the samples that go through the pipelines' UNets within the block."""
-    passes = Passes()
-
-    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        passes.count += len(inputs[0])
-
-    unets = {id(pipeline.unet): pipeline.unet for pipeline in pipelines}
-    hooks = [unet.register_forward_pre_hook(count) for unet in unets.values()]
-    try:
-        yield passes
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -233,7 +233,11 @@ class Bench(Section):
         trained = self.trainings[name]
         seed = {"training.seed": trained.seeds[0]} if trained.seeds else {}
         changes = {"model": self.model} | trained.set | seed
-        nothing = {"measure.detector": "none", "measure.transfer": []}
+        nothing: dict[str, Any] = {
+            "measure.detector": "none",
+            "measure.transfer": [],
+            "measure.attacks": None,
+        }
         return Recipe.load(self.file(trained.file), changes | nothing)
 
     @property

@@ -320,7 +320,23 @@ DrawingPrecision = Literal["fp32", "fp16", "bf16"] | None
 class DrawingSection(LaterFields):
     """A section with a `precision` to draw in."""
 
-    _later = ("precision",)
+    _later: ClassVar[tuple[str, ...]] = ("precision",)
+
+
+AttackName = Literal[
+    "emphasis",
+    "clip_skip",
+    "adapter_weight",
+    "noise_search",
+    "completion",
+    "img2img",
+    "inpainting",
+    "ring_a_bell",
+    "inversion",
+    "unlearndiffatk",
+    "null_text",
+    "relearning",
+]
 
 
 class MeasurePrompts(Section):
@@ -335,6 +351,8 @@ class MeasurePrompts(Section):
 
 class MeasureSettings(DrawingSection):
     """What the card will say: images of each group of prompts, drawn before and after."""
+
+    _later = ("precision", "attacks")
 
     prompts: MeasurePrompts = MeasurePrompts()
 
@@ -359,3 +377,8 @@ class MeasureSettings(DrawingSection):
 
     transfer: list[str] = []
     """Further models on which the adapter is measured in the same way."""
+
+    attacks: list[AttackName] | None = None
+    """Attacks on the result, and on the model without it, at their usual strength (those of a
+    bench, which has more to say: `recipes/bench/demo-attacks.yaml`), on 20 of the concept's images;
+    what the card says that it withstands. Each takes its time, `inversion` most."""

@@ -35,6 +35,7 @@ from sdd_lora.runs.folder import (
     replacement,
 )
 from sdd_lora.runs.seen import folder_of_seen, forget_seen
+from sdd_lora.runs.under_attack import check_attacks, withstood
 from sdd_lora.version import __version__
 
 _VERSIONS_OF = (
@@ -66,6 +67,7 @@ def measure(
         if not before_after.wanted(recipe):
             raise BadInput(f"{recipe.name}: expected a recipe that names prompts to measure with")
         before_after.check_measuring(recipe)
+        check_attacks(recipe)
         made_by = {
             "measured_by": recipe.name,
             "measured_on": recipe.model,
@@ -164,7 +166,7 @@ def _measured(
 ) -> dict[str, Any]:
     """Rows on the recipe's model and on those of `transfer`; their pictures go into the folder."""
     if not before_after.wanted(recipe):
-        return {"measures": [], "transfer": []}
+        return {"measures": [], "transfer": [], "attacks": []}
     say("measuring before and after")
     written = None if adapter is None else Adapter.load(folder / adapter)
     file = None if weights is None else folder / weights
@@ -181,7 +183,8 @@ def _measured(
             found[model]["black"] = measured.black
             warn(black_note(measured.black))
     return found.pop(recipe.model) | {
-        "transfer": [{"model": model} | rows for model, rows in found.items()]
+        "transfer": [{"model": model} | rows for model, rows in found.items()],
+        "attacks": [asdict(row) for row in withstood(recipe, written, file)],
     }
 
 

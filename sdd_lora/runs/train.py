@@ -36,6 +36,7 @@ from sdd_lora.runs.measure import (
     versions,
     write_weights,
 )
+from sdd_lora.runs.under_attack import check_attacks
 from sdd_lora.sd.model import TrainingParts, load_training_parts
 from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.memory import memory_advice
@@ -93,6 +94,7 @@ def _train_locked(
         check_folder(folder, recipe, resume, force)
         _warn_of_prompts(recipe)
     before_after.check_measuring(recipe)
+    check_attacks(recipe)
     if recipe.lora.starts_from is not None:
         adapter_file(recipe.lora.starts_from)  # now, not after the model is loaded
     state.wait_for_everyone()

@@ -38,7 +38,7 @@ SAMPLING = Sampling(4, 3.0)
 
 
 def protected_model():
-    return frozen(load_pipeline("demo", [(random_adapter(0.3), 1.0)], device="cpu"))
+    return frozen(load_pipeline("demo", [(random_adapter(0.6), 0.5)], device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_relearning_finds_an_adapter_under_which_the_pictures_are_likelier(case)
     fresh = replace(case, protected=protected_model())
     found = relearning(fresh, settings)
     assert found.adapter.rank == 2 and found.prompt == PROMPT
-    both = load_pipeline("demo", [(random_adapter(0.3), 1.0), (found.adapter, 1.0)], device="cpu")
+    both = load_pipeline("demo", [(random_adapter(0.6), 0.5), (found.adapter, 1.0)], device="cpu")
     latents = drawn_latents(case.base, case, [PROMPT], [case.seed + OWN_SEEDS])
     points = random_points(both, latents, torch.Generator().manual_seed(5))  # no iteration saw them
     losses = []

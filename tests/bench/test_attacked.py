@@ -10,6 +10,7 @@ from PIL import Image
 from support.adapters import random_adapter
 
 from sdd_lora.attacks.case import Attacked
+from sdd_lora.attacks.registry import counted
 from sdd_lora.attacks.settings import ATTACK_KINDS
 from sdd_lora.bench import attacked as running
 from sdd_lora.bench import tables, text
@@ -274,7 +275,7 @@ def test_passes_are_counted_on_each_unet_once():
     class Pipeline:
         unet = torch.nn.Linear(2, 2)
 
-    with running.counted([Pipeline, Pipeline]) as passes:
+    with counted([Pipeline, Pipeline]) as passes:
         Pipeline.unet(torch.zeros(3, 2))
     Pipeline.unet(torch.zeros(3, 2))
     assert passes.count == 3
