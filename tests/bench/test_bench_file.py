@@ -22,7 +22,9 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in BENCHES if path.stem != "demo-attacks"], ids=lambda path: path.stem
+)
 def test_the_benches_that_travel_with_the_package_are_whole(path):
     bench = Bench.load(path)
     assert {"sd", "sdd", "sdd-preserve"} <= set(bench.methods) <= set(METHOD_TEXTS)
@@ -43,8 +45,19 @@ def test_the_benches_that_travel_with_the_package_are_whole(path):
     assert bench.recipe("sdd-preserve").preserve.prompts
 
 
-def test_there_are_ten_benches():
+def test_the_bench_of_attacks_has_models_to_be_broken_and_the_published_erasers():
+    bench = Bench.load(packaged_recipe("bench/demo-attacks"))
+    assert Bench.parse(bench.to_yaml()).model_dump() == bench.model_dump()
+    assert bench.methods == bench.attacks.methods == ["sd", "weak", "weapons", "from-words"]
+    assert bench.adapters["weak"].keys() == bench.adapters["weapons"].keys()
+    assert all(bench.file(name).exists() for row in bench.adapters.values() for name in row)
+    steps = [settings.steps for settings in bench.attacks.inversion]
+    assert len(steps) == 3 and steps == sorted(steps)
+
+
+def test_there_are_eleven_benches():
     assert {path.stem for path in BENCHES} == {
+        "demo-attacks",
         "demo-single",
         "demo-held-out",
         "demo-multi",
