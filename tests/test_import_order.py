@@ -23,7 +23,7 @@ checkpoint: journal copying locate layout history rounding plan prediction descr
 checkpoint: portable undo_file undo in_place bake extract
 demo: vocabulary judge
 sd: devices schedulers clip_tokenizer prompts weights textual_inversion single_file model pipeline
-training: ema embeddings objectives nf4 memory interrupt optimizer roles rollout init
+training: accelerator ema embeddings objectives nf4 memory interrupt optimizer roles rollout init
 training: projection words trainer plan
 generation: prompt_files sampling decoding guided
 generation.methods: sd neg sld sega gated

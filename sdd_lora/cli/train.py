@@ -112,7 +112,12 @@ def train(
     changes: Changes = None,
     resume: Resume = False,
     keep_state: Annotated[
-        bool, typer.Option("--keep-state", help="Keep the training state of a finished run.")
+        bool,
+        typer.Option(
+            "--keep-state",
+            help="Keep the state of a finished run: --resume --set training.iterations=N then "
+            "trains it on.",
+        ),
     ] = False,
     force: ForceRun = False,
     shard: ShardOption = None,

@@ -244,6 +244,11 @@ class Recipe(Section):
         interval = {"guidance_interval": self.rollout.guidance_interval}
         return fields | {"rollout": {"solver": self.rollout.solver} | rollout | interval}
 
+    def with_iterations(self, iterations: int) -> "Recipe":
+        """The same training, of another length."""
+        training = self.training.model_copy(update={"iterations": iterations})
+        return self.model_copy(update={"training": training})
+
     @property
     def training_sha256(self) -> str:
         """SHA-256 of the fields that a training depends on: all but `measure`."""

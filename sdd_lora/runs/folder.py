@@ -20,6 +20,7 @@ ADAPTER, PEFT_TWIN, SIDECAR = "adapter.safetensors", "adapter.peft.safetensors",
 WEIGHTS = "weights.safetensors"
 CARD, RECIPE, METRICS, PICTURE = "README.md", "recipe.yaml", "metrics.json", "before-after.png"
 STATE, TRACKER_LOGS, SNAPSHOTS = "state", "tensorboard", "snapshots"
+STATE_FILE = "state.pt"
 _PARTS = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, RECIPE, STATE, TRACKER_LOGS, SNAPSHOTS)
 _FILES = (*_PARTS, METRICS)
 _PICTURE_FILES = "before-after*.png"
@@ -76,23 +77,36 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool = False, force: bool
     if not is_finished(folder) and not _is_resumable(folder):
         raise BadInput(f"{folder}: holds other files; choose another folder")
     if not force:
-        advice = "add `resume=True` to continue it, " if _is_resumable(folder) else ""
+        can_go_on = _is_resumable(folder) or has_more_to_train(folder, recipe)
+        advice = "add `resume=True` to continue it, " if can_go_on else ""
         raise BadInput(
             f"{folder}: holds another run; {advice}choose another folder or add `force=True`"
         )
 
 
-def require_same(written: Path, recipe: Recipe, *, but_measure: bool = False) -> None:
-    """Raises BadInput where the recipe in a run's folder is another one; with `but_measure`, where
-    they differ in more than `measure`."""
+def require_same(written: Path, recipe: Recipe, *, to_resume: bool = False) -> None:
+    """Raises BadInput where the recipe in a run's folder is another one; with `to_resume`, where
+    they differ in more than `measure` and the number of iterations."""
     there = Recipe.load(written)
-    if but_measure:
+    if to_resume:
+        there = there.with_iterations(recipe.training.iterations)
         there = there.model_copy(update={"measure": recipe.measure})
     if there.sha256 != recipe.sha256:
         raise BadInput(
             f"{written}: belongs to another recipe (or other values in it) than the one given; "
             "resume with that one, or train into another folder"
         )
+
+
+def has_more_to_train(folder: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds a finished, shorter run of the recipe, with its state."""
+    if not is_finished(folder) or not (folder / STATE / STATE_FILE).is_file():
+        return False
+    try:
+        require_same(folder / RECIPE, recipe, to_resume=True)
+    except BadInput:
+        return False
+    return Recipe.load(folder / RECIPE).training.iterations < recipe.training.iterations
 
 
 def snapshot_file(folder: Path, iteration: int) -> Path:
@@ -130,6 +144,14 @@ def take(folder: Path, place: Path, recipe: Recipe) -> None:
         _remove(path)
     (place / STATE).mkdir(parents=True)
     write_text(place / RECIPE, recipe.to_yaml())
+
+
+def take_finished(folder: Path, place: Path, recipe: Recipe) -> None:
+    """Start in `place` where the folder's finished run ended, for more iterations of it."""
+    take(folder, place, recipe)
+    for name in (STATE, SNAPSHOTS, TRACKER_LOGS):
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, place / name, dirs_exist_ok=True)
 
 
 @contextmanager
@@ -173,9 +195,20 @@ def _check_resumable(folder: Path, recipe: Recipe) -> None:
     place = under_way(folder)
     if place is None and not is_finished(folder):
         raise BadInput(f"{folder}: holds no run to resume; leave `resume=True` away")
-    require_same((place or folder) / RECIPE, recipe, but_measure=place is not None)
-    if place is None:
-        raise BadInput(f"{folder}: holds a finished run; nothing to resume")
+    if place is not None:
+        require_same(place / RECIPE, recipe, to_resume=True)
+        return
+    if has_more_to_train(folder, recipe):
+        return
+    done, asked = Recipe.load(folder / RECIPE).training.iterations, recipe.training.iterations
+    require_same(folder / RECIPE, recipe, to_resume=done < asked)
+    if done < asked:
+        raise BadInput(
+            f"{folder}: holds a finished run of {done} iterations, whose training state was not "
+            "kept (`keep_state=True` keeps it); set lora.init to this folder and train "
+            f"{asked - done} iterations into another one, or start over with `force=True`"
+        )
+    raise BadInput(f"{folder}: holds a finished run; nothing to resume")
 
 
 def _is_resumable(folder: Path) -> bool:

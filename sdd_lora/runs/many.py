@@ -13,6 +13,7 @@ from sdd_lora.runs.folder import (
     RECIPE,
     check_folder,
     finish_move,
+    has_more_to_train,
     is_finished,
     require_same,
     under_way,
@@ -49,7 +50,8 @@ def train_recipes(
     state.wait_for_everyone()
     todo = []
     for recipe, folder in asked:
-        continues = resume and (not several or under_way(folder) is not None)
+        can_go_on = under_way(folder) is not None or has_more_to_train(folder, recipe)
+        continues = resume and (not several or can_go_on)
         if resume and several and not continues and is_finished(folder):
             require_same(folder / RECIPE, recipe)
             say(f"{folder}: finished already")

@@ -20,6 +20,7 @@ from sdd_lora.runs import before_after
 from sdd_lora.runs.folder import (
     RECIPE,
     STATE,
+    STATE_FILE,
     WEIGHTS,
     check_folder,
     lock,
@@ -27,6 +28,7 @@ from sdd_lora.runs.folder import (
     place_of_new,
     snapshot_file,
     take,
+    take_finished,
     under_way,
 )
 from sdd_lora.runs.measure import (
@@ -62,9 +64,10 @@ def train(
 
     `recipe` may be a file; `out_dir` is runs/NAME where it isn't given. With `parameters: full`
     there is no adapter: the changed weights of the UNet are written, in fp32 by diffusers' names,
-    and the file's path is returned. `resume` continues an unfinished run of the same recipe;
-    `force` starts over where the folder holds a run, and a finished one stays as it is until the
-    new one is. `parts` is a base already loaded, which comes back as it was.
+    and the file's path is returned. `resume` continues an unfinished run of the same recipe, or
+    one that is finished and kept its state (`keep_state`) for more iterations. `force` starts over
+    where the folder holds a run; a finished one stays as it is until the new one is. `parts` is a
+    base already loaded, which comes back as it was.
 
     `callback(iteration, losses)` is called after each iteration, in every process: the number of
     iterations done, and {"loss": the iteration's}. A KeyboardInterrupt that it raises stops the
@@ -162,13 +165,13 @@ def _run_training(
     embeddings = encode_prompts(recipe, parts)
     if not shared:
         parts.text_encoder = None  # its memory is free for training
-    path = place / STATE / "state.pt"
+    path, goes_on = place / STATE / STATE_FILE, resume and under_way(folder) is not None
     with memory_advice(recipe):
         trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings, path)
         try:
             trainer.accelerator.wait_for_everyone()  # all have looked at the folder
-            if trainer.accelerator.is_main_process and not resume:
-                take(folder, place, recipe)
+            if trainer.accelerator.is_main_process and not goes_on:
+                (take_finished if resume else take)(folder, place, recipe)
             trainer.accelerator.wait_for_everyone()
             if resume:
                 trainer.resume()

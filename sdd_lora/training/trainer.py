@@ -1,25 +1,22 @@
 """The loop: rollout, loss, backward, clip, step, average."""
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_output
-from sdd_lora.progress import progress
+from sdd_lora.progress import progress, warn
 from sdd_lora.recipe import Recipe, Training
 from sdd_lora.sd.devices import DTYPES
+from sdd_lora.training.accelerator import make_accelerator
 from sdd_lora.training.ema import decay_at, update_average
 from sdd_lora.training.embeddings import Embeddings
 from sdd_lora.training.init import SEES_PROMPTS, damping, initialise
@@ -35,7 +32,6 @@ _CHECKPOINT_EVERY_S = 30.0
 _CHECKPOINT_EVERY_SAVES = 20  # saving takes at most a twentieth of the time
 _PRESERVE_STREAM = 1 << 32  # keeps the choice of kept prompts apart from the trajectories' noise
 _LAST_LOSSES = 20  # of which `final_loss` is the mean
-_DEVICE_VARIABLES = ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE")
 
 
 #: keeps a training's result so far; called by all processes together
@@ -82,7 +78,7 @@ class Trainer:
         state_path: Path | None = None,
     ) -> None:
         self.recipe, self.state_path = recipe, state_path
-        self.accelerator = _make_accelerator(recipe.training, state_path)
+        self.accelerator = make_accelerator(recipe.training, state_path)
         self._peak = PeakMemory()
         device = self.accelerator.device
         _place(unet, recipe.training, device)
@@ -329,6 +325,7 @@ class Trainer:
         return {
             "training_sha256": self.recipe.training_sha256,
             "started_from": self.started_from and self.started_from.sha256,
+            "iterations": self.recipe.training.iterations,
             "iteration": self.iteration,
             "seconds": self.seconds,
             "losses": self.losses,
@@ -351,7 +348,8 @@ class Trainer:
                 f"{self.state_path}: an earlier version of sdd_lora left this state, and trained by"
                 " another loss; go on with that version, or start over with `force=True`"
             )
-        if state["training_sha256"] != self.recipe.training_sha256:
+        planned = state.get("iterations", self.recipe.training.iterations)
+        if state["training_sha256"] != self.recipe.with_iterations(planned).training_sha256:
             raise BadInput(
                 f"{self.state_path}: belongs to another recipe (or other values in it); "
                 "train it in another folder, or start over with `force=True`"
@@ -368,6 +366,7 @@ class Trainer:
                 f"{self.recipe.lora.starts_from}; put that one there, or start over with --force"
             )
         self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self._check_length(planned)
         self.losses = list(state["losses"])
         self.rollout.load_state_dict(state["rollouts"][self.accelerator.process_index])
         self.training_passes = state["training_passes"]
@@ -379,6 +378,27 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _check_length(self, planned: int) -> None:
+        """Raises BadInput where a resumed training has done more than is asked for; warns where
+        another length than the `planned` one changes what the iterations left are."""
+        total, settings = self.recipe.training.iterations, self.recipe.optimizer
+        if total < self.iteration:
+            raise BadInput(
+                f"training.iterations: {self.iteration} are done already; expected as many or more"
+            )
+        if total != planned and settings.schedule != "constant":
+            before, now = (
+                learning_rate(self.iteration, length, settings) for length in (planned, total)
+            )
+            warn(
+                f"optimizer.schedule: {settings.schedule}: the learning rate was to fall to 0 over "
+                f"{planned} iterations; from iteration {self.iteration} on it is that of {total}, "
+                f"{now:.3g} instead of {before:.3g}, so the result differs from a run of {total} "
+                "from the start"
+            )
+        if total != planned and self.recipe.preserve.damping:
+            warn(f"preserve.damping: from here on applied at the quarters of {total} iterations")
 
     def save_state(self) -> None:
         """Replace the checkpoint, whole, by the main process. All processes call this together."""
@@ -400,50 +420,6 @@ class Trainer:
         except Exception as error:
             raise BadInput(f"{self.state_path}: damaged, can't resume from it: {error}") from error
         self.load_state_dict(state)
-
-
-def _make_accelerator(training: Training, state_path: Path | None) -> Accelerator:
-    """Raises BadInput for fp16 without a GPU, SddLoraError where other than the asked number of
-    processes came about."""
-    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if training.precision == "fp16" and not on_gpu:
-        raise BadInput("training.precision: fp16 needs a GPU; expected bf16 or fp32 here")
-    AcceleratorState._reset_state()  # else the first recipe's precision binds the process
-    with _hidden_settings():
-        accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(training.precision, training.precision),
-            cpu=not on_gpu,
-            log_with=None if state_path is None else _tracker(),
-            project_dir=None if state_path is None else state_path.parent.parent,
-        )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked != accelerator.num_processes:
-        raise SddLoraError(
-            f"{asked} processes were asked for, {accelerator.num_processes} came about"
-        )
-    return accelerator
-
-
-@contextmanager
-def _hidden_settings() -> Iterator[None]:
-    """Hide accelerate's settings in the environment, such as
-    ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which would change a training behind its recipe's back;
-    variables that name the device stay."""
-    hidden = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if name.startswith("ACCELERATE_") and name not in _DEVICE_VARIABLES
-    }
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-def _tracker() -> str | None:
-    from accelerate.utils import is_tensorboard_available
-
-    return "tensorboard" if is_tensorboard_available() else None
 
 
 def _place(unet: UNet2DConditionModel, training: Training, device: torch.device) -> None:

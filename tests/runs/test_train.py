@@ -117,6 +117,24 @@ def test_a_forced_run_takes_an_earlier_ones_place_whole_or_not_at_all(
         train(short(), folder, resume=True)
 
 
+def test_a_finished_run_goes_on_for_more_iterations_as_if_it_had_been_longer(tmp_path):
+    folder, longer = tmp_path / "run", short(training__iterations=5)
+    train(short(), folder, keep_state=True)
+    with pytest.raises(BadInput, match="add `resume=True` to continue it"):
+        train(longer, folder)
+    with pytest.raises(BadInput, match="another recipe"):
+        train(short(training__iterations=5, training__seed=1), folder, resume=True)
+    with pytest.raises(BadInput, match="another recipe"):
+        train(short(training__iterations=2), folder, resume=True)
+    train(longer, folder, resume=True)
+    train(longer, tmp_path / "at once")
+    for name in ("adapter.safetensors", "recipe.yaml"):
+        assert (folder / name).read_bytes() == (tmp_path / "at once" / name).read_bytes()
+    assert not (folder / "state").exists()
+    with pytest.raises(BadInput, match=r"whose training state was not kept .*lora\.init"):
+        train(short(training__iterations=6), folder, resume=True)
+
+
 def test_a_folder_that_holds_other_files_is_not_ours_to_clear(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(BadInput, match="holds other files"):

@@ -140,3 +140,20 @@ def test_a_state_of_an_earlier_version_is_called_that_not_another_recipe(tmp_pat
     torch.save(earlier, path)
     with pytest.raises(BadInput, match="earlier version"):
         trainer(recipe(), path).resume()
+
+
+def test_another_length_is_taken_and_a_falling_learning_rate_is_told(tmp_path, caplog):
+    def of(iterations, schedule="constant"):
+        optimizer = {"kind": "adamw", "schedule": schedule}
+        return recipe(training={"iterations": iterations, "seed": 3}, optimizer=optimizer)
+
+    for schedule in ("constant", "cosine"):
+        path = tmp_path / schedule / "state.pt"
+        trainer(of(2, schedule), path).run()
+        longer = trainer(of(4, schedule), path)
+        longer.resume()
+        assert longer.iteration == 2
+        told = "from iteration 2 on it is that of 4, 0.0005 instead of 0" in caplog.text
+        assert told == (schedule == "cosine")
+        with pytest.raises(BadInput, match="2 are done already"):
+            trainer(of(1, schedule), path).resume()
