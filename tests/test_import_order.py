@@ -25,7 +25,7 @@ demo: vocabulary judge
 sd: devices schedulers clip_tokenizer prompts weights textual_inversion single_file model pipeline
 training: accelerator ema embeddings objectives nf4 memory interrupt optimizer roles rollout init
 training: projection words trainer plan
-generation: prompt_files sampling decoding guided
+generation: prompt_files sampling decoding guided batches
 generation.methods: sd neg sld sega gated
 generation: given manifest images img2img
 measures: base intervals needs asked judge card_rows nudenet open_nsfw clip_encoder clip q16 unsafe

@@ -256,7 +256,7 @@ def _load(
         ],
         "weights": None if weights is None else sha256_of(weights),
     }
-    own = _given(precision=precision, prediction=prediction)
+    own = _given(prediction=prediction)
     if embeddings:
         own["embeddings"] = list(embeddings)
     return pipeline, settings | own | ({"clip_skip": clip_skip} if clip_skip > 1 else {})

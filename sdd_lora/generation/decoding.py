@@ -22,7 +22,7 @@ def decode_latents(
     """
     _require_finite_latents(latents, jobs, "the latents", pipeline)
     scaled = latents / pipeline.vae.config.scaling_factor
-    images = pipeline.vae.decode(scaled, return_dict=False)[0]
+    images = _decoded(pipeline, scaled)
     overflowed = ~_are_finite(images)
     if overflowed.any() and pipeline.vae.dtype != torch.float32:
         images = images.float()
@@ -36,9 +36,18 @@ def _decode_in_fp32(pipeline: StableDiffusionPipeline, scaled: torch.Tensor) -> 
     """Decode with the VAE in fp32, as user interfaces do when half precision overflows."""
     dtype = pipeline.vae.dtype
     try:
-        return pipeline.vae.to(torch.float32).decode(scaled.float(), return_dict=False)[0]
+        pipeline.vae.to(torch.float32)
+        return _decoded(pipeline, scaled.float())
     finally:
         pipeline.vae.to(dtype)
+
+
+def _decoded(pipeline: StableDiffusionPipeline, scaled: torch.Tensor) -> torch.Tensor:
+    """The VAE's images (B, 3, H, W); on a card one at a time, since each takes three times the
+    memory there that it takes in the UNet."""
+    at_once = 1 if scaled.device.type == "cuda" else len(scaled)
+    parts = [pipeline.vae.decode(x, return_dict=False)[0] for x in scaled.split(at_once)]
+    return torch.cat(parts)
 
 
 def _are_finite(values: torch.Tensor) -> torch.Tensor:
@@ -49,13 +58,15 @@ def _are_finite(values: torch.Tensor) -> torch.Tensor:
 def _require_finite_latents(
     values: torch.Tensor, jobs: Sequence[Job], of: str, pipeline: StableDiffusionPipeline
 ) -> None:
-    finite = _are_finite(values).tolist()
-    for job, whole in zip(jobs, finite, strict=True):
-        if not whole:
-            raise SddLoraError(
-                f"image of {job.prompt!r}, seed {job.seed}: {of} holds numbers that are not finite "
-                f"(it would be a black image); likely cause: {_likely_cause(pipeline)}"
-            )
+    broken = [
+        job for job, whole in zip(jobs, _are_finite(values).tolist(), strict=True) if not whole
+    ]
+    if broken:
+        raise SddLoraError(
+            f"image of {broken[0].prompt!r}, seed {broken[0].seed}: {of} holds numbers that are "
+            f"not finite (it would be a black image, as {len(broken)} of {len(jobs)} drawn at once "
+            f"would); likely cause: {_likely_cause(pipeline)}"
+        )
 
 
 def _likely_cause(pipeline: StableDiffusionPipeline) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import CLIPTokenizer
 
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.generation import manifest
+from sdd_lora.generation.batches import images_at_once
 from sdd_lora.generation.decoding import decode_latents
 from sdd_lora.generation.methods import METHODS, gated, neg
 from sdd_lora.generation.prompt_files import SIDES, is_side
@@ -22,7 +24,7 @@ from sdd_lora.io.atomic import atomic_output, locked
 from sdd_lora.io.distributed import Shard, processes
 from sdd_lora.io.jsonl import appended
 from sdd_lora.progress import progress, warn
-from sdd_lora.sd.devices import is_out_of_memory
+from sdd_lora.sd.devices import is_out_of_memory, precision_of
 from sdd_lora.sd.prompts import cut_off
 from sdd_lora.sd.schedulers import NAMES_IN_A1111, set_scheduler
 from sdd_lora.version import __version__
@@ -60,16 +62,18 @@ def draw(
 
     They come in the jobs' order, unless some have a guidance or size of their own: a batch has one
     of each. Each image's noise comes from its own seed, drawn on the CPU, so that neither the batch
-    nor the device changes it; where memory runs out, half as many are drawn at once. Raises
-    SddLoraError for an image whose numbers are not finite.
+    nor the device changes it; a card draws as many at once as its free memory holds, and where that
+    runs out, half as many. Warns of images that are all black. Raises SddLoraError for an image
+    whose numbers are not finite.
     """
     set_scheduler(pipeline, sampling.scheduler)
     alike: dict[Sampling, list[int]] = {}
     for index, job in enumerate(jobs):
         alike.setdefault(sampling.for_job(job), []).append(index)
-    batch, in_fp32 = sampling.batch, 0
+    batch, in_fp32, black = min(sampling.batch, len(jobs)), 0, 0
     with progress(description, len(jobs)) as advance:
         for own, indices in alike.items():
+            batch = images_at_once(pipeline, replace(own, batch=batch))
             start = 0
             while start < len(indices):
                 part = indices[start : start + batch]
@@ -82,6 +86,7 @@ def draw(
                     continue
                 yield from zip(part, images, strict=True)
                 in_fp32 += retried
+                black += sum(not image.any() for image in images)
                 start += len(part)
                 advance(len(part))
     if in_fp32:
@@ -89,6 +94,10 @@ def draw(
             f"{in_fp32} of {len(jobs)} images: the VAE overflowed in {pipeline.vae.dtype} and was "
             "run again in fp32"
         )
+    if black:
+        precision = precision_of(pipeline.unet.dtype)
+        advice = "" if precision == "fp32" else "; try --precision fp32"
+        warn(f"{black} of {len(jobs)} images are all black, in {precision}{advice}")
 
 
 def _draw_batch(
@@ -140,7 +149,8 @@ def generate(
     lock = locked(folder, shared=shard is not None) if state.is_main_process else nullcontext()
     with lock:
         if state.is_main_process:
-            manifest.take_settings(folder, sampling, settings)
+            precision = precision_of(pipeline.unet.dtype)
+            manifest.take_settings(folder, sampling, settings, precision)
             if shard is None:
                 manifest.merge_parts(folder)
         state.wait_for_everyone()

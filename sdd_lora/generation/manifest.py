@@ -34,6 +34,8 @@ _ENTRY_TYPES: dict[str, tuple[type, ...]] = {
 }
 #: settings of later versions, left out at these values, so that older folders go on
 _LEFT_OUT = {"negative_prompt": ""}
+#: the precision of a folder whose settings say nothing of it
+_PRECISION, _UNSAID_PRECISION = "precision", "fp32"
 _IMAGE = re.compile(r"\d{5,}\.png")
 
 
@@ -95,12 +97,17 @@ def is_drawn(
     return not missing(folder, jobs)
 
 
-def take_settings(folder: Path, sampling: Sampling, settings: dict[str, Any]) -> None:
-    """Write what all images of a folder have in common: `settings` (model, adapters) and the
-    sampling, but for the batch, which changes no image. Raises BadInput where others are there."""
+def take_settings(
+    folder: Path, sampling: Sampling, settings: dict[str, Any], precision: str | None = None
+) -> None:
+    """Write what all images of a folder have in common: `settings` (model, adapters), the sampling,
+    but for the batch, which changes no image, and the `precision` they are drawn in, None where
+    none is drawn. Raises BadInput where others are there."""
     path = folder / SETTINGS
     common = {k: v for k, v in asdict(sampling).items() if k != "batch"}
     wanted = settings | {k: v for k, v in common.items() if (k, v) not in _LEFT_OUT.items()}
+    if precision not in (None, _UNSAID_PRECISION):
+        wanted[_PRECISION] = precision
     if not path.exists():
         write_text(path, json.dumps(wanted, indent=2, ensure_ascii=False))
         return
@@ -108,6 +115,13 @@ def take_settings(folder: Path, sampling: Sampling, settings: dict[str, Any]) ->
         found = _parsed_json(path.read_text("utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: can't read it ({error}); draw into another folder") from error
+    before = found.pop(_PRECISION, _UNSAID_PRECISION)
+    if precision not in (None, before):
+        raise BadInput(
+            f"{folder}: holds images drawn in {before}, the others would be drawn in {precision}; "
+            f"go on with --precision {before}, or choose another folder"
+        )
+    wanted.pop(_PRECISION, None)
     changed = [k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k)]
     if changed:
         raise BadInput(

@@ -34,6 +34,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """The name of a dtype as recipes and `--precision` have it."""
+    return {known: name for name, known in DTYPES.items()}[dtype]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the CPU's allocator, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
