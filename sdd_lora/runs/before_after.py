@@ -29,6 +29,7 @@ from sdd_lora.measures.judge import JudgeMeasure
 from sdd_lora.measures.registry import card_measure
 from sdd_lora.recipe import MeasureSettings, Recipe
 from sdd_lora.runs.seen import SeenImages
+from sdd_lora.sd.devices import precision_of
 from sdd_lora.sd.model import fingerprint, require_model, unet_config
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
 
@@ -250,12 +251,13 @@ def save_cache(
 
 def _conditions(pipeline: StableDiffusionPipeline, settings: MeasureSettings) -> dict[str, Any]:
     """All that a verdict depends on besides prompt and seed."""
+    precision = precision_of(pipeline.unet.dtype)
     return {
         "weights": sha256_of_parts(pipeline),
         "judge": sha256_of(JUDGE_FILE),
         "steps": settings.steps,
         "guidance": settings.guidance,
-    } | ({} if settings.precision in (None, "fp32") else {"precision": settings.precision})
+    } | ({} if precision == "fp32" else {"precision": precision})
 
 
 def side_by_side(

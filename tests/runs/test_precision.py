@@ -30,6 +30,13 @@ def test_images_of_a_card_are_drawn_in_the_chosen_precision(monkeypatch):
     assert measured.rows
 
 
+def test_the_cached_verdicts_are_those_of_fp32_whatever_the_device_draws_in_by_default():
+    settings = Recipe.load(RECIPE).measure
+    assert settings.precision is None
+    assert before_after.load_cache(before_after.load_pipeline("demo"), settings)
+    assert not before_after.load_cache(before_after.load_pipeline("demo", dtype="bf16"), settings)
+
+
 def test_cells_of_a_bench_are_drawn_in_the_chosen_precision():
     bench = Bench.load(BENCH, overrides={"sampling.precision": "bf16"})
     (cell,) = [c for c in grid_of(bench).cells if c.method == "sd" and c.variation is None]
