@@ -374,3 +374,13 @@ def test_overrides_are_read_as_yaml():
     assert parse_override("lora.targets=[to_q]") == ("lora.targets", ["to_q"])
     with pytest.raises(BadInput, match="expected name=value"):
         parse_override("ema.decay")
+
+
+def test_a_prediction_is_stored_only_where_it_is_given():
+    plain = Recipe.parse("name: x\nmodel: demo\nconcepts: [a]\n")
+    given = Recipe.parse("name: x\nmodel: demo\nprediction: v\nconcepts: [a]\n")
+    assert "prediction" not in plain.content()
+    assert given.prediction == given.content()["prediction"] == "v_prediction"
+    assert plain.training_sha256 != given.training_sha256
+    assert Recipe.parse(given.to_yaml()) == given
+    assert Recipe.parse(plain.to_yaml()) == plain

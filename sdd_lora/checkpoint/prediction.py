@@ -5,6 +5,7 @@ and its weights alone don't tell the two apart.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ _SPELLINGS: dict[str, PredictionType] = {
     "v": "v_prediction",
     "v_prediction": "v_prediction",
 }
+#: samplers of models that draw in few steps, and words by which people name such models
+_FEW_STEP_SAMPLERS = ("LCMScheduler", "TCDScheduler")
+_FEW_STEP_WORDS = re.compile(
+    r"(?<![a-z])(lcm|turbo|lightning|hyper(-?sd)?|tcd|dmd2?)(?![a-z])", re.IGNORECASE
+)
 _METADATA_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 
 
@@ -34,6 +40,7 @@ _METADATA_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 class Prediction:
     """A UNet's target, and whether its noise schedule ends in pure noise; None where nothing says.
 
+    `few_steps`: by which sign it is an LCM, Turbo or like model, merged into SD 1.x; "" for none.
     `guidance_embedding`: whether the UNet takes the guidance scale as an input, as distilled LCM
     models do (`time_cond_proj_dim`); they are not sampled with two passes a step.
     """
@@ -41,23 +48,38 @@ class Prediction:
     kind: PredictionType | None
     zero_terminal_snr: bool | None
     guidance_embedding: bool
+    few_steps: str = ""
 
 
 def prediction_of(checkpoint: Checkpoint) -> Prediction:
     """Read the prediction of a model. A file beside it that can't be read is warned of."""
+    path = checkpoint.path
     keys = {key for header in checkpoint.headers.values() for key in header.tensors}
     guided = any(key.endswith(".cond_proj.weight") for key in keys)
-    if checkpoint.path.is_dir():
-        scheduler = _content(checkpoint.path / _SCHEDULER)
+    if path.is_dir():
+        scheduler = _content(path / _SCHEDULER)
         kind = _SPELLINGS.get(str(scheduler.get("prediction_type")))
         zero = scheduler.get("rescale_betas_zero_snr")
-        return Prediction(kind, None if zero is None else bool(zero), guided)
+        sampler = str(scheduler.get("_class_name"))
+        downloaded = path.parent.name == "snapshots"  # the hub's cache: the repository's folder
+        sign = few_step_name(path.parents[1].name if downloaded else path.name)
+        if sampler in _FEW_STEP_SAMPLERS:
+            sign = f"scheduler {sampler}"
+        return Prediction(kind, None if zero is None else bool(zero), guided, sign)
     marked: PredictionType | None = "v_prediction" if "v_pred" in keys else None
     (header,) = checkpoint.headers.values()
     named = [_SPELLINGS.get(header.metadata.get(key, "").lower()) for key in _METADATA_KEYS]
-    configured = _parameterization(_content(config_of(checkpoint.path)))
+    configured = _parameterization(_content(config_of(path)))
     kind = configured or marked or next(filter(None, named), None)
-    return Prediction(kind, True if "ztsnr" in keys else None, guided)
+    title = header.metadata.get("modelspec.title", "")
+    sign = few_step_name(path.stem) or few_step_name(title)
+    return Prediction(kind, True if "ztsnr" in keys else None, guided, sign)
+
+
+def few_step_name(name: str) -> str:
+    """ "dreamshaper_8LCM" → "name (LCM)"; "" where a name says nothing of few steps."""
+    found = _FEW_STEP_WORDS.search(name)
+    return f"name ({found[0]})" if found else ""
 
 
 def config_of(file: Path) -> Path:

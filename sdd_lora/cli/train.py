@@ -121,6 +121,12 @@ def train(
     ] = False,
     force: ForceRun = False,
     shard: ShardOption = None,
+    prediction: Annotated[
+        Literal["epsilon", "v", "v_prediction"] | None,
+        typer.Option(
+            help="What the UNet predicts, where the model's files don't say [--set prediction=…]."
+        ),
+    ] = None,
     help_recipe: Annotated[
         bool,
         typer.Option(
@@ -168,8 +174,10 @@ def train(
         failed[str(folder)] = str(error)
         warn(f"{folder}: failed: {error}\ngoing on with the other recipes")
 
+    set_by_option = [] if prediction is None else [f"prediction={prediction}"]
+    every = [*(changes or []), *set_by_option]
     finished = train_recipes(
-        recipes, output, changes or [], resume, keep_state, force, part, on_failure=note
+        recipes, output, every, resume, keep_state, force, part, on_failure=note
     )
     if not speaker:
         raise typer.Exit

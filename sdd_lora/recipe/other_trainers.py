@@ -234,7 +234,7 @@ def _of_leco(config: _LecoConfig, path: Path) -> Translated:
     if network.type == "c3lier" and kind != "esd-u":
         found.differences.append("no convolutions are adapted (network.type: c3lier)")
     if model.v_pred:
-        found.differences.append("the prediction type is read from the model's files, not v_pred")
+        found.fields["prediction"] = "v_prediction"
     found.differences += _unused(
         ("", config), ("pretrained_model", model), ("network", network), ("train", train),
         ("save", save),
@@ -320,6 +320,8 @@ def _of_toolkit(config: _ToolkitConfig, path: Path) -> Translated:
     )
     found.add_training(f"{path}: train", train, train.dtype, train.steps)
     found.fields["training"]["gradient_checkpointing"] = train.gradient_checkpointing
+    if model.is_v_pred:
+        found.fields["prediction"] = "v_prediction"
     if any(t.weight != 1 or t.multiplier != 1 or t.shuffle for t in slider.targets):
         found.differences.append("targets' weight, multiplier and shuffle are not taken over")
     if any(anchor.neg_prompt or anchor.multiplier != 1 for anchor in slider.anchors):

@@ -25,6 +25,7 @@ from sdd_lora.recipe.sections import (
     EARLIER_NAMES,
     KINDS,
     Ema,
+    LaterFields,
     Lora,
     MeasureSettings,
     ObjectiveSettings,
@@ -59,18 +60,31 @@ def _concepts(value: Any) -> Any:
     return listed(value)
 
 
-class Recipe(Section):
+def _prediction(value: Any) -> Any:
+    """`v` is short for v_prediction."""
+    return "v_prediction" if value == "v" else value
+
+
+class Recipe(LaterFields):
     """A whole recipe. Field names and defaults are those of the recipe files.
 
     What a recipe leaves open comes from its preset, and from the values that other fields imply, in
     Python as in a file.
     """
 
+    _later = ("prediction",)
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Of the run and the adapter: letters, digits, `.`, `_` and `-`."""
 
     model: Text
     """The base: `demo`, a diffusers folder, one `.safetensors` or `.ckpt` file, or a hub id."""
+
+    prediction: Annotated[
+        Literal["epsilon", "v_prediction"] | None, BeforeValidator(_prediction)
+    ] = None
+    """What the UNet predicts, where the model's files don't say it, or say it wrongly: its noise
+    (`epsilon`, what nearly all of SD 1.x do), or `v_prediction`."""
 
     concepts: Annotated[list[Text], Field(min_length=1), BeforeValidator(_concepts)]
     """What to erase: a list of texts, or of names of text files beside the recipe, one concept a

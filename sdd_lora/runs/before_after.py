@@ -104,11 +104,12 @@ def measure_before_after(
                 values[index] = {"black": True}
         return values
 
-    pipeline = load_pipeline(model, dtype=settings.precision)
+    prediction = recipe.prediction if model == recipe.model else None
+    pipeline = load_pipeline(model, dtype=settings.precision, prediction=prediction)
     conditions = {
         "unet": fingerprint(pipeline.unet),
         "dtype": str(pipeline.unet.dtype),
-        "sampling": [model, settings.steps, settings.guidance],
+        "sampling": [model, prediction, settings.steps, settings.guidance],
         "measure": [settings.detector, detector.source, recipe.concepts],
         "images": [key_of(spec.job) for spec in specs],
     }
@@ -127,7 +128,7 @@ def measure_before_after(
     before, before_images = seen_in(
         pipeline, specs, sampling, see, "before", known, shown, kept("before")
     )
-    pipeline = load_pipeline(model, dtype=settings.precision, **changed)
+    pipeline = load_pipeline(model, dtype=settings.precision, prediction=prediction, **changed)
     after, after_images = seen_in(pipeline, specs, sampling, see, "after", {}, shown, kept("after"))
     picture = side_by_side(
         [specs[i].prompt for i in shown],

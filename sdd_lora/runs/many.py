@@ -119,11 +119,12 @@ def _base_of(recipe: Recipe, loaded: dict[Hashable, TrainingParts]) -> TrainingP
     training = recipe.training
     changes_that_stay = (  # of the UNet, when a training has removed its adapters
         recipe.model,
+        recipe.prediction,
         training.precision,
         training.base_precision,
         training.gradient_checkpointing,
     )
     if changes_that_stay not in loaded:
         loaded.clear()
-        loaded[changes_that_stay] = load_training_parts(recipe.model)
+        loaded[changes_that_stay] = load_training_parts(recipe.model, recipe.prediction)
     return loaded[changes_that_stay]

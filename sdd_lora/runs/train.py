@@ -161,7 +161,7 @@ def _run_training(
     """The training's result (an adapter, or whole weights by name), its metadata and its report.
     The folder's earlier files are touched only when everything else is ready."""
     shared = parts is not None
-    parts = parts or load_training_parts(recipe.model)
+    parts = parts or load_training_parts(recipe.model, recipe.prediction)
     embeddings = encode_prompts(recipe, parts)
     if not shared:
         parts.text_encoder = None  # its memory is free for training

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from sdd_lora.checkpoint.locate import local
 from sdd_lora.checkpoint.prediction import PredictionType
 from sdd_lora.errors import BadInput
 from sdd_lora.io.download import download_pipeline
+from sdd_lora.progress import warn
+from sdd_lora.sd.prompts import embed
 from sdd_lora.sd.single_file import (
     SD15_FOLDER,
     configuration_of,
@@ -28,6 +31,11 @@ from sdd_lora.sd.single_file import (
 )
 
 SD1_CHANNELS = 4
+_NOISIEST = 999
+#: side of a latent that tells enough of a UNet, at a sixteenth of the arithmetic
+_SMALL = 16
+#: cosine of noise and what a UNet makes of it, below which it hardly predicts noise
+_RETURNS_THE_NOISE = 0.5
 
 
 def fingerprint(unet: UNet2DConditionModel) -> str:
@@ -54,12 +62,13 @@ class TrainingParts:
     fingerprint: str
 
 
-def load_training_parts(model: str) -> TrainingParts:
+def load_training_parts(model: str, prediction: PredictionType | None = None) -> TrainingParts:
     """Tokenizer, text encoder, UNet (fp32, on the CPU) and a DDIM scheduler of a MODEL.
 
-    Raises BadInput for what is missing, damaged, or no Stable Diffusion 1.x.
+    `prediction` is what the UNet predicts, where the model's files don't say. Raises BadInput for
+    what is missing, damaged, or no Stable Diffusion 1.x.
     """
-    pipeline = _pipeline(model, torch.float32, vae=None)
+    pipeline = _pipeline(model, torch.float32, prediction, vae=None)
     return TrainingParts(
         pipeline.tokenizer,
         pipeline.text_encoder,
@@ -83,7 +92,7 @@ def load_text_parts(model: str) -> TextParts:
 
     Raises BadInput for what is missing, damaged, or no Stable Diffusion 1.x.
     """
-    pipeline = _pipeline(model, torch.float32, unet=None, vae=None)
+    pipeline = _pipeline(model, torch.float32, None, unet=None, vae=None)
     encoder = pipeline.text_encoder
     return TextParts(pipeline.tokenizer, encoder, text_fingerprint(encoder))
 
@@ -110,10 +119,9 @@ def load_base_pipeline(
     `vae` is a MODEL or a file whose VAE takes the place of the model's; `prediction` is epsilon or
     v_prediction, where the model's files say nothing of it, or the wrong thing.
     """
-    pipeline = _pipeline(model, dtype, **({} if vae is None else {"vae": load_vae(vae, dtype)}))
+    parts = {} if vae is None else {"vae": load_vae(vae, dtype)}
+    pipeline = _pipeline(model, dtype, prediction, **parts)
     pipeline.scheduler = ddim(pipeline)
-    if prediction is not None:
-        pipeline.scheduler.register_to_config(prediction_type=prediction)
     return pipeline
 
 
@@ -177,7 +185,9 @@ def unet_config(model: str) -> dict[str, Any]:
     return read_config(configuration_of(found.unet_widths) if path.is_file() else path, "unet")
 
 
-def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPipeline:
+def _pipeline(
+    model: str, dtype: torch.dtype, prediction: PredictionType | None, **parts: Any
+) -> StableDiffusionPipeline:
     path, found = require_model(model, **parts)
     _require_parts(found, parts)
     try:
@@ -202,7 +212,30 @@ def _pipeline(model: str, dtype: torch.dtype, **parts: Any) -> StableDiffusionPi
     # a tokenizer's own limit may be missing, or another than the text encoder's positions
     positions = pipeline.text_encoder.config.max_position_embeddings
     pipeline.tokenizer.model_max_length = positions
+    if prediction is not None:
+        pipeline.scheduler.register_to_config(prediction_type=prediction)
+    elif found.prediction.kind is None and pipeline.unet is not None:
+        _warn_of_another_prediction(pipeline, path)
     return pipeline
+
+
+@torch.no_grad()
+def _warn_of_another_prediction(pipeline: StableDiffusionPipeline, path: Path) -> None:
+    """Where no file says what the UNet predicts, ask the UNet: at t = 999, where a latent is all
+    but pure noise, a UNet that predicts noise returns it (a cosine of 0.999 on the embedded model),
+    and one that predicts v, α ε − σ x₀, an image's negative."""
+    unet, size = pipeline.unet, min(_SMALL, pipeline.unet.config.sample_size)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, SD1_CHANNELS, size, size, generator=generator).to(unet.dtype)
+    empty = embed([""], pipeline.tokenizer, pipeline.text_encoder).to(unet.dtype)
+    output = unet(noise, torch.tensor(_NOISIEST), empty).sample
+    cosine = float(torch.cosine_similarity(output.flatten().float(), noise.flatten().float(), 0))
+    if cosine < _RETURNS_THE_NOISE:
+        warn(
+            f"{path}: no file says what its UNet predicts, and given noise it does not return it "
+            f"(cosine {cosine:.2f}): is taken for epsilon; `prediction='v_prediction'` if it was "
+            "trained so"
+        )
 
 
 def _require_parts(found: ModelDescription, parts: dict[str, Any]) -> None:
@@ -232,7 +265,20 @@ def _require_text_to_image(path: Path) -> ModelDescription:
             f"{path}: a latent consistency model (LCM), whose UNet takes the guidance as an "
             "embedding (time_cond_proj_dim); expected a plain SD 1.x model, or one with LCM-LoRA"
         )
+    if found.prediction.few_steps:
+        _warn_of_few_steps(path, found.prediction.few_steps)
     return found
+
+
+@cache
+def _warn_of_few_steps(path: Path, sign: str) -> None:
+    """Once a model: several parts of a run ask what it is."""
+    warn(
+        f"{path}: by its {sign} made for few steps (LCM, Turbo, …): guidance and many DDIM steps, "
+        "by which adapters are trained and measured here, don't suit it; train on the model that "
+        "it was made from, the adapter fits both. It draws with `scheduler='lcm'`, 4 to 8 steps "
+        "and a guidance of 1 to 2"
+    )
 
 
 def _has_tokenizer(folder: Path) -> bool:

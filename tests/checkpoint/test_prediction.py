@@ -48,6 +48,30 @@ def test_of_a_folder(tmp_path):
     assert (found.kind, found.zero_terminal_snr) == ("v_prediction", True)
 
 
+@pytest.mark.parametrize(
+    ("name", "sign"),
+    [
+        ("dreamshaper_8LCM", "name (LCM)"),
+        ("sd-turbo-v1", "name (turbo)"),
+        ("epic_Hyper-SD", "name (Hyper-SD)"),
+        ("hyperrealistic", ""),
+        ("calcmodel", ""),
+    ],
+)
+def test_a_model_for_few_steps_is_known_by_its_name(tmp_path, name, sign):
+    path = models.write(tmp_path / f"{name}.safetensors", models.ldm_tensors())
+    assert require_sd1(path).prediction.few_steps == sign
+    folder = models.write_folder(tmp_path / f"models--a--{name}" / "snapshots" / "0a1b")
+    assert require_sd1(folder).prediction.few_steps == sign
+
+
+def test_a_model_for_few_steps_is_known_by_its_sampler(tmp_path):
+    folder = models.write_folder(tmp_path / "m")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"_class_name": "LCMScheduler"}))
+    assert require_sd1(folder).prediction.few_steps == "scheduler LCMScheduler"
+
+
 def test_a_config_that_can_not_be_read_is_warned_of(tmp_path, caplog):
     path = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
     path.with_suffix(".yaml").write_text("model: [")

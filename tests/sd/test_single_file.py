@@ -154,6 +154,28 @@ def test_a_prediction_type_can_be_given(community):
     assert community.scheduler.config.prediction_type == "epsilon"
 
 
+def test_where_no_file_says_the_prediction_the_unet_is_asked(tensors, tmp_path, caplog):
+    good, other = tmp_path / "good.safetensors", tmp_path / "other.safetensors"
+    save_file(tensors, good)
+    last = "model.diffusion_model.out.2.weight"
+    save_file(tensors | {last: -tensors[last]}, other)  # returns the noise's negative
+    load_training_parts(str(good))
+    assert "predicts" not in caplog.text
+    load_training_parts(str(other), "epsilon")
+    assert "predicts" not in caplog.text
+    load_training_parts(str(other))
+    assert "other.safetensors: no file says what its UNet predicts" in caplog.text
+    assert "cosine -" in caplog.text
+
+
+def test_a_model_for_few_steps_is_warned_of_once(tensors, tmp_path, caplog):
+    path = tmp_path / "painter-lcm.safetensors"
+    save_file(tensors, path)
+    unet_config(str(path))
+    load_training_parts(str(path))
+    assert caplog.text.count("by its name (lcm) made for few steps") == 1
+
+
 def test_a_consistency_model_is_refused_by_name(tmp_path):
     folder = shutil.copytree(DEMO_FOLDER, tmp_path / "lcm")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
