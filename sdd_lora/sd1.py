@@ -233,6 +233,7 @@ def is_text(name: str) -> bool:
 
 
 def is_attention(name: str) -> bool:
+    """Whether a weight or layer is of self- or cross-attention."""
     return ".attn1." in name or ".attn2." in name or ".self_attn." in name
 
 

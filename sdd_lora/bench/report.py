@@ -44,14 +44,14 @@ def render_report(folder: Path) -> str:
         undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     bench_file = folder / BENCH
-    page = environment.from_string(_beside("report.html.jinja")).render(
+    page = environment.from_string(_read_beside("report.html.jinja")).render(
         results=results,
-        style=_beside("report.css"),
+        style=_read_beside("report.css"),
         text=text,
         ALL=ALL,
         find=find_row,
         family=family,
-        scales={name: _scale(results, name) for name in results.headline()},
+        scales={name: _scale_of(results, name) for name in results.headline()},
         counts={name: image_counts(results, name) for name in results.headline()},
         few=FEW_IMAGES,
         fewest=fewest_images(results),
@@ -87,7 +87,7 @@ def _attack_notes(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _beside(name: str) -> str:
+def _read_beside(name: str) -> str:
     """A text file that lies beside this module."""
     return resources.files("sdd_lora.bench").joinpath(name).read_text("utf-8")
 
@@ -137,7 +137,7 @@ def fewest_images(results: Results) -> int:
     return min((n for name in names for n in image_counts(results, name)), default=0)
 
 
-def _scale(results: Results, measure: str) -> tuple[float, float]:
+def _scale_of(results: Results, measure: str) -> tuple[float, float]:
     """What the little intervals in the table span: 0 … 1 for rates, else all the intervals."""
     if results.info(measure).kind == "rate":
         return 0.0, 1.0

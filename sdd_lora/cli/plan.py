@@ -23,7 +23,7 @@ _CARD, _CARD_FLOPS = "RTX 3060", 1e13
 #: SD 1.x's text encoder and UNet in fp32, which is what a training loads of a hub repository
 _DOWNLOAD_BYTES = 3_930_000_000
 #: parts of the memory (fields of Footprint), as they are printed
-_PARTS = {
+_MEMORY_PARTS = {
     "base": "base",
     "adapter": "adapter",
     "average": "average (teacher)",
@@ -71,7 +71,7 @@ def plan(
     for recipe in read:
         kind = _footprint_key(recipe)
         if kind not in counted:
-            counted[kind] = _count(recipe, most)
+            counted[kind] = _count_bytes(recipe, most)
         plans.append(_planned(recipe, most, *counted[kind]))
     data: dict[str, Any] = {"plans": [data for data, _ in plans]}
     several = len(plans) > 1
@@ -96,7 +96,7 @@ def _footprint_key(recipe: "Recipe") -> str:
     return recipe.model_copy(update=alike | {"preserve": preserve, "training": training}).to_yaml()
 
 
-def _count(recipe: "Recipe", most: int | None) -> "Counted":
+def _count_bytes(recipe: "Recipe", most: int | None) -> "Counted":
     """The footprint, and what brings it down to `most` bytes."""
     from sdd_lora.sd.model import unet_config
     from sdd_lora.training.plan import fit, footprint
@@ -118,7 +118,7 @@ def _planned(
         "model": recipe.model,
         "parameters": found.parameters,
         "trained": found.trained,
-        "bytes": {part: getattr(found, part) for part in _PARTS},
+        "bytes": {part: getattr(found, part) for part in _MEMORY_PARTS},
         "iterations": iterations,
         "rollout_passes": round(found.rollout_passes * iterations),
         "loss_passes": found.loss_passes * iterations,
@@ -153,7 +153,7 @@ def _disk(recipe: "Recipe", found: "Footprint", downloaded: bool) -> dict[str, i
 def _plan_text(data: dict[str, Any]) -> str:
     disk, passes = data["disk"], data["unet_passes"]
     seconds = data["estimated_seconds"][_CARD]
-    rows = [[label, f"{data['bytes'][part] / 1e9:.3f}"] for part, label in _PARTS.items()]
+    rows = [[label, f"{data['bytes'][part] / 1e9:.3f}"] for part, label in _MEMORY_PARTS.items()]
     lines = [
         f"{data['name']} on {data['model']}: {data['parameters'] / 1e6:.1f} M parameters, "
         f"{data['trained']:,} trained",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdd_lora.recipe import ObjectiveSettings, Preserve
+from sdd_lora.sd1 import is_attention
 from sdd_lora.training.embeddings import Embeddings
 
 #: ε(z_t, t, prompt) → noise estimate, fp32, of z_t's shape
@@ -219,11 +220,6 @@ def preservation_loss(
     with torch.no_grad():
         e_base = base(z_t, t, c_k)
     return F.mse_loss(student(z_t, t, c_k), e_base)
-
-
-def is_attention(name: str) -> bool:
-    """Whether a weight or layer of the UNet, by diffusers' name, is of self- or cross-attention."""
-    return ".attn1." in name or ".attn2." in name
 
 
 def is_noxattn(name: str) -> bool:

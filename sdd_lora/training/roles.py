@@ -19,7 +19,8 @@ from torch import nn
 
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import ATTENTION, NOXATTN, Lora, Recipe
-from sdd_lora.training.objectives import Objective, is_attention, is_noxattn
+from sdd_lora.sd1 import is_attention
+from sdd_lora.training.objectives import Objective, is_noxattn
 
 STUDENT, TEACHER, BASE = "student", "teacher", "base"
 
