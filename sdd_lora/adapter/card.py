@@ -5,7 +5,7 @@ A1111 and InvokeAI show the sidecar, `<name>.json`; the hub shows the card.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.metadata import ENTRY_KEY, SHOWN_CONCEPTS, Metadata, shortened
 from sdd_lora.io.atomic import write_text
+from sdd_lora.io.strict_yaml import at
 
 _MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -72,10 +73,18 @@ def _render(metadata: Metadata, metrics: Mapping[str, Any], adapter: Adapter | N
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"percent": _percent, "interval": _interval, "shortened": shortened}
+    base, stem = metadata.base_model, metadata.name_or_default
     return environment.from_string(template).render(
-        front_matter=_front_matter(metadata, _LORA_TAGS if adapter else ()),
+        front_matter=_front_matter(metadata, adapter),
         adapter=adapter,
-        name=metadata.name_or_default,
+        portable=adapter is not None and adapter.is_portable,
+        name=stem,
+        stem=stem,
+        file_name=f"{stem}.safetensors",
+        in_plain_numbers=[*_in_plain_numbers(metrics.get("measures", []))],
+        pictures=[*_pictures(metrics)],
+        made=_made(metadata),
+        license=metadata.license,
         parts=metadata.merged_from,
         resized=metadata.resized_from,
         is_sd15=adapter is not None and adapter.fits(names.SD15),
@@ -84,7 +93,8 @@ def _render(metadata: Metadata, metrics: Mapping[str, Any], adapter: Adapter | N
         sees_prompts=adapter is not None
         and any(name.endswith(("attn2.to_k", "attn2.to_v")) for name in adapter.factors),
         description=metadata.sentence,
-        base=metadata.base_model,
+        base=base,
+        hub_base=base if base and _MODEL_ID.fullmatch(base) else None,
         modules=len(adapter.factors) if adapter else 0,
         tables=_tables(metrics),
         black=black_note(metrics["black"]) if "black" in metrics else "",
@@ -115,7 +125,89 @@ def _tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]
     return [(title, rows) for title, rows in tables if rows]
 
 
-def _notes(adapter: Adapter) -> Iterable[str]:
+def _in_plain_numbers(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """A sentence on each concept, and one on what suffers most of what is kept."""
+    kept = []
+    for row in rows:
+        before, after = _percent(row["before"]), _percent(row["after"])
+        images = f"of {row['n']} images"
+        if row["name"] == "concept drawn":
+            yield (
+                f"Asked for the concept ({row['group']}), it is drawn in {after} {images}; without "
+                f"this file in {before}."
+            )
+        elif row["name"].startswith("flagged by "):
+            detector = row["name"].removeprefix("flagged by ")
+            yield (
+                f"Asked for the concept, {after} {images} are flagged by {detector}; without this "
+                f"file {before}."
+            )
+        elif row["name"] == "noun kept":
+            kept.append(row)
+    if kept:
+        worst = min(kept, key=lambda row: row["after"] - row["before"])
+        before, after = _percent(worst["before"]), _percent(worst["after"])
+        yield f"What loses most of what is kept: {worst['group']}, {before} → {after}."
+
+
+def picture_of(model: str | None) -> str:
+    """The file of the picture of before and after: on the model that it was trained on, None, or on
+    another one."""
+    if model is None:
+        return "before-after.png"
+    return f"before-after-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}.png"
+
+
+def _pictures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Files and captions of the pictures that were drawn while measuring."""
+    caption = "Above: the model itself. Below: the same prompts and seeds with this file"
+    if metrics.get("measures"):
+        yield picture_of(None), f"{caption}."
+    for elsewhere in metrics.get("transfer", []):
+        if elsewhere["measures"]:
+            yield picture_of(elsewhere["model"]), f"{caption}, on {elsewhere['model']}."
+
+
+#: `lora.init` → where a training starts, in words
+_STARTS_IN_WORDS = {
+    "random": "a random start, a change of 0",
+    "concepts": "a change of 0 along the concepts' directions in closed form",
+    "closed-form": "a closed-form solution over the prompts' embeddings, without an image",
+}
+
+
+def _made(metadata: Metadata) -> str:
+    """What was trained and what is closed form, as far as the metadata tells; "" for nothing."""
+    if words := metadata.words:
+        kept = f"It keeps the {words.vocabulary or 'most'} most frequent words of the tokenizer"
+        named = f" and {len(words.keep)} that were named" if words.keep else ""
+        near = f" Words too near to stay: {shortened(words.near)}." if words.near else ""
+        return (
+            "Nothing was trained: it is solved in closed form from words alone, without an image "
+            f"or a pass of the UNet. {kept}{named}.{near}"
+        )
+    if extracted := metadata.extracted_from:
+        return f"It is what `{extracted.tuned}` changed of `{extracted.base}`, cut to a low rank."
+    kind = at(metadata.recipe, ["objective", "kind"])
+    iterations = at(metadata.recipe, ["training", "iterations"])
+    if metadata.merged_from or kind is None or iterations is None:
+        return ""
+    init = str(at(metadata.recipe, ["lora", "init"]))
+    start = _STARTS_IN_WORDS.get(init, f"another adapter, `{init}`")
+    if metadata.started_from:
+        source = metadata.started_from
+        start = f"another adapter, {source.name} (SHA-256 `{source.sha256}`)"
+    held = at(metadata.recipe, ["preserve", "prompts"]) or []
+    many = "1 prompt is" if len(held) == 1 else f"{len(held)} prompts are"
+    kept = f" {many} held to the base meanwhile." if held else ""
+    if iterations == 0:
+        return f"Nothing was trained: it is {start}."
+    if at(metadata.recipe, ["parameters"]) == "full":
+        return f"Trained by {kind} for {iterations:,} iterations, the weights themselves.{kept}"
+    return f"Trained by {kind} for {iterations:,} iterations, from {start}.{kept}"
+
+
+def _notes(adapter: Adapter) -> Iterator[str]:
     if base := adapter.metadata.base_model:
         yield f"Trained on {base}."
     for part in adapter.metadata.merged_from:
@@ -126,15 +218,13 @@ def _notes(adapter: Adapter) -> Iterable[str]:
         yield f"{row.name} ({row.group}): {_percent(row.before)} → {_percent(row.after)}"
 
 
-_LORA_TAGS = ("lora", "template:sd-lora")
-
-
-def _front_matter(metadata: Metadata, tags: Iterable[str]) -> str:
+def _front_matter(metadata: Metadata, adapter: Adapter | None) -> str:
     import yaml
 
-    first, last = (list(tags)[:1], list(tags)[1:])
+    is_lora = adapter is not None and not adapter.is_portable
+    first, last = (["lora"], ["template:sd-lora"]) if is_lora else ([], [])
     entries: dict[str, Any] = {
-        "library_name": "diffusers",
+        "library_name": "diffusers" if is_lora or adapter is None else "sdd_lora",
         "pipeline_tag": "text-to-image",
         "tags": [*first, "stable-diffusion", "safety", "concept-erasure", *last],
     }
@@ -143,6 +233,8 @@ def _front_matter(metadata: Metadata, tags: Iterable[str]) -> str:
     base = metadata.base_model
     if base and _MODEL_ID.fullmatch(base):
         entries["base_model"] = base
+        if adapter is not None:
+            entries["base_model_relation"] = "adapter"
         entries["widget"] = [{"text": concept} for concept in metadata.concepts[:SHOWN_CONCEPTS]]
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).rstrip()
 

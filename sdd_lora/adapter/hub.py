@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from sdd_lora.adapter.alphas import PEFT_CONFIG_FILE, PEFT_MODEL_FILE
@@ -23,8 +24,9 @@ PUBLISHED = (
     "README.md",
     "recipe.yaml",
     METRICS_FILE,
-    "before-after.png",
 )
+#: and the pictures of a run's measures
+_PUBLISHED_PICTURES = "before-after*.png"
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
@@ -43,7 +45,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         commit = api.upload_folder(
             folder_path=folder,
             repo_id=repository,
-            allow_patterns=list(PUBLISHED),
+            allow_patterns=[*PUBLISHED, _PUBLISHED_PICTURES],
             commit_message="Upload a safety adapter made with sdd_lora",
         )
     return commit.commit_url
@@ -63,10 +65,16 @@ def pull(repository: str, folder: Path, revision: str | None = None, force: bool
     if ADAPTER_FILE not in files:
         raise BadInput(f"{repository}: no {ADAPTER_FILE} in it; expected a published run")
     with atomic_folder(folder) as target:
-        for name in (name for name in PUBLISHED if name in files):
+        for name in filter(is_published, files):
             (target / name).write_bytes(download_file(repository, commit, files[name]).read_bytes())
         _check_measured(target)
     return folder
+
+
+def is_published(name: str) -> bool:
+    """Whether `push` sends a file of this name."""
+    picture = fnmatchcase(name, _PUBLISHED_PICTURES) and not set(name) & {"/", "\\"}
+    return name in PUBLISHED or picture
 
 
 def download_adapter(repository: str, revision: str | None = None) -> Path:
@@ -118,7 +126,7 @@ def _adapter_name(repository: str, files: Iterable[str]) -> str:
 def _is_run_file(file: Path) -> bool:
     """Whether a run of ours holds a file of that path."""
     return file.parts[0] in (*PUBLISHED, "state", "tensorboard", "snapshots") or file.match(
-        "before-after*.png"
+        _PUBLISHED_PICTURES
     )
 
 

@@ -305,25 +305,34 @@ def _overdrive(report: "Interference") -> str:
 
 @verb("push")
 def push(
-    folder: Annotated[Path, typer.Argument(help="A run's folder.", metavar="DIR")],
+    source: Annotated[
+        Path, typer.Argument(help="A run's folder, or an adapter's file.", metavar="DIR|FILE")
+    ],
     repository: Annotated[
         str, typer.Argument(help="Where to, owner/name; made if it is not there.", metavar="REPO")
     ],
     private: Annotated[
         bool, typer.Option("--private", help="For you alone, where the repository is new.")
     ] = False,
+    license: Annotated[
+        str | None,
+        typer.Option("--license", help="The hub's id of a license, for the card: openrail, …"),
+    ] = None,
 ) -> Result:
-    """Publish an adapter with its card and numbers on the hub.
+    """Publish an adapter with its card, numbers and pictures on the hub.
 
-    Log in once with `hf auth login`. The state of an unfinished run is never sent.
+    Log in once with `hf auth login`. A card is written where there is none. The state of an
+    unfinished run is never sent.
 
     Examples:
 
-        sdd-lora push runs/weapons me/weapons-eraser
-    """
-    from sdd_lora.adapter import hub
+        sdd-lora push runs/weapons me/weapons-eraser --license creativeml-openrail-m
 
-    url = hub.push(folder, repository, private)
+        sdd-lora push no-weapons.safetensors me/no-weapons
+    """
+    from sdd_lora.adapter.publish import publish
+
+    url = publish(source, repository, private, license)
     return Result({"repository": repository, "commit": url}, f"{repository}: {url}")
 
 

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import platform
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +13,13 @@ import torch
 from PIL import Image
 
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.card import black_note, render_card, render_weights_card, write_sidecar
+from sdd_lora.adapter.card import (
+    black_note,
+    picture_of,
+    render_card,
+    render_weights_card,
+    write_sidecar,
+)
 from sdd_lora.adapter.metadata import ENTRY_KEY, Metadata, TrainedOn
 from sdd_lora.adapter.weighted import AdapterLike, as_adapter
 from sdd_lora.errors import BadInput
@@ -171,8 +176,7 @@ def _measured(
     written = None if adapter is None else Adapter.load(folder / adapter)
     file = None if weights is None else folder / weights
     pictures = {recipe.model: PICTURE} | {
-        model: f"before-after-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}.png"
-        for model in recipe.measure.transfer
+        model: picture_of(model) for model in recipe.measure.transfer
     }
     found: dict[str, dict[str, Any]] = {}
     for model, picture in pictures.items():

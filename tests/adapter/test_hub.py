@@ -7,13 +7,16 @@ import socket
 import pytest
 import yaml
 from support.adapter_making import distance, random_adapter
+from support.portable import portable
 
 from sdd_lora.adapter import card
 from sdd_lora.adapter.adapter import Adapter
-from sdd_lora.adapter.hub import pull, push
+from sdd_lora.adapter.hub import is_published, pull, push
+from sdd_lora.adapter.publish import publish
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.io.download import is_hub_id
+from sdd_lora.recipe import Recipe
 
 REPOSITORY = "me/weapons-eraser"
 
@@ -160,3 +163,57 @@ def test_force_replaces_a_pulled_run_and_no_folder_of_other_files(hub, run, tmp_
     with pytest.raises(BadInput, match="thesis"):
         pull(REPOSITORY, folder, force=True)
     assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_a_file_of_ones_own_is_published_with_a_card(hub, tmp_path):
+    eraser = portable(name="no-weapons")
+    path = Adapter(eraser.factors, eraser.metadata | {"concepts": ["bomb"]}).save(
+        tmp_path / "mine.safetensors"
+    )
+    publish(path, REPOSITORY, license="openrail")
+    published = hub.repositories[REPOSITORY]
+    assert set(published) == {"adapter.safetensors", "adapter.json", "README.md"}
+    assert published["adapter.safetensors"] == path.read_bytes()
+    text = published["README.md"].decode()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["license"], front["library_name"]) == ("openrail", "sdd_lora")
+    assert "No LoRA loader reads this file" in text
+    assert [file.name for file in tmp_path.iterdir() if file.is_file()] == ["mine.safetensors"]
+
+
+def test_a_runs_card_goes_as_it_is_but_for_the_license_and_its_pictures_come_along(hub, run):
+    card_file = run / "README.md"
+    card_file.write_text(card_file.read_text() + "\nMy own words.\n")
+    before = card_file.read_bytes()
+    for name in ("before-after.png", "before-after-demo-community.png", "holiday.png"):
+        (run / name).write_bytes(b"\x89PNG")
+    publish(run, REPOSITORY)
+    published = hub.repositories[REPOSITORY]
+    assert published["README.md"] == before
+    assert {"before-after.png", "before-after-demo-community.png"} < set(published)
+    assert not {"holiday.png", "state/optimizer.pt"} & set(published)
+    publish(run, REPOSITORY, license="cc0-1.0")
+    text = hub.repositories[REPOSITORY]["README.md"].decode()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["license"], front["base_model"]) == ("cc0-1.0", "owner/sd")
+    assert "## Licence\n\ncc0-1.0\n" in text and text.endswith("My own words.\n")
+    assert card_file.read_bytes() == before
+    folder = pull(REPOSITORY, run.parent / "pulled")
+    assert (folder / "before-after-demo-community.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["before-after-/../../x.png", "before-after-\\..\\x.png", "x.png"])
+def test_pictures_of_other_names_are_not_a_runs(name):
+    assert not is_published(name)
+
+
+def test_where_an_adapter_lay_that_a_run_went_on_from_stays_private(hub, run, tmp_path):
+    start = tmp_path / "home" / "start.safetensors"
+    recipe = Recipe.parse(
+        f"name: x\nmodel: demo\nconcepts: [a]\nlora: {{init: {start}}}\n", folder=tmp_path
+    )
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    publish(run, REPOSITORY)
+    text = hub.repositories[REPOSITORY]["recipe.yaml"].decode()
+    assert str(tmp_path) not in text
+    assert Recipe.parse(text).sha256 == recipe.sha256
