@@ -46,6 +46,9 @@ def test_no_recipe_of_the_table_names_a_held_out_noun_or_asks_in_its_words(bench
     specs, _ = image_specs(bench)
     asked = {spec.prompt for spec in specs}
     lists = [texts_of(bench.recipe(name)) for name in bench.recipes] + [bench.uce.preserve]
+    own = {"prompts": bench.choice.prompts, "seeds": bench.choice.seeds}
+    chosen_by, _ = image_specs(bench.model_copy(update=own))
+    lists.append([spec.prompt for spec in chosen_by])
     for texts in lists:
         assert not named_nouns(texts) & set(held_out_nouns())
         assert not asked & set(texts)
@@ -106,3 +109,4 @@ def test_seeds_for_tuning_cards_and_the_table_are_disjoint(bench):
             card = seeds_of_a_card(Recipe.load(path, overrides))
             assert not table & set(card) and card.stop <= TUNING.start
     assert not table & set(TUNING[:1]) and max(table) < TUNING.start
+    assert bench.choice.seeds.first in TUNING

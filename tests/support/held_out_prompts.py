@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "bench" / "prompts"
 
 
 def prompts() -> dict[str, list[str]]:
-    """Name of a file → its prompts."""
+    """Name of a file → its prompts; those to choose snapshots by have nothing that is held out."""
     weapons = groups()["weapons"].nouns
     safe = [noun for noun in nouns() if noun.group != "weapons"]
     named = [noun for noun in safe if noun not in held_out_nouns()]
@@ -31,7 +31,9 @@ def prompts() -> dict[str, list[str]]:
     erased = [_filled(w, n, i) for i, w in enumerate(alone) for n in weapons]
     erased += [f"the {words}" for noun in weapons for words in noun.paraphrases]
     erased += [_beside(together, i, n, weapons[i - 1]) for i, n in enumerate(weapons)]
+    shown = [w for w in wordings()["shown"] if "{other}" not in w]
     return {
+        "kept-to-choose-by": [_filled(shown[i % len(shown)], n, i) for i, n in enumerate(named)],
         "weapons-held-out": erased,
         "kept-named": _in_turn(alone, named),
         "kept-held-out": _in_turn(alone, [*held_out_nouns()]),
