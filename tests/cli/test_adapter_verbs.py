@@ -359,7 +359,7 @@ def test_push_and_pull(hub, ask, a, tmp_path, call):  # noqa: F811
     a.rename(run / "adapter.safetensors")
     assert ask("push", run, "me/eraser")["commit"].startswith(hub.address)
     found = ask("pull", "me/eraser", "-o", tmp_path / "got")
-    assert found["files"] == ["adapter.safetensors"]
+    assert found["files"] == ["README.md", "adapter.json", "adapter.safetensors"]
     assert "exists already" in call("pull", "me/eraser", "-o", tmp_path / "got", code=2).err
     call("pull", "me/eraser", "-o", tmp_path / "got", "--force")
     assert ask("inspect", tmp_path / "got")["files"][0]["kind"] == "adapter"

@@ -4,8 +4,10 @@ import pytest
 import torch
 from support.adapters import random_adapter
 from support.portable import portable
+from support.short_run import short
 from support.small import ddim, embeddings, small_unet
 
+from sdd_lora import train
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.portable import adapter_on
 from sdd_lora.errors import BadInput
@@ -239,3 +241,12 @@ def deltas_of(trainer: Trainer, role: str) -> dict[str, torch.Tensor]:
         ).detach()
         for name, layer in trainer.roles.layers.items()
     }
+
+
+def test_a_finished_adapter_names_the_one_that_its_training_went_on_from(tmp_path):
+    path = random_adapter(0.05).save(tmp_path / "start.safetensors")
+    made = train(short(lora__init=str(path), lora__rank=2), tmp_path / "run")
+    found = Adapter.load(tmp_path / "run").metadata.started_from
+    assert found == made.metadata.started_from
+    assert (found.name, found.sha256) == ("random", sha256_of(path))
+    assert "from another adapter, random" in (tmp_path / "run" / "README.md").read_text()
