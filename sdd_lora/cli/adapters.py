@@ -14,6 +14,7 @@ from sdd_lora.cli.common import (
     HighestRank,
     NewDtype,
     OutputFile,
+    Resolve,
     Result,
     StoredDtype,
     WeightedAdapters,
@@ -107,6 +108,7 @@ def convert(
         str | None,
         typer.Option("--base", help="Of a portable adapter: the MODEL to make it for."),
     ] = None,
+    resolve: Resolve = False,
     dtype: StoredDtype = None,
     force: Force = False,
 ) -> Result:
@@ -129,10 +131,14 @@ def convert(
     from sdd_lora.adapter.adapter import Adapter, stored_dtype
     from sdd_lora.checkpoint.portable import adapter_on
 
+    if resolve and base is None:
+        raise BadInput("--resolve goes with --base: the MODEL to make the adapter for")
     check_outputs(force, output)
     adapter = Adapter.load(file)
     if base is not None:
-        adapter = adapter_on(adapter, base)
+        from sdd_lora.runs.erase import made_for  # imports torch
+
+        adapter = adapter_on(made_for(adapter, base, resolve=resolve), base)
     written = write(adapter, output, to, dtype or stored_dtype(file))
     return Result(written, line(written))
 

@@ -14,6 +14,7 @@ from sdd_lora.cli.common import (
     Model,
     NewDtype,
     OutputFile,
+    Resolve,
     Result,
     WeightedAdapters,
     verb,
@@ -65,6 +66,7 @@ def bake(
             "is in MODEL already, by its weights.",
         ),
     ] = None,
+    resolve: Resolve = False,
     force: Force = False,
 ) -> Result:
     """Write adapters into a checkpoint, in the time that copying it takes.
@@ -80,7 +82,7 @@ def bake(
 
         sdd-lora bake diffusers-folder runs/weapons --in-place
     """  # noqa: E501
-    from sdd_lora.adapter.adapter import adapter_file
+    from sdd_lora.adapter.adapter import Adapter, adapter_file
     from sdd_lora.adapter.weighted import weighted
     from sdd_lora.checkpoint import bake as baking
     from sdd_lora.checkpoint.locate import require_apart
@@ -92,9 +94,16 @@ def bake(
     read = [path for path, _ in sources] + ([] if base is None else [Path(base)])
     for written in filter(None, (output, undo)):
         require_apart(written, *read)
+    parts = [(Adapter.load(path), weight) for path, weight in sources]
+    if any(adapter.is_portable for adapter, _ in parts):
+        from sdd_lora.runs.erase import made_for  # imports torch
+
+        parts = [(made_for(part, model, resolve=resolve), weight) for part, weight in parts]
+    elif resolve:
+        raise BadInput("--resolve goes with an eraser from words; none of the adapters is one")
     report = baking.bake(
         model,
-        sources,
+        parts,
         output,
         in_place=in_place,
         undo=undo,

@@ -54,6 +54,14 @@ Recipes = Annotated[
     list[Path], typer.Argument(help="Recipe files, or folders of them.", metavar="RECIPE...")
 ]
 OutputFile = Annotated[Path, typer.Option("--output", "-o", help="The file to write.")]
+Resolve = Annotated[
+    bool,
+    typer.Option(
+        "--resolve",
+        help="Make an eraser from words anew with the MODEL's own text encoder, where that is "
+        "another.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there.")]
 ForceRun = Annotated[bool, typer.Option("--force", help="Replace a run that is there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")]

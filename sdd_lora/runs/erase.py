@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +16,9 @@ from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import atomic_output
 from sdd_lora.io.cache import cache_folder
 from sdd_lora.io.safetensors import read_tensors, serialize
-from sdd_lora.progress import progress
-from sdd_lora.sd.devices import best_device
-from sdd_lora.sd.model import TextParts, load_text_parts
+from sdd_lora.progress import progress, warn
+from sdd_lora.sd.devices import best_device, multiplies_bf16
+from sdd_lora.sd.model import TextParts, another_encoder, load_text_parts
 from sdd_lora.training import words
 from sdd_lora.training.projection import Moments, Projection, Rank, moment
 
@@ -28,11 +28,14 @@ VOCABULARY = 3000
 _CONTEXTS, _CONTEXT_WEIGHT = 600, 0.75
 #: tokens read of a prompt: those that follow change nothing on the embedded model
 _TOKENS = 40
-#: of them, those that stand for a kept prompt: the first ones, then one for each four
-_POSITIONS = [*range(12), *range(12, _TOKENS, 4)]
-_SHARES = torch.tensor([1.0] * 12 + [4.0] * (len(_POSITIONS) - 12), dtype=torch.float64)
+#: of them, those that stand for a prompt: the first ones, then one for each four
+_FIRST = 12
+_POSITIONS = [*range(_FIRST), *range(_FIRST, _TOKENS, 4)]
+_SHARES = torch.tensor([1.0] * _FIRST + [4.0] * (len(_POSITIONS) - _FIRST), dtype=torch.float64)
+#: kept words that are read whole, the most frequent ones; of all others, the first tokens
+_WHOLE = 300
 #: kept words whose mean stands in a concept's place; beside the first ones a concept is met
-_ANCHORS, _COMPANIONS = 96, 8
+_ANCHORS, _COMPANIONS = 48, 8
 #: a word with more than this share of the concepts' power goes with them
 _NEAR = 0.5
 _ROUNDS = 3
@@ -97,10 +100,7 @@ def erase(
         stays = [anchor not in gone.union(near) for anchor in anchors]
         moments = prompts.moments(stays, kept.moment() + extra)
         projection = Projection.solve(moments, rank)
-        power = projection.power(kept.embeddings[: len(kept.words)], moments, _SHARES)
-        limit = _NEAR * float(projection.power(prompts.bare, moments, _SHARES).median())
-        found = [word for word, p in zip(kept.words, power.tolist(), strict=True) if p > limit]
-        near += [word for word in found if word not in stay]
+        near += [w for w in kept.near(projection, moments, prompts.bare) if w not in stay]
     down, up = (part.float().numpy() for part in (projection.down, projection.up))
     metadata = {
         "name": name or "no-" + "-".join(concepts).replace(" ", "-")[:40],
@@ -154,6 +154,30 @@ def solve(
     )
 
 
+def made_for(adapter: Adapter, model: str, *, resolve: bool = False) -> Adapter:
+    """A portable adapter for a MODEL, whose text encoder may be another than it was made with.
+
+    With `resolve` it is then made anew from its words with the MODEL's; else a warning says so. Any
+    other adapter is itself. Raises BadInput where it can't be made anew.
+    """
+    entry = adapter.metadata.words
+    if not adapter.is_portable or entry is None or entry.text_encoder is None:
+        return adapter
+    try:
+        found = load_text_parts(model).fingerprint
+    except BadInput as error:
+        if resolve:
+            raise
+        warn(f"{adapter.name}: is {model} of its text encoder? That can't be read: {error}")
+        return adapter
+    if found == entry.text_encoder:
+        return adapter
+    if resolve:
+        return solve([adapter], model, name=adapter.name).adapter
+    warn(another_encoder(adapter.name, model))
+    return adapter
+
+
 def _common(label: str, values: Sequence[Value]) -> Value:
     """The one value that all have. Raises BadInput where they differ."""
     if any(value != values[0] for value in values):
@@ -187,12 +211,15 @@ def _as_read(text: TextParts, phrase: str) -> tuple[int, ...]:
 class _Vocabulary:
     """What is kept where nobody names it: each word as "a WORD", then words in others' company.
 
-    `members`: the words of each prompt. `embeddings` (N, positions, d), fp16.
+    `members`: the words of each prompt. `first` (N, first tokens, d) and `rest` (whole prompts,
+    later positions, d), fp16; `whole` (N,) says which prompts are read whole.
     """
 
     words: list[str]
     members: list[set[str]]
-    embeddings: torch.Tensor
+    whole: torch.Tensor
+    first: torch.Tensor
+    rest: torch.Tensor
 
     @classmethod
     def of(cls, text: TextParts, most: int) -> "_Vocabulary":
@@ -203,32 +230,60 @@ class _Vocabulary:
         together = words.contexts(known, _CONTEXTS)
         prompts = words.fill("{a}", known) + [prompt for prompt, _ in together]
         members = [{word} for word in known] + [names for _, names in together]
-        return cls(known, members, _cached(text, prompts))
+        whole = torch.ones(len(prompts), dtype=torch.bool)
+        whole[_WHOLE : len(known)] = False
+        read = _cached(text, [p for p, w in zip(prompts, whole, strict=True) if w])
+        first = torch.empty(len(prompts), _FIRST, read.shape[2], dtype=read.dtype)
+        first[whole] = read[:, :_FIRST]
+        if short := [p for p, w in zip(prompts, whole, strict=True) if not w]:
+            first[~whole] = _cached(text, short, _POSITIONS[:_FIRST])
+        return cls(known, members, whole, first, read[:, _FIRST:])
 
     def without(self, gone: Collection[str]) -> "_Vocabulary":
         """The same without every prompt that has one of these words."""
-        stays = [members.isdisjoint(gone) for members in self.members]
-        return replace(
-            self,
-            words=[word for word in self.words if word not in gone],
-            members=[members for members, stay in zip(self.members, stays, strict=True) if stay],
-            embeddings=self.embeddings[torch.tensor(stays)],
+        stays = torch.tensor([members.isdisjoint(gone) for members in self.members])
+        return _Vocabulary(
+            [word for word in self.words if word not in gone],
+            [members for members, stay in zip(self.members, stays, strict=True) if stay],
+            self.whole[stays],
+            self.first[stays],
+            self.rest[stays[self.whole]],
         )
 
     def moment(self) -> torch.Tensor:
         """E e eᵀ over tokens (d, d), fp64: of the words, and, weighted, of what shows them."""
-        alone, together = self.embeddings.split(
-            [len(self.words), len(self.embeddings) - len(self.words)]
-        )
-        if not len(alone):
+        if not self.words:
             raise BadInput(
                 "nothing of the tokenizer's words is left to keep; erase less at once, or at a "
                 "lower rank"
             )
-        total = moment(alone, alone, _SHARES)
-        if len(together):
-            total += _CONTEXT_WEIGHT * moment(together, together, _SHARES)
+        alone = len(self.words)
+        whole = int(self.whole[:alone].sum())
+        total = self._mean(self.first[:alone], self.rest[:whole])
+        if len(self.first) > alone:
+            total += _CONTEXT_WEIGHT * self._mean(self.first[alone:], self.rest[whole:])
         return total
+
+    def near(self, projection: Projection, moments: Moments, concepts: torch.Tensor) -> list[str]:
+        """Words with more than `_NEAR` of the concepts' median power, by the tokens read of each.
+
+        `concepts` (N, positions, d): the concepts as "a CONCEPT".
+        """
+        alone = len(self.words)
+        whole = self.whole[:alone]
+        first, rest = self.first[:alone], self.rest[: int(whole.sum())]
+        relative = torch.empty(alone, dtype=torch.float64)
+        for rows, read in ((~whole, first[~whole]), (whole, torch.cat([first[whole], rest], 1))):
+            shares, like = _SHARES[: read.shape[1]], concepts[:, : read.shape[1]]
+            limit = projection.power(like, moments, shares).median()
+            relative[rows] = projection.power(read, moments, shares) / limit
+        return [word for word, p in zip(self.words, relative.tolist(), strict=True) if p > _NEAR]
+
+    @staticmethod
+    def _mean(first: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        share = _FIRST / _TOKENS if len(rest) else 1.0
+        mean = share * moment(first, first)
+        return mean + (1 - share) * moment(rest, rest) if len(rest) else mean
 
 
 class _Prompts:
@@ -271,19 +326,21 @@ class _Prompts:
 
 
 @torch.no_grad()
-def _embed(text: TextParts, prompts: Sequence[str]) -> torch.Tensor:
-    """Embeddings (N, positions, d) at `_POSITIONS`, fp32, on the CPU."""
+def _embed(
+    text: TextParts, prompts: Sequence[str], positions: Sequence[int] = tuple(_POSITIONS)
+) -> torch.Tensor:
+    """Embeddings (N, positions, d), fp32, on the CPU."""
     ids = text.tokenizer(
         list(prompts),
         padding="max_length",
         truncation=True,
-        max_length=_TOKENS,  # a token's embedding depends on no later one
+        max_length=positions[-1] + 1,  # a token's embedding depends on no later one
         return_tensors="pt",
     ).input_ids
     found = []
     with progress("reading words", len(prompts)) as advance:
         for part in ids.to(text.encoder.device).split(_BATCH):
-            found.append(text.encoder(part).last_hidden_state[:, _POSITIONS].float().cpu())
+            found.append(text.encoder(part).last_hidden_state[:, positions].float().cpu())
             advance(len(part))
     embeddings = torch.cat(found)
     if not torch.isfinite(embeddings).all():
@@ -291,13 +348,18 @@ def _embed(text: TextParts, prompts: Sequence[str]) -> torch.Tensor:
     return embeddings
 
 
-def _cached(text: TextParts, prompts: Sequence[str]) -> torch.Tensor:
-    """`_embed` as fp16, cached by the text encoder's fingerprint and the prompts."""
-    key = hashlib.sha256("\n".join([text.fingerprint, str(_POSITIONS), *prompts]).encode())
+def _cached(
+    text: TextParts, prompts: Sequence[str], positions: Sequence[int] = tuple(_POSITIONS)
+) -> torch.Tensor:
+    """`_embed` as fp16, multiplied in bf16 where the device can, since kept prompts are many and
+    their moment has a ridge; cached by the text encoder's fingerprint and the prompts."""
+    key = hashlib.sha256("\n".join([text.fingerprint, str(positions), *prompts]).encode())
     file = cache_folder("words") / f"{key.hexdigest()[:32]}.safetensors"
     with suppress(BadInput):
         return torch.from_numpy(read_tensors(file)[0]["embeddings"].copy())
-    embeddings = _embed(text, prompts).half()
+    device = text.encoder.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)):
+        embeddings = _embed(text, prompts, positions).half()
     with suppress(OSError):  # a cache that can't be written is none
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(file) as output:

@@ -1,5 +1,7 @@
 """Where a model runs, in which number format, and how running out of memory shows."""
 
+from collections.abc import Callable
+
 import torch
 
 from sdd_lora.errors import BadInput
@@ -37,6 +39,14 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def precision_of(dtype: torch.dtype) -> str:
     """The name of a dtype as recipes and `--precision` have it."""
     return {known: name for name, known in DTYPES.items()}[dtype]
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions of its own for products of bf16 matrices."""
+    if device.type == "cpu":
+        tell: Callable[[], dict[str, object]] = getattr(torch.cpu, "get_capabilities", dict)
+        return any(tell().get(name) for name in ("avx512_bf16", "amx_bf16"))  # {} in older torch
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

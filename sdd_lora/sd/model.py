@@ -108,6 +108,15 @@ def text_fingerprint(encoder: CLIPTextModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def another_encoder(name: str, model: str) -> str:
+    """What is said of a portable adapter on a MODEL with another text encoder."""
+    return (
+        f"{name}: made with another text encoder than {model}'s, so it may miss; sdd-lora stack "
+        f"{name}.safetensors --model {model} -o OUT makes it anew from its words, as --resolve of "
+        "bake and convert does"
+    )
+
+
 def load_base_pipeline(
     model: str,
     dtype: torch.dtype = torch.float32,

@@ -16,7 +16,7 @@ from sdd_lora.checkpoint.prediction import PredictionType
 from sdd_lora.errors import BadInput
 from sdd_lora.progress import warn
 from sdd_lora.sd.devices import DTYPES, best_device, default_dtype
-from sdd_lora.sd.model import load_base_pipeline, text_fingerprint
+from sdd_lora.sd.model import another_encoder, load_base_pipeline, text_fingerprint
 from sdd_lora.sd.textual_inversion import add_embedding, named_embedding
 from sdd_lora.sd.weights import apply_weights
 from sdd_lora.sd1 import misfits
@@ -124,10 +124,7 @@ def _tell_of_another_encoder(
     found = text_fingerprint(pipeline.text_encoder) if made else None
     for name, digest in made.items():
         if digest is not None and digest != found:
-            warn(
-                f"{name}: made with another text encoder than {model}'s, so it may miss; sdd-lora "
-                f"stack {name}.safetensors --model {model} -o OUT makes it anew from its words"
-            )
+            warn(another_encoder(name, model))
 
 
 def _own_weight(unet: UNet2DConditionModel, name: str) -> np.ndarray:

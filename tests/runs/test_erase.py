@@ -8,9 +8,10 @@ from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import erase as module
-from sdd_lora.runs.erase import solve
+from sdd_lora.runs.erase import made_for, solve
 from sdd_lora.runs.measure import measure
 from sdd_lora.sd.model import load_text_parts
+from sdd_lora.sd.pipeline import load_pipeline
 from sdd_lora.training import words
 
 
@@ -114,6 +115,41 @@ def test_the_vocabulary_is_whole_words_the_most_frequent_first():
     prompts = words.contexts(found, 10)
     assert prompts == words.contexts(found, 10) and len(prompts) == 15
     assert all(word in text for text, members in prompts for word in members)
+
+
+def test_for_another_text_encoder_it_is_told_and_made_anew(tmp_path, caplog):
+    pipeline = load_pipeline("demo")
+    state = {k: v * 1.01 for k, v in pipeline.text_encoder.state_dict().items()}
+    pipeline.text_encoder.load_state_dict(state)
+    pipeline.save_pretrained(tmp_path / "other")
+    other, eraser = str(tmp_path / "other"), erase(["axe"]).adapter
+    assert made_for(eraser, "demo") is eraser and not caplog.text
+    assert made_for(eraser, other) is eraser and "another text encoder" in caplog.text
+    anew = made_for(eraser, other, resolve=True)
+    assert anew.metadata.words.text_encoder == load_text_parts(other).fingerprint
+    assert anew.identity == erase(["axe"], other).adapter.identity != eraser.identity
+    assert made_for(anew, other, resolve=True) is anew
+
+
+def test_words_beyond_the_most_frequent_are_read_in_short(monkeypatch):
+    read = {}
+    embed = module._embed
+
+    def counting(text, prompts, positions=tuple(module._POSITIONS)):
+        read[len(positions)] = read.get(len(positions), 0) + len(prompts)
+        return embed(text, prompts, positions)
+
+    monkeypatch.setattr(module, "_embed", counting)
+    monkeypatch.setattr(module, "_WHOLE", 120)
+    monkeypatch.setattr(module, "_NEAR", 0.45)  # no cache of another test has these prompts
+    text = load_text_parts("demo")
+    known = module._Vocabulary.of(text, 150)
+    assert read == {len(module._POSITIONS): 120 + 900, module._FIRST: 30}
+    assert known.first.shape[:2] == (1050, module._FIRST) and len(known.rest) == 1020
+    less = known.without({known.words[0], known.words[130]})
+    assert len(less.words) == 148 and len(less.rest) < 1020
+    whole = embed(text, words.fill("{a}", known.words[120:121]), range(module._FIRST))
+    assert (known.first[120] - whole[0]).norm() < 0.02 * whole.norm()  # bf16 products
 
 
 def test_an_eraser_is_measured_as_any_adapter(tmp_path):
