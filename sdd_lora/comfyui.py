@@ -238,7 +238,8 @@ def similarity_gain(concepts: Tensor, weight: float) -> Gain:
     """weight × the cosine, from 0 to 1, of a prompt's embedding and the nearest concept's.
 
     Of concepts (N, 77, d), flattened as SPM does (Lyu et al. 2023); of a longer prompt the nearest
-    part of 77 tokens counts. A negative or empty prompt gets the gain of its own text.
+    part of 77 tokens counts. A negative or empty prompt gets the gain of its own text. All prompts
+    share their first token's embedding, so that unrelated ones get a part of the weight too.
     """
     wanted = torch.nn.functional.normalize(concepts.flatten(1), dim=1)
 

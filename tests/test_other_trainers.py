@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from sdd_lora import train
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 
@@ -155,6 +156,16 @@ def test_enhancing_by_a_negative_scale_is_erasing(tmp_path):
 def test_settings_that_can_not_be_had_are_refused_by_name(tmp_path, config, dotted, value, message):
     with pytest.raises(BadInput, match=message):
         Recipe.load(write(tmp_path, changed(config, dotted, value)))
+
+
+def test_what_leco_would_erase_is_trained(tmp_path):
+    train_fields = {"precision": "float32", "iterations": 2, "max_denoising_steps": 3}
+    config = write(tmp_path, CONFIG | {"train": train_fields}, [{"target": "bomb"}])
+    made = train(config, tmp_path / "run")
+    assert made.metadata.concepts == ["bomb"]
+    assert len(made.factors) == 128  # all of self- and cross-attention
+    assert {part.rank for part in made.factors.values()} == {8}
+    assert any(part.norm() > 0 for part in made.factors.values())
 
 
 def test_other_lists_are_no_recipes(tmp_path):
