@@ -185,28 +185,14 @@ def generate(
     typed = _given(  # wins over the columns of a file
         steps=steps, guidance=guidance, width=width, height=height, negative_prompt=negative_prompt
     )
-    sampling = Sampling(
-        **typed,
-        scheduler=scheduler,
-        method=method,
-        concept=concept,
-        batch=batch,
-    )
+    sampling = Sampling(**typed, scheduler=scheduler, method=method, concept=concept, batch=batch)
     replaced: dict[str, Any] = dict.fromkeys([*typed, *_given(seed=seed)])
     jobs = jobs_of([replace(text, **replaced) for text in texts], images, seed or 0)
     _check_numbers(sampling.guidance, jobs)
     check_sampling(sampling, jobs)
     speaker = is_main_process()
     pipeline, settings = _load(
-        model,
-        adapter or [],
-        weights,
-        vae,
-        prediction,
-        precision,
-        device,
-        clip_skip,
-        embedding or [],
+        model, adapter or [], weights, vae, prediction, precision, device, clip_skip, embedding
     )
     drawn = draw_images(pipeline, jobs, sampling, output, settings, own_shard)
     if not speaker:
@@ -226,7 +212,7 @@ def _load(
     precision: str | None,
     device: str | None,
     clip_skip: int,
-    embeddings: Sequence[str],
+    embeddings: Sequence[str] | None,
 ) -> "tuple[StableDiffusionPipeline, dict[str, Any]]":
     """The pipeline of generate's options, and what images depend on besides the sampling."""
     from sdd_lora.adapter.weighted import weighted, with_weights
@@ -245,7 +231,7 @@ def _load(
         vae=vae,
         prediction=prediction,
         clip_skip=clip_skip,
-        embeddings=embeddings,
+        embeddings=embeddings or (),
     )
     settings = {
         "model": model,

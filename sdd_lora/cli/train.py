@@ -97,6 +97,31 @@ def _print_reference(wanted: bool) -> None:
         raise typer.Exit
 
 
+_KeepState = Annotated[
+    bool,
+    typer.Option(
+        "--keep-state",
+        help="Keep the state of a finished run: --resume --set training.iterations=N then "
+        "trains it on.",
+    ),
+]
+_PredictionOfModel = Annotated[
+    Literal["epsilon", "v", "v_prediction"] | None,
+    typer.Option(
+        help="What the UNet predicts, where the model's files don't say [--set prediction=…]."
+    ),
+]
+_HelpRecipe = Annotated[
+    bool,
+    typer.Option(
+        "--help-recipe",
+        is_eager=True,
+        callback=_print_reference,
+        help="Print what each field of a recipe means, and exit.",
+    ),
+]
+
+
 @verb("train")
 def train(
     recipes: Recipes,
@@ -111,31 +136,11 @@ def train(
     ] = None,
     changes: Changes = None,
     resume: Resume = False,
-    keep_state: Annotated[
-        bool,
-        typer.Option(
-            "--keep-state",
-            help="Keep the state of a finished run: --resume --set training.iterations=N then "
-            "trains it on.",
-        ),
-    ] = False,
+    keep_state: _KeepState = False,
     force: ForceRun = False,
     shard: ShardOption = None,
-    prediction: Annotated[
-        Literal["epsilon", "v", "v_prediction"] | None,
-        typer.Option(
-            help="What the UNet predicts, where the model's files don't say [--set prediction=…]."
-        ),
-    ] = None,
-    help_recipe: Annotated[
-        bool,
-        typer.Option(
-            "--help-recipe",
-            is_eager=True,
-            callback=_print_reference,
-            help="Print what each field of a recipe means, and exit.",
-        ),
-    ] = False,
+    prediction: _PredictionOfModel = None,
+    help_recipe: _HelpRecipe = False,
 ) -> Result:
     """Train safety adapters by recipe, measure them, and write their cards.
 

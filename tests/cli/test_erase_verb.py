@@ -74,10 +74,10 @@ def test_bad_calls_are_told_in_a_line(call, refused, tmp_path, monkeypatch, argu
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_resolve_goes_with_erasers_from_words(tmp_path, capsys):
+def test_resolve_goes_with_erasers_from_words(tmp_path, call):
     ordinary = tmp_path / "ordinary.safetensors"
-    call(capsys, "erase", "axe", "--format", "lora", "-o", ordinary)
+    call("erase", "axe", "--format", "lora", "-o", ordinary)
     out = ("-o", tmp_path / "out.safetensors", "--resolve")
     for verb in (("bake", "demo-community", ordinary), ("convert", ordinary)):
-        code, _, told = call(capsys, *verb, *out)
-        assert code == 2 and "--resolve goes with" in told and not out[1].exists()
+        assert "--resolve goes with" in call(*verb, *out, code=2).err
+        assert not out[1].exists()
