@@ -8,6 +8,7 @@ from typing import Protocol
 
 log = logging.getLogger("sdd_lora")
 _SECONDS_BETWEEN_LINES = 30
+_under_way: list[str] = []  # bars, the outermost first, which alone is shown
 
 
 class Advance(Protocol):
@@ -27,9 +28,19 @@ def warn(message: str) -> None:
 
 
 @contextmanager
+def _noted(description: str) -> Iterator[None]:
+    _under_way.append(description)
+    try:
+        yield
+    finally:
+        _under_way.pop()
+
+
+@contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
     """A bar with time left, on a terminal's stderr or in a notebook; elsewhere a line every half
-    minute; nothing where the log "sdd_lora" is set above INFO, as `--quiet` does."""
+    minute; nothing inside another bar, or where the log "sdd_lora" is set above INFO, as `--quiet`
+    does."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -52,7 +63,8 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not (has_bars and is_wanted)) as bar:
+    shown = has_bars and is_wanted and not _under_way
+    with Progress(*columns, console=console, disable=not shown) as bar, _noted(description):
         task = bar.add_task(description, total=total, completed=done, note="")
         started, said = time.monotonic(), time.monotonic()
         made = done
@@ -61,7 +73,8 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
             nonlocal made, said
             made += steps
             bar.update(task, advance=steps, note=note)
-            if not has_bars and time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+            due = time.monotonic() - said > _SECONDS_BETWEEN_LINES
+            if due and not has_bars and len(_under_way) == 1:
                 said = time.monotonic()
                 left = (said - started) / max(1, made - done) * (total - made)
                 say(f"{description} {made}/{total}  {left:.0f} s left  {note}".rstrip())

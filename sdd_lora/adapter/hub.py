@@ -125,9 +125,8 @@ def _adapter_name(repository: str, files: Iterable[str]) -> str:
 
 def _is_run_file(file: Path) -> bool:
     """Whether a run of ours holds a file of that path."""
-    return file.parts[0] in (*PUBLISHED, "state", "tensorboard", "snapshots") or file.match(
-        _PUBLISHED_PICTURES
-    )
+    folders = ("state", "tensorboard", "snapshots", "samples")
+    return file.parts[0] in (*PUBLISHED, *folders) or file.match(_PUBLISHED_PICTURES)
 
 
 def _check_measured(folder: Path) -> None:

@@ -46,8 +46,9 @@ def _decoded(pipeline: StableDiffusionPipeline, scaled: torch.Tensor) -> torch.T
     """The VAE's images (B, 3, H, W); on a card one at a time, since each takes three times the
     memory there that it takes in the UNet."""
     at_once = 1 if scaled.device.type == "cuda" else len(scaled)
-    parts = [pipeline.vae.decode(x, return_dict=False)[0] for x in scaled.split(at_once)]
-    return torch.cat(parts)
+    inputs = scaled.to(pipeline.vae.dtype).split(at_once)
+    with torch.autocast(scaled.device.type, enabled=False):  # that of a training around it
+        return torch.cat([pipeline.vae.decode(x, return_dict=False)[0] for x in inputs])
 
 
 def _are_finite(values: torch.Tensor) -> torch.Tensor:

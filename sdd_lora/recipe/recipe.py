@@ -252,6 +252,7 @@ class Recipe(LaterFields):
         name: where it lies tells of a disk, and the metadata has its hash.
         """
         fields = self.model_dump(mode="json")
+        fields["measure"].pop("every", None)  # draws on the way, and changes no result
         if self.lora.starts_from:
             fields["lora"]["init"] = f"./{Path(self.lora.starts_from).name}"
         rollout = {EARLIER_NAMES.get(key, key): value for key, value in fields["rollout"].items()}

@@ -352,7 +352,7 @@ class MeasurePrompts(Section):
 class MeasureSettings(DrawingSection):
     """What the card will say: images of each group of prompts, drawn before and after."""
 
-    _later = ("precision", "attacks")
+    _later = ("precision", "attacks", "every")
 
     prompts: MeasurePrompts = MeasurePrompts()
 
@@ -377,6 +377,11 @@ class MeasureSettings(DrawingSection):
 
     transfer: list[str] = []
     """Further models on which the adapter is measured in the same way."""
+
+    every: Count | None = None
+    """Iterations after which a training draws a few of these prompts (or of its concepts and kept
+    prompts), again and again, beside the base's images: `samples/` in the run's folder, and
+    TensorBoard where it is installed. The result stays the same; 0 draws nothing."""
 
     attacks: list[AttackName] | None = None
     """Attacks on the result, and on the model without it, at their usual strength (those of a

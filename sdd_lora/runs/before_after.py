@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.locate import DEMO_FOLDER
@@ -29,6 +28,7 @@ from sdd_lora.measures.judge import JudgeMeasure
 from sdd_lora.measures.registry import card_measure
 from sdd_lora.recipe import MeasureSettings, Recipe
 from sdd_lora.runs.seen import SeenImages
+from sdd_lora.runs.sheet import sheet
 from sdd_lora.sd.devices import precision_of
 from sdd_lora.sd.model import fingerprint, require_model, unet_config
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
@@ -130,10 +130,12 @@ def measure_before_after(
     )
     pipeline = load_pipeline(model, dtype=settings.precision, prediction=prediction, **changed)
     after, after_images = seen_in(pipeline, specs, sampling, see, "after", {}, shown, kept("after"))
-    picture = side_by_side(
+    picture = sheet(
         [specs[i].prompt for i in shown],
-        [before_images[i] for i in shown],
-        [after_images[i] for i in shown],
+        {
+            "before": [before_images[i] for i in shown],
+            "after": [after_images[i] for i in shown],
+        },
     )
     black = {
         "before": sum("black" in values for values in before),
@@ -259,29 +261,3 @@ def _conditions(pipeline: StableDiffusionPipeline, settings: MeasureSettings) ->
         "steps": settings.steps,
         "guidance": settings.guidance,
     } | ({} if precision == "fp32" else {"precision": precision})
-
-
-def side_by_side(
-    prompts: Sequence[str], before: Sequence[np.ndarray], after: Sequence[np.ndarray]
-) -> Image.Image:
-    """A picture: prompts as captions, `before` (without the adapter) above, `after` below."""
-    side, columns, caption, margin = 128, 8, 30, 40
-    block = 2 * side + caption + 8
-    rows = -(-len(prompts) // columns)
-    sheet = Image.new("RGB", (margin + columns * side, rows * block), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row in range(rows):
-        for number, label in enumerate(("before", "after")):
-            y = row * block + caption + number * side + side // 2
-            pen.text((margin // 2, y), label, fill="black", anchor="mm")
-    for i, prompt in enumerate(prompts):
-        x, y = margin + i % columns * side, i // columns * block
-        pen.text((x + 3, y + 2), _caption(prompt), fill="black", spacing=1)
-        for number, image in enumerate((before[i], after[i])):
-            picture = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (x, y + caption + number * side))
-    return sheet
-
-
-def _caption(text: str, width: int = 21) -> str:
-    return "\n".join(textwrap.wrap(text, width)[:2])

@@ -19,10 +19,10 @@ from sdd_lora.recipe import Recipe
 ADAPTER, PEFT_TWIN, SIDECAR = "adapter.safetensors", "adapter.peft.safetensors", "adapter.json"
 WEIGHTS = "weights.safetensors"
 CARD, RECIPE, METRICS, PICTURE = "README.md", "recipe.yaml", "metrics.json", "before-after.png"
-STATE, TRACKER_LOGS, SNAPSHOTS = "state", "tensorboard", "snapshots"
+STATE, TRACKER_LOGS, SNAPSHOTS, SAMPLES = "state", "tensorboard", "snapshots", "samples"
 STATE_FILE = "state.pt"
-_PARTS = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, RECIPE, STATE, TRACKER_LOGS, SNAPSHOTS)
-_FILES = (*_PARTS, METRICS)
+_FOLDERS = (STATE, TRACKER_LOGS, SNAPSHOTS, SAMPLES)
+_FILES = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, RECIPE, *_FOLDERS, METRICS)
 _PICTURE_FILES = "before-after*.png"
 #: inside a run's folder: a run being made, and a finished one on its way to its place
 _NEW, _MOVING = ".sdd-lora-new", ".sdd-lora-moving"
@@ -114,6 +114,11 @@ def snapshot_file(folder: Path, iteration: int) -> Path:
     return folder / SNAPSHOTS / f"{iteration:06d}.safetensors"
 
 
+def sample_file(folder: Path, iteration: int) -> Path:
+    """Where a run draws what it has reached after some iterations."""
+    return folder / SAMPLES / f"{iteration:06d}.png"
+
+
 def is_finished(folder: Path) -> bool:
     """Whether the folder holds a whole run: the metrics that this tool writes last."""
     try:
@@ -149,7 +154,7 @@ def take(folder: Path, place: Path, recipe: Recipe) -> None:
 def take_finished(folder: Path, place: Path, recipe: Recipe) -> None:
     """Start in `place` where the folder's finished run ended, for more iterations of it."""
     take(folder, place, recipe)
-    for name in (STATE, SNAPSHOTS, TRACKER_LOGS):
+    for name in _FOLDERS:
         if (folder / name).is_dir():
             shutil.copytree(folder / name, place / name, dirs_exist_ok=True)
 

@@ -38,12 +38,14 @@ from sdd_lora.runs.measure import (
     versions,
     write_weights,
 )
+from sdd_lora.runs.samples import Samples
 from sdd_lora.runs.under_attack import check_attacks
 from sdd_lora.sd.model import TrainingParts, load_training_parts
 from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.memory import memory_advice
+from sdd_lora.training.report import TrainingReport
 from sdd_lora.training.roles import LoraRoles
-from sdd_lora.training.trainer import Callback, Trainer, TrainingReport
+from sdd_lora.training.trainer import Callback, Trainer
 from sdd_lora.version import __version__
 
 #: a closed form with 3 kept prompts ruined the embedded model, one with 290 hardly changed it
@@ -163,6 +165,7 @@ def _run_training(
     shared = parts is not None
     parts = parts or load_training_parts(recipe.model, recipe.prediction)
     embeddings = encode_prompts(recipe, parts)
+    sample = Samples(recipe, parts, place) if recipe.measure.every else None
     if not shared:
         parts.text_encoder = None  # its memory is free for training
     path, goes_on = place / STATE / STATE_FILE, resume and under_way(folder) is not None
@@ -191,7 +194,7 @@ def _run_training(
                 else:
                     write_weights(result, metadata, path)
 
-            report = trainer.run(keep, callback)
+            report = trainer.run(keep, callback, sample)
             return _result(trainer, metadata), metadata, report
         finally:
             trainer.roles.remove()

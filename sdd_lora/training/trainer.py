@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sdd_lora.training.memory import PeakMemory, keep_freed_memory
 from sdd_lora.training.nf4 import quantise
 from sdd_lora.training.objectives import LatentBatch, make_objective, total_loss
 from sdd_lora.training.optimizer import learning_rate, make_optimizer
+from sdd_lora.training.report import Snapshot, TrainingReport
 from sdd_lora.training.roles import STUDENT, TEACHER, LoraRoles, make_roles
 from sdd_lora.training.rollout import Rollout, generator_for
 
@@ -36,30 +37,10 @@ _LAST_LOSSES = 20  # of which `final_loss` is the mean
 
 #: keeps a training's result so far; called by all processes together
 KeepSnapshot = Callable[["Trainer"], None]
+#: draws what a training has reached, where it is due
+DrawSample = Callable[["Trainer"], None]
 #: called after each iteration with their number and {"loss": the iteration's}
 Callback = Callable[[int, dict[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """When a result was kept, and what had been spent on it."""
-
-    iteration: int
-    unet_passes: int
-    seconds: float
-
-
-@dataclass
-class TrainingReport:
-    """Numbers of a finished training; `peak_bytes` is None where an earlier training in the same
-    process hides it, `final_loss` where there were no iterations."""
-
-    iterations: int
-    unet_passes: int
-    seconds: float
-    peak_bytes: int | None
-    final_loss: float | None
-    snapshots: list[Snapshot]
 
 
 class Trainer:
@@ -110,6 +91,7 @@ class Trainer:
         self.seconds = 0.0
         self.losses: list[float] = []
         self.snapshots: list[Snapshot] = []
+        self.interrupted: Callable[[], bool] = lambda: False
 
     # ── one iteration ────────────────────────────────────────────────────────────────────────
 
@@ -243,15 +225,19 @@ class Trainer:
     # ── the run ──────────────────────────────────────────────────────────────────────────────
 
     def run(
-        self, keep: KeepSnapshot | None = None, callback: Callback | None = None
+        self,
+        keep: KeepSnapshot | None = None,
+        callback: Callback | None = None,
+        sample: DrawSample | None = None,
     ) -> TrainingReport:
-        """All iterations left, checkpointed; `keep` is called for each snapshot, `callback` after
-        each iteration. Raises KeyboardInterrupt with advice on Ctrl-C."""
+        """All iterations left, checkpointed; `keep` is called for each snapshot, `callback` and
+        `sample` after each iteration, `sample` also where a resumed training starts. Raises
+        KeyboardInterrupt with advice on Ctrl-C."""
         total = self.recipe.training.iterations
         if self.state_path is not None:
             self.accelerator.init_trackers("tensorboard")
         try:
-            self._iterate(total, keep, callback)
+            self._iterate(total, keep, callback, sample)
         except InterruptedTwice:
             raise
         except KeyboardInterrupt:
@@ -272,10 +258,19 @@ class Trainer:
             snapshots=self.snapshots,
         )
 
-    def _iterate(self, total: int, keep: KeepSnapshot | None, callback: Callback | None) -> None:
+    def _iterate(
+        self,
+        total: int,
+        keep: KeepSnapshot | None,
+        callback: Callback | None,
+        sample: DrawSample | None,
+    ) -> None:
         started, before, saved = time.monotonic(), self.seconds, time.monotonic()
         pause = _CHECKPOINT_EVERY_S
         with progress("training", total, self.iteration) as advance, whole_steps() as interrupted:
+            self.interrupted = interrupted
+            if sample:
+                sample(self)  # an interruption may have left it out
             while self.iteration < total:
                 loss = self.step()
                 self.losses.append(loss)
@@ -290,6 +285,10 @@ class Trainer:
                     keep(self)
                 if callback:
                     callback(self.iteration, {"loss": loss})
+                if sample:
+                    begun = time.monotonic()
+                    sample(self)
+                    started += time.monotonic() - begun
                 due = time.monotonic() - saved > pause
                 due, stop = self._any_process(due, interrupted())
                 if due:
