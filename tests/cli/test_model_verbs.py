@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sdd_lora.checkpoint.locate import COMMUNITY_FILE
+from sdd_lora.recipe import Recipe
 
 RECIPE = """
 name: short
@@ -103,3 +104,11 @@ def test_bad_input_is_one_clear_line(refused, tmp_path, monkeypatch, arguments, 
 
 def test_debug_shows_where(call, tmp_path):
     assert "Traceback" in call("train", tmp_path / "gone.yaml", "--debug", code=2).err
+
+
+def test_train_takes_what_the_unet_predicts(ask, call, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE)
+    ask("train", recipe, "-o", tmp_path / "run", "--prediction", "v")
+    assert Recipe.load(tmp_path / "run" / "recipe.yaml").prediction == "v_prediction"
+    assert "'v', 'v_prediction'" in call("train", recipe, "--prediction", "x0", code=2).err
