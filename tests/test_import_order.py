@@ -17,7 +17,7 @@ io: atomic cache distributed pictures plugins sniff strict_yaml jsonl safetensor
 io: download torch_pickle torch_zip
 sd1
 recipe: sections presets other_trainers recipe reference
-adapter: factors metadata alphas formats hub adapter weighted inspect loaders algebra
+adapter: factors metadata alphas formats hub adapter thumbnail weighted inspect loaders algebra
 adapter: interference card publish
 checkpoint: journal copying locate layout history rounding plan prediction describe editing detect
 checkpoint: portable undo_file undo in_place bake extract

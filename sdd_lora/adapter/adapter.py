@@ -20,7 +20,13 @@ from sdd_lora.adapter.alphas import (
     peft_metadata,
 )
 from sdd_lora.adapter.factors import Factors
-from sdd_lora.adapter.metadata import ENTRY_KEY, MergedPart, Metadata, is_edited, shortened
+from sdd_lora.adapter.metadata import (
+    ENTRY_KEY,
+    MergedPart,
+    Metadata,
+    is_edited,
+    shortened,
+)
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_folder, atomic_output, require_replaceable
 from sdd_lora.io.download import is_hub_id
@@ -157,9 +163,10 @@ class Adapter:
         return self.derived(factors, merged_from=[self.as_part(weight)])
 
     def derived(self, factors: dict[str, Factors], **metadata: Any) -> "Adapter":
-        """Another delta made from this one: the identity and what was measured don't carry over."""
+        """Another delta made from this one: the identity and what was measured or drawn don't carry
+        over."""
         kept = self.metadata.without("identity", "measures", "resized_from")
-        return Adapter(factors, kept | metadata)
+        return Adapter(factors, kept.without_thumbnail() | metadata)
 
     @property
     def is_portable(self) -> bool:

@@ -20,6 +20,7 @@ from pydantic import (
 from sdd_lora.errors import BadInput
 
 ENTRY_KEY = "sdd_lora"
+THUMBNAIL_KEY = "modelspec.thumbnail"
 SHOWN_CONCEPTS = 12
 _MODELSPEC_FIELDS = ("description", "author", "license", "date", "usage_hint")
 #: What our entry says of the very tensors that were written, and of no others.
@@ -206,6 +207,7 @@ class Metadata(Entry):
         found = _of_foreign(header) if own is None else _parsed(own)
         if is_edited(header, data_hash):
             found = found.without(*_OF_THE_TENSORS)
+            others.pop(THUMBNAIL_KEY, None)
         found = found.without("header", "tensors_sha256")
         return found | {"header": others} if others else found
 
@@ -275,6 +277,12 @@ class Metadata(Entry):
     def without(self, *fields: str) -> "Metadata":
         """The same, but for these fields."""
         return Metadata(**{key: value for key, value in self._given() if key not in fields})
+
+    def without_thumbnail(self) -> "Metadata":
+        """The same, but for the picture in the header."""
+        if THUMBNAIL_KEY not in self.header:
+            return self
+        return self | {"header": {k: v for k, v in self.header.items() if k != THUMBNAIL_KEY}}
 
     def __or__(self, changes: Mapping[str, Any]) -> "Metadata":
         return Metadata.of(dict(self._given()) | dict(changes))

@@ -1,5 +1,6 @@
 """Verbs that write adapters, or hand them around: convert, resize, stack, push, pull."""
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,13 +37,14 @@ def check_outputs(force: bool, adapter: Path, *others: Path) -> None:
     """Raises BadInput where an output exists and `force` was not given, two are one file, or the
     adapter's is named like a pickle.
 
-    An adapter's outputs are its file and the sidecar beside it.
+    An adapter's outputs are its file, and the sidecar and the preview beside it.
     """
     from sdd_lora.adapter.adapter import require_file_name
     from sdd_lora.adapter.card import sidecar_path
+    from sdd_lora.adapter.thumbnail import preview_path
 
     require_file_name(adapter)
-    paths = [adapter, sidecar_path(adapter), *others]
+    paths = [adapter, sidecar_path(adapter), preview_path(adapter), *others]
     for path in paths:
         refuse_existing(path, force)
     if len({path.resolve() for path in paths}) < len(paths):
@@ -51,17 +53,28 @@ def check_outputs(force: bool, adapter: Path, *others: Path) -> None:
 
 
 def write(adapter: "Adapter", path: Path, format: str, dtype: str) -> dict[str, Any]:
-    """Save an adapter, and beside it the sidecar where it has something to say; what was written,
-    for --json.
+    """Save an adapter, and beside it the sidecar where it has something to say, and the preview
+    where it has a picture; what was written, for --json.
     """
     from sdd_lora.adapter.adapter import adapter_file
     from sdd_lora.adapter.card import has_labels, sidecar_path, sidecar_text
     from sdd_lora.adapter.inspect import describe_adapter
+    from sdd_lora.adapter.thumbnail import preview_path, thumbnail_of
     from sdd_lora.io.atomic import atomic_output
+    from sdd_lora.progress import warn
 
     is_folder = format == "peft" and not path.suffix
     sidecar = sidecar_path(path) if has_labels(adapter) and not is_folder else None
-    with ExitStack() as pending:  # the sidecar appears after the adapter, or neither does
+    picture = None
+    try:
+        picture = None if is_folder else thumbnail_of(adapter.metadata)
+    except BadInput as error:  # another tool's
+        warn(f"{adapter.name}: no preview beside it: {error}")
+    with ExitStack() as pending:  # what is beside it appears after the adapter, or neither does
+        if picture is not None:
+            shown = pending.enter_context(atomic_output(preview_path(path)))
+            picture.save(shown, "PNG")
+            shown.flush()
         if sidecar is not None:
             labels = pending.enter_context(atomic_output(sidecar))
             labels.write(sidecar_text(adapter).encode())
@@ -71,6 +84,7 @@ def write(adapter: "Adapter", path: Path, format: str, dtype: str) -> dict[str, 
     return {
         "output": str(path),
         "sidecar": None if sidecar is None else str(sidecar),
+        "preview": None if picture is None else str(preview_path(path)),
         "form": format,
         "dtype": dtype,
         "rank": adapter.rank,
@@ -115,7 +129,8 @@ def convert(
     """Give an adapter another format; what it does stays the same.
 
     A portable adapter (see `sdd-lora erase`) becomes an ordinary one for --base, which every
-    program loads.
+    program loads. Where OUT is a folder that is there, such as a program's of LoRAs, the file is
+    named after the adapter, with the label and the picture that A1111 shows beside it.
 
     There is no fp8 or int8: an adapter is small already, fp8's three bits of mantissa would cost
     6 % of every factor, and no loader knows a scale for them.
@@ -123,6 +138,8 @@ def convert(
     Examples:
 
         sdd-lora convert lora.safetensors -o lora-kohya.safetensors
+
+        sdd-lora convert runs/weapons -o stable-diffusion-webui/models/Lora
 
         sdd-lora convert runs/weapons -o weapons.peft.safetensors --to peft --dtype fp32
 
@@ -133,8 +150,10 @@ def convert(
 
     if resolve and base is None:
         raise BadInput("--resolve goes with --base: the MODEL to make the adapter for")
-    check_outputs(force, output)
     adapter = Adapter.load(file)
+    if output.is_dir() and to != "peft":
+        output /= re.sub(r"[^\w.+-]+", "-", adapter.name) + ".safetensors"
+    check_outputs(force, output)
     if base is not None:
         from sdd_lora.runs.erase import made_for  # imports torch
 

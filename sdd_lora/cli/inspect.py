@@ -62,6 +62,7 @@ def _found(path: Path) -> tuple[Path, bool]:
 def _adapter_data(path: Path, norms: bool) -> dict[str, Any]:
     from sdd_lora.adapter.adapter import Adapter
     from sdd_lora.adapter.inspect import describe_adapter
+    from sdd_lora.adapter.metadata import THUMBNAIL_KEY
 
     found = describe_adapter(path)
     data = {
@@ -78,7 +79,8 @@ def _adapter_data(path: Path, norms: bool) -> dict[str, Any]:
         "sha256": found.sha256,
         "autov2": found.autov2,
         "autov3": found.autov3,
-        "metadata": found.metadata.as_json(),
+        "metadata": found.metadata.without_thumbnail().as_json(),
+        "thumbnail": THUMBNAIL_KEY in found.metadata.header,
     }
     if norms:
         factors = Adapter.load(path).factors

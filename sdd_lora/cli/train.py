@@ -168,6 +168,7 @@ def train(
     One recipe's trajectories spread over processes:
     `torchrun --nproc-per-node 2 -m sdd_lora train …`.
     """
+    from sdd_lora.checkpoint.locate import EMBEDDED
     from sdd_lora.io.distributed import Shard
     from sdd_lora.runs.many import train_recipes
 
@@ -189,6 +190,8 @@ def train(
     if len(finished) == 1:
         folder, metrics = finished[0]
         text = f"{folder}\n{measures_table(metrics)}"
+        if "adapter" in metrics and metrics["base"]["model"] not in EMBEDDED:
+            text += f"\nfor A1111, ComfyUI, …: sdd-lora convert {folder} -o THEIR/FOLDER/OF/LORAS"
     elif finished:
         text = runs_table(finished)
     else:

@@ -28,7 +28,7 @@ from sdd_lora.measures.judge import JudgeMeasure
 from sdd_lora.measures.registry import card_measure
 from sdd_lora.recipe import MeasureSettings, Recipe
 from sdd_lora.runs.seen import SeenImages
-from sdd_lora.runs.sheet import sheet
+from sdd_lora.runs.sheet import preview, sheet
 from sdd_lora.sd.devices import precision_of
 from sdd_lora.sd.model import fingerprint, require_model, unet_config
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
@@ -44,11 +44,13 @@ Seen = TypeVar("Seen")
 class Measured:
     """Rows of the table, and the picture: concept and kept prompts, before above after.
 
-    `black`: images that are all black, `before` and `after`, of `images`; they count in no row.
+    `preview`: the same of one concept prompt and one kept prompt. `black`: images that are all
+    black, `before` and `after`, of `images`; they count in no row.
     """
 
     rows: list[CardRow]
     picture: Image.Image
+    preview: Image.Image
     black: dict[str, int]
 
 
@@ -137,12 +139,15 @@ def measure_before_after(
             "after": [after_images[i] for i in shown],
         },
     )
+    kinds = [specs[i].kind for i in shown]
+    both = [shown[kinds.index(kind)] for kind in dict.fromkeys(kinds)]
+    small = preview([before_images[i] for i in both], [after_images[i] for i in both])
     black = {
         "before": sum("black" in values for values in before),
         "after": sum("black" in values for values in after),
         "images": len(specs),
     }
-    return Measured(card_rows(detector, specs, before, after), picture, black)
+    return Measured(card_rows(detector, specs, before, after), picture, small, black)
 
 
 def sampling_of_card(settings: MeasureSettings) -> Sampling:

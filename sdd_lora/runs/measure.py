@@ -21,6 +21,7 @@ from sdd_lora.adapter.card import (
     write_sidecar,
 )
 from sdd_lora.adapter.metadata import ENTRY_KEY, Metadata, TrainedOn
+from sdd_lora.adapter.thumbnail import with_thumbnail
 from sdd_lora.adapter.weighted import AdapterLike, as_adapter
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import atomic_output, sha256_of, write_text
@@ -94,10 +95,10 @@ def finish_adapter(
     metrics last."""
     _write_adapter(adapter, folder)
     seen = folder_of_seen(adapter.identity)
-    measured = _measured(recipe, folder, seen, adapter=ADAPTER)
-    if measured["measures"]:
+    measured, preview = _measured(recipe, folder, seen, adapter=ADAPTER)
+    if preview is not None:
         metadata = adapter.metadata | {"measures": measured["measures"]}
-        adapter = Adapter(adapter.factors, metadata)
+        adapter = Adapter(adapter.factors, with_thumbnail(metadata, preview))
         _write_adapter(adapter, folder)
     result = {"adapter": _file_numbers(folder / ADAPTER, adapter.parameters)}
     metrics = _metrics(made_by, adapter.metadata.base, result, training, measured)
@@ -118,7 +119,7 @@ def finish_weights(
     """Write fully trained weights, measure them as written, write their card; the metrics last."""
     write_weights(tensors, metadata, folder / WEIGHTS)
     seen = folder_of_seen(sha256_of(folder / WEIGHTS))
-    measured = _measured(recipe, folder, seen, weights=WEIGHTS)
+    measured, _ = _measured(recipe, folder, seen, weights=WEIGHTS)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     result = {"weights": _file_numbers(folder / WEIGHTS, parameters)}
     metrics = _metrics(made_by, metadata.base, result, training, measured)
@@ -168,10 +169,11 @@ def _measured(
     seen: Path,
     adapter: str | None = None,
     weights: str | None = None,
-) -> dict[str, Any]:
-    """Rows on the recipe's model and on those of `transfer`; their pictures go into the folder."""
+) -> tuple[dict[str, Any], Image.Image | None]:
+    """Rows on the recipe's model and on those of `transfer`, whose pictures go into the folder; and
+    a preview, None where nothing is measured."""
     if not before_after.wanted(recipe):
-        return {"measures": [], "transfer": [], "attacks": []}
+        return {"measures": [], "transfer": [], "attacks": []}, None
     say("measuring before and after")
     written = None if adapter is None else Adapter.load(folder / adapter)
     file = None if weights is None else folder / weights
@@ -179,17 +181,20 @@ def _measured(
         model: picture_of(model) for model in recipe.measure.transfer
     }
     found: dict[str, dict[str, Any]] = {}
+    previews = []
     for model, picture in pictures.items():
         measured = before_after.measure_before_after(recipe, written, model, file, seen)
         _save_picture(measured.picture, folder / picture)
+        previews.append(measured.preview)
         found[model] = {"measures": [asdict(row) for row in measured.rows]}
         if measured.black["before"] or measured.black["after"]:
             found[model]["black"] = measured.black
             warn(black_note(measured.black))
-    return found.pop(recipe.model) | {
+    rows = found.pop(recipe.model) | {
         "transfer": [{"model": model} | rows for model, rows in found.items()],
         "attacks": [asdict(row) for row in withstood(recipe, written, file)],
     }
+    return rows, previews[0]
 
 
 def _file_numbers(path: Path, parameters: int) -> dict[str, Any]:

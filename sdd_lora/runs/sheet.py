@@ -9,6 +9,18 @@ from PIL import Image, ImageDraw
 _COLUMNS, _MARGIN, _CAPTION = 8, 40, 30
 _SMALL, _LARGE = 128, 256  # sides in the picture, of images up to the first, and of larger ones
 _CHARACTERS_OF_SMALL = 21
+_TILE = 192  # of a preview
+
+
+def preview(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Image.Image:
+    """Images before at the left, after at the right, those of a prompt beside each other; without
+    text, since it is shown small."""
+    whole = Image.new("RGB", (2 * _TILE, len(before) * _TILE), "white")
+    for column, images in enumerate((before, after)):
+        for row, image in enumerate(images):
+            tile = Image.fromarray(image).resize((_TILE, _TILE), Image.Resampling.BICUBIC)
+            whole.paste(tile, (column * _TILE, row * _TILE))
+    return whole
 
 
 def sheet(prompts: Sequence[str], rows: Mapping[str, Sequence[np.ndarray]]) -> Image.Image:

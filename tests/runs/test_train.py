@@ -16,6 +16,7 @@ from sdd_lora import Adapter, Recipe, train
 from sdd_lora.checkpoint.locate import DEMO_FOLDER
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import sha256_of
+from sdd_lora.io.safetensors import read_header
 from sdd_lora.runs import before_after
 from sdd_lora.runs import train as one_run
 from sdd_lora.runs.folder import lock
@@ -55,6 +56,9 @@ def test_the_folder_holds_what_the_interface_says(measured):
         ("noun kept beside an erased one", "pairs"), ("style kept", "all"),
     }  # fmt: skip
     assert "bomb" in (folder / "README.md").read_text()
+    header = read_header(folder / "adapter.safetensors").metadata
+    assert header["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+    assert len(header["modelspec.thumbnail"]) < 20_100
 
 
 def test_the_two_files_hold_the_returned_adapter(measured):
