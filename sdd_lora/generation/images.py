@@ -22,7 +22,7 @@ from sdd_lora.generation.prompt_files import SIDES, is_side
 from sdd_lora.generation.sampling import Job, Sampling
 from sdd_lora.io.atomic import atomic_output, locked
 from sdd_lora.io.distributed import Shard, processes
-from sdd_lora.io.jsonl import appended
+from sdd_lora.io.jsonl import appended, drop_cut_line
 from sdd_lora.progress import progress, warn
 from sdd_lora.sd.devices import is_out_of_memory, precision_of
 from sdd_lora.sd.prompts import cut_off
@@ -160,7 +160,7 @@ def generate(
             todo = [(index, job) for index, job in todo if index in mine]
         state.wait_for_everyone()  # nobody writes before all have read
         part = folder / manifest.part_name(state.process_index, shard)
-        manifest.drop_cut_line(part)
+        drop_cut_line(part)
         own = todo[state.process_index :: state.num_processes]
         _draw_into(folder, part, pipeline, own, sampling)
         state.wait_for_everyone()

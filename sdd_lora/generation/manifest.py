@@ -146,12 +146,6 @@ def merge_parts(folder: Path) -> None:
         part.unlink()
 
 
-def drop_cut_line(path: Path) -> None:
-    """Take a line that a kill cut short from a part's end, so that it can be appended to."""
-    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
-        write_text(path, "".join(f"{line}\n" for line in whole_lines(path)))
-
-
 def _parts(folder: Path) -> list[Path]:
     return sorted(folder.glob(_PART.format("*")))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sdd_lora.errors import BadInput, SddLoraError
-from sdd_lora.io.atomic import atomic_output
+from sdd_lora.io.atomic import write_text
 
 
 @contextmanager
@@ -51,12 +51,14 @@ def read_lines(path: Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
         ) from error
 
 
+def drop_cut_line(path: Path) -> None:
+    """Take a line that a kill cut short from a file's end, so that it can be appended to."""
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        write_text(path, "".join(f"{line}\n" for line in whole_lines(path)))
+
+
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Lines at the end of a file; a line that a kill cut short goes first."""
-    if path.exists():
-        whole = path.read_bytes()
-        if not whole.endswith(b"\n"):
-            with atomic_output(path) as file:
-                file.write(whole[: whole.rfind(b"\n") + 1])
+    drop_cut_line(path)
     with appended(path) as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
