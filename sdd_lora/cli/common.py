@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sdd_lora.errors import BadInput, SddLoraError
+from sdd_lora.progress import say
 from sdd_lora.version import __version__
 
 app = typer.Typer(
@@ -150,13 +151,18 @@ _SHARED = {
 }
 
 
-def verb(name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
-    """Make a function that returns a `Result` a verb; its docstring is the help."""
+def verb(
+    name: str, *, loads_model: bool = False
+) -> Callable[[Callable[..., Result]], Callable[..., None]]:
+    """Make a function that returns a `Result` a verb; its docstring is the help. One that
+    `loads_model` says so before the seconds that importing torch takes."""
 
     def decorate(function: Callable[..., Result]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*, json_output: bool, debug: bool, quiet: bool, **arguments: Any) -> None:
             _set_up_logging(quiet, debug)
+            if loads_model and os.environ.get("RANK", "0") == "0":
+                say("loading PyTorch and the model")
             try:
                 result = function(**arguments)
                 _print(result, json_output)

@@ -10,7 +10,7 @@ from sdd_lora.cli.common import AdapterName, Force, NewDtype, OutputFile, Result
 from sdd_lora.cli.tables import erased_table
 
 
-@verb("erase")
+@verb("erase", loads_model=True)
 def erase(
     concepts: Annotated[
         list[str],

@@ -123,7 +123,7 @@ _Shard = Annotated[
 _Batch = Annotated[int, typer.Option(help="Images drawn at once; changes no image.", min=1)]
 
 
-@verb("generate")
+@verb("generate", loads_model=True)
 def generate(
     model: Model,
     output: _ImageFolder,
@@ -263,7 +263,7 @@ def _check_numbers(guidance: float, jobs: "Sequence[Job]") -> None:
         raise BadInput(f"seeds: expected less than 2^63, found {highest}")
 
 
-@verb("evaluate")
+@verb("evaluate", loads_model=True)
 def evaluate(
     bench: Annotated[Path, typer.Argument(help="A bench file.", metavar="BENCH")],
     output: Annotated[

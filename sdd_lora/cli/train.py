@@ -23,7 +23,7 @@ from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.progress import warn
 
 
-@verb("demo")
+@verb("demo", loads_model=True)
 def demo(
     output: Annotated[
         Path | None,
@@ -122,7 +122,7 @@ _HelpRecipe = Annotated[
 ]
 
 
-@verb("train")
+@verb("train", loads_model=True)
 def train(
     recipes: Recipes,
     output: Annotated[
@@ -202,7 +202,7 @@ def train(
     return Result(data | ({"failed": failed} if failed else {}), text, int(bool(failed)))
 
 
-@verb("measure")
+@verb("measure", loads_model=True)
 def measure(
     adapters: WeightedAdapters,
     recipe: Annotated[

@@ -62,3 +62,9 @@ def test_messages_name_parameters_and_the_command_line_shows_them_as_options():
         "r.yaml: add --force, -o PATH, --how sum, --set a.b, --set a.b=c or --in-place; "
         "`demo` is one, `x == y` none"
     )
+
+
+def test_a_verb_that_loads_a_model_says_so_at_once(refused, tmp_path):
+    arguments = ("generate", "demo", "-o", tmp_path / "out")  # and no prompt
+    assert refused(*arguments).startswith("loading PyTorch and the model\n")
+    assert refused(*arguments, "-q").startswith("sdd-lora: no prompt")

@@ -92,7 +92,7 @@ def test_a_result_that_cannot_be_written_is_one_line():
         (["generate", "demo", "--prompt", "x", "-o", "out", "--seed", 2**64], "less than 2^63"),
         (["generate", "demo", "-o", "out"], "no prompt"),
         (["generate", "demo", "--prompt", "x", "--adapter", "gone:2", "-o", "out"], "gone"),
-        (["generate", "demo", "--prompt", "x", "--method", "neg", "-o", "out"], "--concept"),
+        (["generate", "demo", "--prompt", "x", "--method", "neg", "-o", "out"], "needs a concept"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(refused, tmp_path, monkeypatch, arguments, message):
