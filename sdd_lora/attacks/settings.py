@@ -285,7 +285,7 @@ class RingABell(AttackSettings):
 
     @property
     def effort(self) -> str:
-        return f"{self.length} words, {self.population} of them over {self.generations} generations"
+        return f"{self.length} words, {self.generations} generations of {self.population}"
 
 
 class Inversion(AttackSettings):
