@@ -11,6 +11,7 @@ from sdd_lora.version import __version__
 
 _PUBLIC = {
     "Adapter": "sdd_lora.adapter.adapter",
+    "adapter_on": "sdd_lora.checkpoint.portable",
     "BakeReport": "sdd_lora.checkpoint.bake",
     "Erased": "sdd_lora.runs.erase",
     "Extraction": "sdd_lora.checkpoint.extract",
@@ -37,6 +38,7 @@ __all__ = [
     "Resized",
     "SddLoraError",
     "__version__",
+    "adapter_on",
     "bake",
     "erase",
     "extract",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from sdd_lora.adapter.algebra import Resized, resize, stack
     from sdd_lora.checkpoint.bake import BakeReport, bake
     from sdd_lora.checkpoint.extract import Extraction, extract
+    from sdd_lora.checkpoint.portable import adapter_on
     from sdd_lora.checkpoint.undo import unbake
     from sdd_lora.recipe import Recipe
     from sdd_lora.runs.erase import Erased, erase, solve

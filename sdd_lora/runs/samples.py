@@ -52,6 +52,7 @@ class Samples:
             feature_extractor=None,
             requires_safety_checker=False,
         )
+        self._pipeline.set_progress_bar_config(disable=True)
         self._prompts = sample_prompts(recipe)
         self._base: list[np.ndarray] = []
 
