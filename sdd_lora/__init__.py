@@ -13,17 +13,17 @@ _PUBLIC = {
     "Adapter": "sdd_lora.adapter.adapter",
     "adapter_on": "sdd_lora.checkpoint.portable",
     "BakeReport": "sdd_lora.checkpoint.bake",
-    "Erased": "sdd_lora.runs.erase",
+    "Erased": "sdd_lora.training.erase",
     "Extraction": "sdd_lora.checkpoint.extract",
     "Recipe": "sdd_lora.recipe",
     "Resized": "sdd_lora.adapter.algebra",
     "bake": "sdd_lora.checkpoint.bake",
-    "erase": "sdd_lora.runs.erase",
+    "erase": "sdd_lora.training.erase",
     "extract": "sdd_lora.checkpoint.extract",
     "load_pipeline": "sdd_lora.sd.pipeline",
     "measure": "sdd_lora.runs.measure",
     "resize": "sdd_lora.adapter.algebra",
-    "solve": "sdd_lora.runs.erase",
+    "solve": "sdd_lora.training.erase",
     "stack": "sdd_lora.adapter.algebra",
     "train": "sdd_lora.runs.train",
     "unbake": "sdd_lora.checkpoint.undo",
@@ -59,10 +59,10 @@ if TYPE_CHECKING:
     from sdd_lora.checkpoint.portable import adapter_on
     from sdd_lora.checkpoint.undo import unbake
     from sdd_lora.recipe import Recipe
-    from sdd_lora.runs.erase import Erased, erase, solve
     from sdd_lora.runs.measure import measure
     from sdd_lora.runs.train import train
     from sdd_lora.sd.pipeline import load_pipeline
+    from sdd_lora.training.erase import Erased, erase, solve
 
 
 def __getattr__(name: str) -> object:

@@ -12,7 +12,7 @@ from support.short_run import SHORT, short
 import sdd_lora
 from sdd_lora import Adapter, BadInput, Recipe, bake, load_pipeline, measure, resize, stack, train
 from sdd_lora.adapter.weighted import with_weights
-from sdd_lora.runs.erase import Erased
+from sdd_lora.training.erase import Erased
 
 
 def test_all_that_is_public_is_there_and_importing_it_is_light():

@@ -23,8 +23,8 @@ checkpoint: journal copying locate layout history rounding plan prediction descr
 checkpoint: portable undo_file undo in_place bake extract
 demo: vocabulary judge
 sd: devices schedulers clip_tokenizer prompts weights textual_inversion single_file model pipeline
-training: accelerator report ema embeddings objectives nf4 memory interrupt optimizer roles rollout
-training: init projection words trainer plan
+training: accelerator report ema projection words erase embeddings objectives nf4 memory
+training: interrupt optimizer roles rollout init trainer plan
 generation: prompt_files sampling decoding guided batches
 generation.methods: sd neg sld sega gated
 generation: given manifest images img2img
@@ -32,7 +32,7 @@ measures: base intervals needs asked judge card_rows nudenet open_nsfw clip_enco
 measures: fid lpips registry
 attacks: settings case base_drawing tokens noise words ring_a_bell inversion unlearndiffatk
 attacks: emphasis noise_search completion img2img_attack inpainting null_text relearning registry
-runs: folder seen sheet before_after under_attack measure samples train many erase
+runs: folder seen sheet before_after under_attack measure samples train many
 bench.peers: uce
 bench: sections bench_file ready_made results comparisons grid pictures tables charts held_out
 bench: measuring methods text attacked costs choice report run

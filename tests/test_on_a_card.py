@@ -20,11 +20,11 @@ from sdd_lora.attacks.unlearndiffatk import unlearndiffatk
 from sdd_lora.generation.images import draw
 from sdd_lora.generation.methods import METHODS
 from sdd_lora.generation.sampling import Sampling, jobs_for
-from sdd_lora.runs.erase import erase
 from sdd_lora.runs.measure import read_metrics
 from sdd_lora.runs.train import train
 from sdd_lora.sd.pipeline import load_pipeline
 from sdd_lora.sd.schedulers import SCHEDULERS
+from sdd_lora.training.erase import erase
 
 _ADAPTERS = Path(__file__).parents[1] / "adapters"
 _SMALL = {"rollout": {"steps": 2}}

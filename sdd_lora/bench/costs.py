@@ -51,6 +51,8 @@ def _of_training(weights: Weights, name: str, method: str) -> Cost:
     size = metrics.get("adapter") or metrics.get("weights") or {}
     recipe, seeds = weights.bench.recipe(name), len(weights.bench.trainings_of(name))
     told = [_count(recipe.concepts, "phrase")]
+    if recipe.preserve.vocabulary:
+        told.append("the tokenizer's words to keep")
     if recipe.preserve.prompts:
         told.append(f"{_count(recipe.preserve.prompts, 'phrase')} to keep")
     if seeds > 1:

@@ -161,7 +161,7 @@ def _can_be_attacked(bench: Bench, method: str, settings: AttackSettings) -> boo
     """Gradients are taken through the weights that a method draws with, not its way of drawing; and
     only adapters have a weight."""
     if isinstance(settings, AdapterWeight):
-        trained = method in bench.recipes and bench.recipe(method).parameters == "lora"
+        trained = method in bench.recipes and bench.recipe(method).parameters != "full"
         return method != "baked" and (method in bench.adapters or trained)
     by_weights = settings.draws_plainly or settings.access == "white-box"
     return not by_weights or draws_with(bench, method) == "sd"

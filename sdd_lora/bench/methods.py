@@ -28,11 +28,11 @@ from sdd_lora.io.atomic import sha256_of, write_text
 from sdd_lora.io.distributed import processes
 from sdd_lora.io.plugins import load_plugin
 from sdd_lora.progress import say
-from sdd_lora.runs.erase import erase, solve
 from sdd_lora.runs.folder import ADAPTER, METRICS, RECIPE, WEIGHTS, snapshot_file
 from sdd_lora.sd.devices import DTYPES
 from sdd_lora.sd.model import require_model
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
+from sdd_lora.training.erase import erase, solve
 
 #: where trained baselines are kept, unless SDD_LORA_CACHE says otherwise
 CACHE = Path("~/.cache/sdd_lora")

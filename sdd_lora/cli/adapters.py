@@ -155,7 +155,7 @@ def convert(
         output /= re.sub(r"[^\w.+-]+", "-", adapter.name) + ".safetensors"
     check_outputs(force, output)
     if base is not None:
-        from sdd_lora.runs.erase import made_for  # imports torch
+        from sdd_lora.training.erase import made_for  # imports torch
 
         adapter = adapter_on(made_for(adapter, base, resolve=resolve), base)
     written = write(adapter, output, to, dtype or stored_dtype(file))
@@ -297,7 +297,7 @@ def _solved(
     dtype: str,
     name: str | None,
 ) -> Result:
-    from sdd_lora.runs.erase import solve
+    from sdd_lora.training.erase import solve
 
     erased = solve(parts, model, rank=rank, name=name or output.stem)
     written = write(erased.adapter, output, "portable", dtype)

@@ -96,7 +96,7 @@ def bake(
         require_apart(written, *read)
     parts = [(Adapter.load(path), weight) for path, weight in sources]
     if any(adapter.is_portable for adapter, _ in parts):
-        from sdd_lora.runs.erase import made_for  # imports torch
+        from sdd_lora.training.erase import made_for  # imports torch
 
         parts = [(made_for(part, model, resolve=resolve), weight) for part, weight in parts]
     elif resolve:

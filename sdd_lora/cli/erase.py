@@ -68,7 +68,7 @@ def erase(
         sdd-lora erase axe --keep chopper --into "a flower" -o axes-to-flowers.safetensors
     """
     from sdd_lora.checkpoint.portable import adapter_on
-    from sdd_lora.runs.erase import erase as make_eraser
+    from sdd_lora.training.erase import erase as make_eraser
 
     check_outputs(force, output)
     erased = make_eraser(

@@ -89,7 +89,7 @@ def _footprint_key(recipe: "Recipe") -> str:
     """Of the recipe, what its footprint depends on: that of a hundred concepts is counted once."""
     from sdd_lora.recipe import MeasureSettings
 
-    prompts = [""] if recipe.preserve.prompts else []
+    prompts = [""] if recipe.preserve.any else []
     preserve = recipe.preserve.model_copy(update={"prompts": prompts})
     training = recipe.training.model_copy(update={"iterations": 1, "seed": 0})
     alike = {"name": "", "concepts": [], "measure": MeasureSettings(), "preset": "paper"}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdd_lora.runs.erase import Erased
+    from sdd_lora.training.erase import Erased
 
 _SHOWN_RANKS = 8
 

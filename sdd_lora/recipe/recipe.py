@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from sdd_lora.errors import BadInput
 from sdd_lora.io.strict_yaml import (
     Section,
+    Switch,
     Text,
     at,
     merged_fields,
@@ -72,7 +73,7 @@ class Recipe(LaterFields):
     Python as in a file.
     """
 
-    _later = ("prediction",)
+    _later = ("prediction", "wordings")
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Of the run and the adapter: letters, digits, `.`, `_` and `-`."""
@@ -90,11 +91,17 @@ class Recipe(LaterFields):
     """What to erase: a list of texts, or of names of text files beside the recipe, one concept a
     line. `variant: paper` joins as many as the text encoder reads, rotating through all of them."""
 
+    wordings: Switch | None = None
+    """Take each concept in the wordings of `sdd-lora erase`, alone and beside other words, instead
+    of as it is written."""
+
     preserve: Preserve = Preserve()
     objective: ObjectiveSettings = ObjectiveSettings()
 
-    parameters: Literal["lora", "full"] = "lora"
-    """What is trained: an adapter, or as in the papers the weights themselves, for comparison."""
+    parameters: Literal["lora", "embeddings", "full"] = "lora"
+    """What is trained: an adapter (`lora`); one change of the prompts' embeddings, e ↦ (I + B D) e,
+    in place of all to_k and to_v, a portable adapter of a few kB (`embeddings`); or as in the
+    papers the weights themselves, for comparison (`full`)."""
 
     lora: Lora = Lora()
     ema: Ema = Ema()
@@ -128,7 +135,7 @@ class Recipe(LaterFields):
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":
         name, kind = self.objective.kind, KINDS[self.objective.kind]
-        is_lora, targets = self.parameters == "lora", set(self.lora.targets)
+        is_lora, targets = self.parameters != "full", set(self.lora.targets)
         inside = [target for target in self.lora.targets if target.startswith("to_")]
         expected = [kind.layers] if kind.layers else inside or ["to_k", "to_v"]
         kept = {text.strip().casefold() for text in self.preserve.prompts}
@@ -149,9 +156,9 @@ class Recipe(LaterFields):
                 "another init",
             ),
             (
-                self.training.iterations == 0 and self.lora.init != "closed-form",
-                "training.iterations: 0 leaves the base as it is, unless lora.init: closed-form "
-                "changes it",
+                self.training.iterations == 0 and self.lora.init not in ("closed-form", "words"),
+                "training.iterations: 0 leaves the base as it is, unless lora.init: closed-form or "
+                "words changes it",
             ),
             (
                 is_lora and self.lora.targets != expected,
@@ -166,6 +173,17 @@ class Recipe(LaterFields):
                 not is_lora and self.training.base_precision == "nf4",
                 "parameters: full trains the weights themselves, which 4 bits can't hold: expected "
                 "another training.base_precision, or parameters: lora",
+            ),
+            (
+                self.parameters == "embeddings"
+                and (targets != {"to_k", "to_v"} or self.lora.init in ("concepts", "closed-form")),
+                "parameters: embeddings changes what every to_k and to_v sees: expected lora.init: "
+                "random, words or a portable adapter, and lora.targets left alone",
+            ),
+            (
+                self.parameters == "embeddings" and self.preserve.damping > 0,
+                "preserve.damping turns an adapter's to_k and to_v; parameters: embeddings has "
+                "none: expected damping: 0",
             ),
             (
                 self.preserve.damping > 0 and not (is_lora and {"to_k", "to_v"} & targets),
@@ -184,7 +202,7 @@ class Recipe(LaterFields):
         return self
 
     def __repr__(self) -> str:
-        trained = f"rank {self.lora.rank}" if self.parameters == "lora" else "whole weights"
+        trained = f"rank {self.lora.rank}" if self.parameters != "full" else "whole weights"
         return (
             f"Recipe({self.name!r} on {self.model!r}: {self.objective.kind}, {trained}, "
             f"{len(self.concepts)} concepts, {self.training.iterations} iterations)"

@@ -80,12 +80,31 @@ def names_a_file(entry: Any) -> bool:
 Prompts = Annotated[list[str], BeforeValidator(listed)]
 
 
-class Preserve(Section):
+class LaterFields(Section):
+    """A section with fields that came later: what they leave open is not stored, so that files and
+    hashes older than these fields stay as they are."""
+
+    _later: ClassVar[tuple[str, ...]]
+
+    @model_serializer(mode="wrap")
+    def _without_unset_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {k: v for k, v in fields.items() if v is not None or k not in self._later}
+
+
+class Preserve(LaterFields):
     """Prompts on which the student is held to the base; the empty prompt is held with them."""
+
+    _later = ("vocabulary",)
 
     prompts: Prompts = []
     """What must stay as it is, near the concepts above all: what is not named here and is near goes
     too. Texts, or names of text files beside the recipe, one prompt a line."""
+
+    vocabulary: Count | None = None
+    """So many prompts of the tokenizer's own words are preserved beside `prompts`, the words alone
+    and in each other's company; without the concepts' words and those too near to them, as
+    `sdd-lora erase` finds them."""
 
     weight: Annotated[Real, Field(ge=0)] = 1.0
     """How much these prompts count against the concepts in the loss; 0 leaves them out."""
@@ -93,6 +112,11 @@ class Preserve(Section):
     damping: Annotated[Real, Field(ge=0)] = 0.0
     """How much the adapter's to_k and to_v are turned away from these prompts after each quarter of
     the training, all prompts at once and without a UNet pass (training/init.py)."""
+
+    @property
+    def any(self) -> bool:
+        """Whether there are prompts to preserve."""
+        return bool(self.prompts or self.vocabulary)
 
 
 class ObjectiveSettings(Section):
@@ -125,7 +149,7 @@ class ObjectiveSettings(Section):
 
 
 #: of `lora.init`: the ways to start that need no adapter
-_STARTS = ("random", "concepts", "closed-form")
+_STARTS = ("random", "concepts", "closed-form", "words")
 
 
 def names_an_adapter(init: Any) -> bool:
@@ -164,9 +188,9 @@ class Lora(Section):
     """Where the factors start. `random`: a change of 0, as in peft. `concepts`: a change of 0, to_k
     and to_v looking where the concepts' embeddings differ most from those of kept prompts and ∅.
     `closed-form`: where the concepts' keys and values are nearest to ∅'s while those of kept
-    prompts stay, weighed by preserve.weight (training/init.py). Or an adapter to go on from: the
-    path, beside the recipe, of a file or a run's folder, of the same rank; also of an eraser that
-    `sdd-lora erase` made."""
+    prompts stay, weighed by preserve.weight (training/init.py). `words`: where `sdd-lora erase`
+    leads, with the concepts as its words. Or an adapter to go on from: the path, beside the recipe,
+    of a file or a run's folder, of the same rank; also of an eraser that `sdd-lora erase` made."""
 
     @property
     def starts_from(self) -> str | None:
@@ -264,18 +288,6 @@ class RolloutSettings(Section):
                 f"{self.steps} steps: each latent has a timestep of its own, none the noisiest"
             )
         return self
-
-
-class LaterFields(Section):
-    """A section with fields that came later: what they leave open is not stored, so that files and
-    hashes older than these fields stay as they are."""
-
-    _later: ClassVar[tuple[str, ...]]
-
-    @model_serializer(mode="wrap")
-    def _without_unset_later(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {k: v for k, v in fields.items() if v is not None or k not in self._later}
 
 
 class Training(LaterFields):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sdd_lora.adapter.adapter import Adapter, adapter_file
-from sdd_lora.adapter.factors import Factors
+from sdd_lora.adapter.factors import EmbeddingFactors, Factors
 from sdd_lora.adapter.metadata import Metadata, TrainedOn
 from sdd_lora.errors import SddLoraError
 from sdd_lora.io.atomic import write_text
@@ -41,10 +41,11 @@ from sdd_lora.runs.measure import (
 from sdd_lora.runs.samples import Samples
 from sdd_lora.runs.under_attack import check_attacks
 from sdd_lora.sd.model import TrainingParts, load_training_parts
+from sdd_lora.sd1 import EMBEDDINGS
 from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.memory import memory_advice
 from sdd_lora.training.report import TrainingReport
-from sdd_lora.training.roles import LoraRoles
+from sdd_lora.training.roles import FactorRoles
 from sdd_lora.training.trainer import Callback, Trainer
 from sdd_lora.version import __version__
 
@@ -144,6 +145,7 @@ def _warn_of_prompts(recipe: Recipe) -> None:
     prompts, kept = recipe.measure.prompts, len(recipe.preserve.prompts)
     if (prompts.concept or prompts.kept) and recipe.measure.detector == "none":
         warn("measure.prompts: nothing is drawn or counted, since measure.detector is none")
+    kept += recipe.preserve.vocabulary or 0
     if recipe.lora.init == "closed-form" and kept < FEW_KEPT_PROMPTS:
         warn(
             f"preserve.prompts: lora.init: closed-form changes all prompts but the kept ones, and "
@@ -203,7 +205,7 @@ def _run_training(
 def _result(trainer: Trainer, metadata: Metadata) -> Adapter | dict[str, torch.Tensor]:
     """What has been trained so far: an adapter, or whole weights by name."""
     tensors = trainer.teacher_tensors()
-    if isinstance(trainer.roles, LoraRoles):
+    if isinstance(trainer.roles, FactorRoles):
         return _adapter(tensors, trainer.recipe.lora.alpha, metadata)
     return tensors
 
@@ -217,7 +219,8 @@ def _adapter(tensors: dict[str, torch.Tensor], alpha: float, metadata: Metadata)
         if side == "lora_A":
             up = tensors[f"{module}.lora_B"]
             kernel = (down.shape[2], down.shape[3]) if down.ndim == 4 else None
-            factors[module] = Factors(down.flatten(1).numpy(), up.flatten(1).numpy(), alpha, kernel)
+            kind = EmbeddingFactors if module == EMBEDDINGS else Factors
+            factors[module] = kind(down.flatten(1).numpy(), up.flatten(1).numpy(), alpha, kernel)
     return Adapter(factors, metadata)
 
 

@@ -5,13 +5,18 @@ from dataclasses import dataclass
 
 import torch
 
+from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
-from sdd_lora.sd.model import TrainingParts
+from sdd_lora.sd.model import TextParts, TrainingParts, text_fingerprint
 from sdd_lora.sd.prompts import embed, join_concepts
+from sdd_lora.training.erase import VOCABULARY, erase_by
+from sdd_lora.training.words import kept_prompts, sample_company, whole_words, wordings
 
 #: embeddings this close are of the same tokens; those of different words differ by about 1
 _SAME = 1e-4
+#: kept words beside which a concept is met, of `wordings`
+_COMPANIONS = 3
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,13 @@ class Embeddings:
     concepts: torch.Tensor
     joined: torch.Tensor
     kept: torch.Tensor | None
+    #: where `lora.init: words` starts: the portable adapter of `erase`
+    eraser: Adapter | None = None
 
     def to(self, device: torch.device) -> "Embeddings":
         kept = None if self.kept is None else self.kept.to(device)
-        return Embeddings(
-            self.empty.to(device), self.concepts.to(device), self.joined.to(device), kept
-        )
+        concepts, joined = self.concepts.to(device), self.joined.to(device)
+        return Embeddings(self.empty.to(device), concepts, joined, kept, self.eraser)
 
     @property
     def erased(self) -> torch.Tensor:
@@ -52,8 +58,17 @@ def encode_prompts(recipe: Recipe, parts: TrainingParts) -> Embeddings:
     def encoded(texts: Sequence[str]) -> torch.Tensor:
         return embed(texts, parts.tokenizer, text_encoder)
 
-    empty, concepts = encoded([""]), encoded(recipe.concepts)
-    for text, concept in zip(recipe.concepts, concepts, strict=True):
+    eraser, known, gone = None, whole_words(parts.tokenizer, VOCABULARY), set()
+    if recipe.lora.init == "words" or recipe.preserve.vocabulary:
+        reader = TextParts(parts.tokenizer, text_encoder, text_fingerprint(text_encoder))
+        erased = erase_by(reader, recipe.concepts, recipe.model, rank=recipe.lora.rank)
+        eraser = erased.adapter if recipe.lora.init == "words" else None
+        gone = {*erased.near, *(word for c in recipe.concepts for word in c.lower().split())}
+    company = sample_company([word for word in known if word not in gone], _COMPANIONS)
+    asked = wordings(recipe.concepts, company) if recipe.wordings else recipe.concepts
+    kept = recipe.preserve.prompts + kept_prompts(known, gone, recipe.preserve.vocabulary or 0)
+    empty, concepts = encoded([""]), encoded(asked)
+    for text, concept in zip(asked, concepts, strict=True):
         if torch.allclose(concept, empty[0], atol=_SAME):
             raise BadInput(
                 f"concepts: {text!r} is encoded as the empty prompt, so that there is nothing to "
@@ -63,5 +78,6 @@ def encode_prompts(recipe: Recipe, parts: TrainingParts) -> Embeddings:
         empty=empty,
         concepts=concepts,
         joined=encoded(join_concepts(recipe.concepts, parts.tokenizer)),
-        kept=encoded(recipe.preserve.prompts) if recipe.preserve.prompts else None,
+        kept=encoded(kept) if kept else None,
+        eraser=eraser,
     )

@@ -17,9 +17,11 @@ from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.progress import say
 from sdd_lora.recipe import Recipe
+from sdd_lora.sd1 import EMBEDDINGS
 from sdd_lora.training.embeddings import Embeddings
 from sdd_lora.training.objectives import Objective
-from sdd_lora.training.roles import STUDENT, LoraRoles
+from sdd_lora.training.projection import with_ridge
+from sdd_lora.training.roles import STUDENT, EmbeddingRoles, FactorRoles, LoraRoles
 
 #: names of the down factors that prompts' embeddings go into
 SEES_PROMPTS = (".to_k.lora_A", ".to_v.lora_A")
@@ -32,7 +34,7 @@ _DIRECTIONS_RIDGE, _DAMPING_RIDGE, _CLOSED_FORM_RIDGE = 0.01, 1e-4, 1e-4
 
 @torch.no_grad()
 def initialise(
-    roles: LoraRoles, recipe: Recipe, objective: Objective, embeddings: Embeddings
+    roles: FactorRoles, recipe: Recipe, objective: Objective, embeddings: Embeddings
 ) -> StartedFrom | None:
     """Put the factors of student and teacher where `lora.init` says; returns the adapter that they
     go on from, if any.
@@ -46,6 +48,10 @@ def initialise(
     started_from = None
     if recipe.lora.starts_from is not None:
         started_from = continue_from(roles, recipe, recipe.lora.starts_from)
+    elif embeddings.eraser is not None:
+        start_as(roles, embeddings.eraser, "lora.init: words")
+    elif not isinstance(roles, LoraRoles):
+        raise TypeError("expected roles by adapters: no other has matrices of its own to start")
     elif recipe.lora.init == "concepts":
         start_along(roles, directions_of(embeddings, recipe.lora.rank))
     else:
@@ -90,21 +96,47 @@ def start_at(roles: LoraRoles, closed_form: "ClosedForm") -> None:
         factors[f"{name}.lora_B"].copy_(up / layer.scaling[STUDENT])
 
 
-def continue_from(roles: LoraRoles, recipe: Recipe, path: str) -> StartedFrom:
-    """Give the student an adapter's factors; of a portable one, D and W·B for each to_k and to_v.
+def continue_from(roles: FactorRoles, recipe: Recipe, path: str) -> StartedFrom:
+    """Give the student the factors of an adapter's file or run. Raises BadInput where it has
+    another rank, other sizes, or matrices that are not trained."""
+    adapter, where = Adapter.load(path), f"lora.init: {path}"
+    modules = adapter.factors if isinstance(roles, EmbeddingRoles) else adapter.modules
+    if ranks := sorted({part.rank for part in modules.values()} - {recipe.lora.rank}):
+        raise BadInput(
+            f"{where}: has rank {ranks[-1]}, found lora.rank {recipe.lora.rank}; expected the same"
+        )
+    start_as(roles, adapter, where)
+    return StartedFrom(
+        name=adapter.name, identity=adapter.identity, sha256=sha256_of(adapter_file(path))
+    )
+
+
+def start_as(roles: FactorRoles, adapter: Adapter, where: str) -> None:
+    """Give the student an adapter's factors; of a portable one, where each to_k and to_v has its
+    own, D and W·B.
 
     Matrices that the adapter leaves alone start with a change of 0, and that is said. Raises
-    BadInput where it has another rank, other sizes, or matrices that are not trained.
+    BadInput, saying `where`, for other sizes, and for matrices that are not trained.
     """
-    adapter, where = Adapter.load(path), f"lora.init: {path}"
-    factors, modules, rank = roles.parameters_of(STUDENT), adapter.modules, recipe.lora.rank
+    factors = roles.parameters_of(STUDENT)
+    if isinstance(roles, EmbeddingRoles):
+        change = adapter.factors.get(EMBEDDINGS)
+        down, up = factors[f"{EMBEDDINGS}.lora_A"], factors[f"{EMBEDDINGS}.lora_B"]
+        if change is None or change.down.shape != down.shape:
+            found = "one for a model" if change is None else f"width {change.down.shape[1]}"
+            raise BadInput(
+                f"{where}: expected a portable adapter of width {down.shape[1]}, found {found}"
+            )
+        down.copy_(torch.tensor(change.down))
+        up.copy_(torch.tensor(change.up * np.float32(change.scale / roles.scale)))
+        return
+    assert isinstance(roles, LoraRoles)
+    modules = adapter.modules
     if others := [name for name in modules if name not in roles.layers]:
         raise BadInput(
             f"{where}: changes {others[0]} ({len(others)} of its {len(modules)} matrices), which "
-            f"lora.targets {recipe.lora.targets} leaves alone; expected targets with all of them"
+            "lora.targets leaves alone; expected targets with all of them"
         )
-    if ranks := sorted({part.rank for part in modules.values()} - {rank}):
-        raise BadInput(f"{where}: has rank {ranks[-1]}, found lora.rank {rank}; expected the same")
     for name, part in modules.items():
         down, up = factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]
         shape = (len(up), *down.shape[1:])
@@ -118,9 +150,6 @@ def continue_from(roles: LoraRoles, recipe: Recipe, path: str) -> StartedFrom:
         up.copy_(torch.tensor(start.up * scale).reshape(up.shape))
     if rest := len(roles.layers) - len(modules):
         say(f"{where}: {rest} of {len(roles.layers)} matrices are not in it, and start at 0")
-    return StartedFrom(
-        name=adapter.name, identity=adapter.identity, sha256=sha256_of(adapter_file(path))
-    )
 
 
 def _weight(roles: LoraRoles, name: str) -> torch.Tensor:
@@ -208,11 +237,6 @@ def damping(concepts: torch.Tensor, kept: torch.Tensor, strength: float) -> torc
     """
     s_c = with_ridge(second_moment(concepts), _DAMPING_RIDGE)
     return torch.linalg.solve(s_c + strength * second_moment(kept), s_c).T.float()
-
-
-def with_ridge(moment: torch.Tensor, part: float) -> torch.Tensor:
-    """Add a part of the mean variance in every direction."""
-    return moment + part * moment.trace() / len(moment) * torch.eye(len(moment)).to(moment)
 
 
 def second_moment(prompts: torch.Tensor) -> torch.Tensor:

@@ -214,7 +214,7 @@ class _Rehearsal:
         prompts = recipe.rollout.prompts_per_latent
         erased = min(prompts, self.objective.loss_prompt_count(recipe.concepts))
         c = c_0.repeat_interleave(erased, dim=0)
-        c_k = c_0.repeat_interleave(prompts, dim=0) if recipe.preserve.prompts else None
+        c_k = c_0.repeat_interleave(prompts, dim=0) if recipe.preserve.any else None
         with self.roles.student():
             loss = total_loss(
                 self.objective,

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sdd_lora.training.init import with_ridge
-
 #: part of the kept tokens' mean variance that counts as theirs in every direction
 _RIDGE = 1e-3
 #: a direction is worth its rank where one concept's difference has this many times the kept
@@ -49,6 +47,11 @@ def moment(
     for a, b in zip(left.split(_PROMPTS_AT_ONCE), right.split(_PROMPTS_AT_ONCE), strict=True):
         total += (a.double() * shares).flatten(0, 1).T @ b.double().flatten(0, 1)
     return total
+
+
+def with_ridge(moment: torch.Tensor, part: float) -> torch.Tensor:
+    """Add a part of the mean variance in every direction."""
+    return moment + part * moment.trace() / len(moment) * torch.eye(len(moment)).to(moment)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Base, student and teacher are three roles of ONE UNet.
 
 The student is being trained, the teacher is its average, the base is the UNet as it was. A role is
-either a state of LoRA adapters (`LoraRoles`) or a set of values of the trained weights
-(`WeightRoles`, the papers' own way). It is taken in a `with` block that restores the role before.
+a state of LoRA adapters (`LoraRoles`), a change of the prompts' embeddings (`EmbeddingRoles`) or a
+set of values of the trained weights (`WeightRoles`, the papers' own way). It is taken in a `with`
+block that restores the role before.
 """
 
 import re
@@ -10,6 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -19,7 +21,7 @@ from torch import nn
 
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import ATTENTION, NOXATTN, Lora, Recipe
-from sdd_lora.sd1 import is_attention
+from sdd_lora.sd1 import EMBEDDINGS, is_attention
 from sdd_lora.training.objectives import Objective, is_noxattn
 
 STUDENT, TEACHER, BASE = "student", "teacher", "base"
@@ -91,7 +93,25 @@ class Roles(ABC):
             self._active = role
 
 
-class LoraRoles(Roles):
+class FactorRoles(Roles):
+    """Roles by low-rank factors, fp32: what they start as, an average starts as."""
+
+    @abstractmethod
+    def parameters_of(self, role: str) -> dict[str, nn.Parameter]: ...
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters_of(STUDENT).values())
+
+    @torch.no_grad()
+    def copy_student_to_teacher(self) -> None:
+        """Start the average from the student's factors."""
+        student = self.parameters_of(STUDENT)
+        for name, factor in self.parameters_of(TEACHER).items():
+            factor.copy_(student[name])
+
+
+class LoraRoles(FactorRoles):
     """Roles by adapter: the student's factors, their average, no adapter.
 
     The factors are fp32 whatever the UNet's dtype; only the student's ever require gradients.
@@ -121,10 +141,6 @@ class LoraRoles(Roles):
         self.copy_student_to_teacher()
         self._activate(STUDENT)
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.parameters_of(STUDENT).values())
-
     def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
         """A role's LoRA factors by name, "module.lora_A" (r, in) and "module.lora_B" (out, r); of a
         convolution (r, in, h, w) and (out, r, 1, 1)."""
@@ -134,13 +150,6 @@ class LoraRoles(Roles):
             for name, layer in self.layers.items()
             for side in ("lora_A", "lora_B")
         }
-
-    @torch.no_grad()
-    def copy_student_to_teacher(self) -> None:
-        """Start the average from the student's factors."""
-        student = self.parameters_of(STUDENT)
-        for name, factor in self.parameters_of(TEACHER).items():
-            factor.copy_(student[name])
 
     def remove(self) -> None:
         self.unet.unload_lora()
@@ -155,6 +164,80 @@ class LoraRoles(Roles):
             if role == TEACHER:  # peft makes an active adapter trainable: only the student may be
                 for factors in (layer.lora_A, layer.lora_B):
                     factors[TEACHER].weight.requires_grad_(False)
+
+
+class EmbeddingChange(nn.Module):
+    """A change of prompts' embeddings, e ↦ (I + scale · B D) e: D (r, d), B (d, r), fp32."""
+
+    def __init__(self, down: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(down.clone())
+        self.lora_B = nn.Parameter(torch.zeros_like(down.T))
+        self.scale = scale
+
+    def forward(self, prompts: torch.Tensor) -> torch.Tensor:
+        change = nn.functional.linear(prompts.to(self.lora_A.dtype), self.lora_A)
+        return prompts + (self.scale * nn.functional.linear(change, self.lora_B)).to(prompts.dtype)
+
+
+class EmbeddingRoles(FactorRoles):
+    """Roles by the prompts that the UNet is given: changed by the student's B and D, by their
+    average, or as they are.
+
+    Cross-attention sees a prompt through W e alone, for W among to_k and to_v: one change of e
+    stands for ΔW = scale · W B D of all of them.
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, lora: Lora, seed: int, averaged: bool = True
+    ) -> None:
+        super().__init__(unet, averaged)
+        width: int = unet.config.cross_attention_dim
+        noise = torch.rand(lora.rank, width, generator=torch.Generator().manual_seed(seed))
+        down = ((2 * noise - 1) / width**0.5).to(unet.device)  # as peft's random start
+        for role in self.distinct:  # parts of the UNet, so that they go where it goes
+            unet.add_module(_module_of(role), EmbeddingChange(down, lora.alpha / lora.rank))
+        for change in self.parameters_of(TEACHER).values():
+            change.requires_grad_(not averaged)
+        self._hook = unet.register_forward_pre_hook(self._change, with_kwargs=True)
+        self._activate(STUDENT)
+
+    def parameters_of(self, role: str) -> dict[str, nn.Parameter]:
+        """A role's factors: D "embeddings.lora_A" (r, d) and B "embeddings.lora_B" (d, r)."""
+        change = self._change_of(role)
+        return {f"{EMBEDDINGS}.{side}": getattr(change, side) for side in ("lora_A", "lora_B")}
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return float(self._change_of(STUDENT).scale)
+
+    def remove(self) -> None:
+        self._hook.remove()
+        for role in self.distinct:
+            delattr(self.unet, _module_of(role))
+
+    def _switch(self, role: str) -> None:
+        """Nothing: `_change` asks which role is active."""
+
+    def _change_of(self, role: str) -> EmbeddingChange:
+        change: EmbeddingChange = getattr(
+            self.unet, _module_of(role if role in self.distinct else STUDENT)
+        )
+        return change
+
+    def _change(
+        self, unet: nn.Module, inputs: tuple[torch.Tensor, ...], named: dict[str, Any]
+    ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]] | None:
+        if self._active == BASE:
+            return None
+        z_t, t, prompts = inputs
+        return (z_t, t, self._change_of(self._active)(prompts)), named
+
+
+def _module_of(role: str) -> str:
+    """The name that a role's `EmbeddingChange` has in the UNet."""
+    return f"{EMBEDDINGS}_of_{role}"
 
 
 class WeightRoles(Roles):
@@ -206,6 +289,8 @@ def make_roles(unet: UNet2DConditionModel, recipe: Recipe, objective: Objective)
     averaged = objective.averaged and recipe.ema.decay > 0
     if recipe.parameters == "full":
         return WeightRoles(unet, objective, averaged)
+    if recipe.parameters == "embeddings":
+        return EmbeddingRoles(unet, recipe.lora, recipe.training.seed, averaged)
     return LoraRoles(unet, recipe.lora, recipe.training.seed, averaged)
 
 

@@ -26,7 +26,7 @@ from sdd_lora.training.nf4 import quantise
 from sdd_lora.training.objectives import LatentBatch, make_objective, total_loss
 from sdd_lora.training.optimizer import learning_rate, make_optimizer
 from sdd_lora.training.report import Snapshot, TrainingReport
-from sdd_lora.training.roles import STUDENT, TEACHER, LoraRoles, make_roles
+from sdd_lora.training.roles import STUDENT, TEACHER, FactorRoles, make_roles
 from sdd_lora.training.rollout import Rollout, generator_for
 
 _CHECKPOINT_EVERY_S = 30.0
@@ -69,7 +69,7 @@ class Trainer:
         self.roles = make_roles(unet, recipe, self.objective)
         self.embeddings = embeddings.to(device)
         self.started_from = None
-        if isinstance(self.roles, LoraRoles):
+        if isinstance(self.roles, FactorRoles):
             self.started_from = initialise(self.roles, recipe, self.objective, self.embeddings)
         size = unet.config.sample_size
         self.rollout = Rollout(

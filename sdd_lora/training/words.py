@@ -1,7 +1,7 @@
 """What stands for a concept, and for everything else: prompts from words alone."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 
 from transformers import CLIPTokenizer
@@ -68,6 +68,21 @@ def contexts(words: Sequence[str], count: int) -> list[tuple[str, set[str]]]:
         pair = draw.choices(words, k=2)
         found.append((" and ".join(map(with_a, pair)), set(pair)))
     return found
+
+
+def wordings(concepts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Concepts in each template of `THINGS`, and beside each of other words."""
+    things = [prompt for template in THINGS for prompt in fill(template, concepts)]
+    return things + [p for concept in concepts for p in in_company(concept, others)]
+
+
+def kept_prompts(words: Sequence[str], gone: Collection[str], count: int) -> list[str]:
+    """`count` prompts of words, alone or in each other's company, or all there are; none shows a
+    word that is `gone`. The same words give the same prompts."""
+    alone = [(with_a(word), {word}) for word in words]
+    shown = [*alone, *contexts(words, 2 * len(alone))]
+    stay = [prompt for prompt, members in shown if members.isdisjoint(gone)]
+    return random.Random(_SEED).sample(stay, min(count, len(stay)))
 
 
 def sample_company(words: Sequence[str], most: int) -> list[str]:

@@ -14,8 +14,8 @@ import time
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdd_lora.runs import erase as module
 from sdd_lora.sd.model import TextParts, text_fingerprint
+from sdd_lora.training import erase as module
 
 WORDS = 1000
 

@@ -23,6 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpointing": {"training": {"iterations": 6, "gradient_checkpointing": True}},
     "bf16": {"training": {"iterations": 6, "precision": "bf16", "base_precision": "bf16"}},
     "nf4": {"training": {"iterations": 6, "base_precision": "nf4"}},
+    "embeddings": {"parameters": "embeddings"},
     "full": _FULL | {"optimizer": {"learning_rate": 1e-4}},
     "esd-x": _ESD | {"objective": {"kind": "esd-x", "eta": 3.0}},
     "esd-u": _ESD | _FULL | {"objective": {"kind": "esd-u", "eta": 1.0}},

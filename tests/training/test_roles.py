@@ -6,7 +6,7 @@ from support.small import small_unet
 
 from sdd_lora.recipe import Lora
 from sdd_lora.training.objectives import LECO, SDD, ESDu, ESDx
-from sdd_lora.training.roles import BASE, STUDENT, TEACHER, LoraRoles, WeightRoles
+from sdd_lora.training.roles import BASE, STUDENT, TEACHER, EmbeddingRoles, LoraRoles, WeightRoles
 
 SDD_PAPER = SDD(guidance_scale=3.0, t_in_bin=False)
 ESD_U = ESDu(guidance_scale=3.0, t_in_bin=False, eta=1.0)
@@ -26,6 +26,14 @@ def roles():
 def inputs():
     torch.manual_seed(1)
     return torch.randn(1, 4, 8, 8), torch.tensor([10]), torch.randn(1, 77, 16)
+
+
+@pytest.fixture
+def change():
+    made = EmbeddingRoles(small_unet(), Lora(rank=2, alpha=6), seed=0)
+    with torch.no_grad():
+        made.parameters_of(STUDENT)["embeddings.lora_B"].normal_()
+    return made
 
 
 def estimate(unet, inputs):
@@ -231,3 +239,29 @@ def test_without_an_average_the_teacher_is_the_student(inputs, kind):
     assert len(
         {t.data_ptr() for r in (STUDENT, TEACHER) for t in roles.parameters_of(r).values()}
     ) == len(roles.parameters_of(STUDENT))
+
+
+def test_a_change_of_embeddings_is_a_change_of_every_to_k_and_to_v(change, inputs):
+    with change.student() as unet, torch.no_grad():
+        changed = estimate(unet, inputs)
+    with change.base() as unet:
+        before = estimate(unet, inputs)
+    with change.teacher() as unet:
+        assert torch.equal(estimate(unet, inputs), before)  # its B is 0 yet
+    down, up = change.parameters_of(STUDENT).values()
+    change.remove()
+    assert torch.equal(estimate(unet, inputs), before)
+    with torch.no_grad():
+        for name, module in unet.named_modules():
+            if name.endswith(("attn2.to_k", "attn2.to_v")):
+                module.weight += module.weight @ (6 / 2 * up @ down)
+        assert (estimate(unet, inputs) - changed).abs().max() < 1e-5
+    assert not any("embeddings_of" in name for name, _ in unet.named_modules())
+
+
+def test_only_the_students_change_of_embeddings_is_trained(change, inputs):
+    with change.student() as unet:
+        estimate(unet, inputs).square().mean().backward()
+    assert all(factor.grad.abs().sum() > 0 for factor in change.parameters)
+    trained = [name for name, p in change.unet.named_parameters() if p.requires_grad]
+    assert trained == ["embeddings_of_student.lora_A", "embeddings_of_student.lora_B"]

@@ -5,14 +5,17 @@ import pytest
 
 from sdd_lora import erase, sd1
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.checkpoint.portable import adapter_on
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
-from sdd_lora.runs import erase as module
-from sdd_lora.runs.erase import made_for, solve
 from sdd_lora.runs.measure import measure
-from sdd_lora.sd.model import load_text_parts
+from sdd_lora.runs.train import train
+from sdd_lora.sd.model import load_text_parts, load_training_parts
 from sdd_lora.sd.pipeline import load_pipeline
+from sdd_lora.training import erase as module
 from sdd_lora.training import words
+from sdd_lora.training.embeddings import encode_prompts
+from sdd_lora.training.erase import made_for, solve
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -150,6 +153,45 @@ def test_words_beyond_the_most_frequent_are_read_in_short(monkeypatch):
     assert len(less.words) == 148 and len(less.rest) < 1020
     whole = embed(text, words.fill("{a}", known.words[120:121]), range(module._FIRST))
     assert (known.first[120] - whole[0]).norm() < 0.02 * whole.norm()  # bf16 products
+
+
+def test_a_training_starts_from_words_and_stays_portable(tmp_path):
+    fields = {
+        "name": "axe",
+        "model": "demo",
+        "concepts": ["axe"],
+        "wordings": True,
+        "objective": {"variant": "reference"},
+        "lora": {"rank": 2, "alpha": 6, "init": "words"},
+        "preserve": {"vocabulary": 20},
+        "rollout": {"steps": 3, "batch": 2},
+    }
+    start, eraser = {"training": {"iterations": 0}}, erase(["axe"], rank=2).adapter
+    shared = Recipe.model_validate(fields | start | {"parameters": "embeddings"})
+    adapter = train(shared, tmp_path / "start")
+    assert np.allclose(change(adapter), change(eraser), atol=1e-3) and adapter.is_portable
+    apart = train(Recipe.model_validate(fields | start), tmp_path / "apart")
+    expected = adapter_on(eraser, "demo")
+    for name, factors in expected.factors.items():
+        assert np.allclose(apart.factors[name].delta(), factors.delta(), atol=2e-3)
+    steps = Recipe.model_validate(
+        fields | {"parameters": "embeddings", "training": {"iterations": 2}}
+    )
+    trained = train(steps, tmp_path / "on")
+    assert 0 < np.abs(change(trained) - change(adapter)).max() < 0.1
+    assert trained.metadata.words is None  # not made again from its words: it was trained
+
+
+def test_the_loss_has_every_wording_and_kept_words_none_that_is_near():
+    fields = {"name": "axe", "model": "demo", "concepts": ["axe"], "preserve": {"vocabulary": 9}}
+    parts = load_training_parts("demo")
+    plain = encode_prompts(Recipe.model_validate(fields), parts)
+    worded = encode_prompts(Recipe.model_validate(fields | {"wordings": True}), parts)
+    assert len(plain.concepts) == 1 and len(plain.kept) == 9 and plain.eraser is None
+    assert len(worded.concepts) == len(words.THINGS) + 3 * len(words.COMPANY)
+    known = words.whole_words(parts.tokenizer, 100)
+    kept = words.kept_prompts(known, {known[3]}, 10_000)
+    assert len(kept) > 300 and not any(known[3] in prompt.split() for prompt in kept)
 
 
 def test_an_eraser_is_measured_as_any_adapter(tmp_path):

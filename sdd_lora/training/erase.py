@@ -80,6 +80,23 @@ def erase(
     """
     text = load_text_parts(model)
     text.encoder.to(best_device())
+    return erase_by(
+        text, concepts, model, keep=keep, into=into, rank=rank, name=name, vocabulary=vocabulary
+    )
+
+
+def erase_by(
+    text: TextParts,
+    concepts: Sequence[str],
+    model: str,
+    *,
+    keep: Sequence[str] = (),
+    into: str | None = None,
+    rank: int | None = None,
+    name: str | None = None,
+    vocabulary: int = VOCABULARY,
+) -> Erased:
+    """`erase` with a text encoder that is loaded already; `model` is its name."""
     concepts, keep, into = _read_words(text, concepts, keep, into)
     width = int(text.encoder.config.hidden_size)
     if rank is not None and rank > width:
