@@ -173,6 +173,7 @@ _STARTS_IN_WORDS = {
     "random": "a random start, a change of 0",
     "concepts": "a change of 0 along the concepts' directions in closed form",
     "closed-form": "a closed-form solution over the prompts' embeddings, without an image",
+    "words": "the closed-form solution of sdd-lora erase, from words alone, without an image",
 }
 
 
@@ -197,8 +198,9 @@ def _made(metadata: Metadata) -> str:
     if metadata.started_from:
         source = metadata.started_from
         start = f"another adapter, {source.name} (SHA-256 `{source.sha256}`)"
-    held = at(metadata.recipe, ["preserve", "prompts"]) or []
-    many = "1 prompt is" if len(held) == 1 else f"{len(held)} prompts are"
+    held = len(at(metadata.recipe, ["preserve", "prompts"]) or [])
+    held += at(metadata.recipe, ["preserve", "vocabulary"]) or 0
+    many = "1 prompt is" if held == 1 else f"{held:,} prompts are"
     kept = f" {many} held to the base meanwhile." if held else ""
     if iterations == 0:
         return f"Nothing was trained: it is {start}."

@@ -55,6 +55,11 @@ def test_a_detectors_rows_are_told_as_such():
         ({}, "Trained by sdd for 1,200 iterations, from a closed-form solution over the prompts'"),
         ({"lora": {"init": "random"}}, "from a random start, a change of 0."),
         ({"training": {"iterations": 0}}, "Nothing was trained: it is a closed-form solution"),
+        (
+            {"lora": {"init": "words"}},
+            "from the closed-form solution of sdd-lora erase, from words",
+        ),
+        ({"preserve": {"prompts": [], "vocabulary": 900}}, " 900 prompts are held"),
         ({"preserve": {"prompts": ["a"]}}, " 1 prompt is held to the base meanwhile."),
     ],
 )
