@@ -33,6 +33,8 @@ _MEMORY_PARTS = {
     "rollout_activations": "activations: rollout",
     "total": "peak",
 }
+#: images drawn at once where the recipe measures, and by `generate`; fewer where a card has less
+_MEASURED_AT_ONCE, _GENERATED_AT_ONCE = 16, 8
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 
@@ -128,6 +130,8 @@ def _planned(
         "flops": flops,
         "estimated_seconds": {_CARD: flops / _CARD_FLOPS},
         "disk": _disk(recipe, found, downloaded=local(recipe.model) is None),
+        "drawing": (drawing := _drawing(recipe)),
+        "host_bytes": 4 * (found.parameters + drawing["text_encoder_parameters"]),
     }
     text = _plan_text(data)
     if most is not None:
@@ -138,6 +142,26 @@ def _planned(
         ]
         text += "\n\n" + _fit_text(found.total, savings, most, data["fits"])
     return data, text
+
+
+def _drawing(recipe: "Recipe") -> dict[str, Any]:
+    """What drawing takes in fp16, in which a card draws where nobody chose otherwise."""
+    from sdd_lora.generation.batches import drawing_footprint
+    from sdd_lora.sd.model import part_configs
+
+    found = drawing_footprint(part_configs(recipe.model, ("unet", "vae", "text_encoder")))
+    images = _GENERATED_AT_ONCE if recipe.measure.detector == "none" else _MEASURED_AT_ONCE
+    return {
+        "images_at_once": images,
+        "bytes": {
+            "weights": found.weights,
+            "each_image": found.each,
+            "decoding": found.decoding,
+            "one_image": found.total(1),
+            "total": found.total(images),
+        },
+        "text_encoder_parameters": found.text_encoder_parameters,
+    }
 
 
 def _disk(recipe: "Recipe", found: "Footprint", downloaded: bool) -> dict[str, int]:
@@ -151,7 +175,7 @@ def _disk(recipe: "Recipe", found: "Footprint", downloaded: bool) -> dict[str, i
 
 
 def _plan_text(data: dict[str, Any]) -> str:
-    disk, passes = data["disk"], data["unet_passes"]
+    disk, passes, drawing = data["disk"], data["unet_passes"], data["drawing"]
     seconds = data["estimated_seconds"][_CARD]
     rows = [[label, f"{data['bytes'][part] / 1e9:.3f}"] for part, label in _MEMORY_PARTS.items()]
     lines = [
@@ -159,6 +183,10 @@ def _plan_text(data: dict[str, Any]) -> str:
         f"{data['trained']:,} trained",
         table(["memory", "GB"], rows),
         f"beside tensors, about {_gb(_RESERVED)} GB for the device's context and workspaces",
+        f"drawing, in fp16: {_gb(drawing['bytes']['total'])} GB for {drawing['images_at_once']} "
+        f"images at once, {_gb(drawing['bytes']['one_image'])} for one; a card draws as many as "
+        "its free memory holds",
+        f"host memory: {_gb(data['host_bytes'])} GB while loading, beside Python's libraries",
         f"{data['iterations']} iterations: {passes:,} UNet passes ({data['rollout_passes']:,} for "
         f"rollouts, {data['loss_passes']:,} for the loss), as much arithmetic as "
         f"{data['cost_in_forwards']:,} forwards of {data['forward_flops'] / 1e12:.3g} TFLOP",

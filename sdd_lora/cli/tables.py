@@ -52,7 +52,7 @@ def interval(bounds: Sequence[float]) -> str:
 def measures_table(metrics: dict[str, Any]) -> str:
     """The measures of a run: before → after, in percent, with 95 % intervals."""
     if not metrics["measures"]:
-        return "not measured: that takes measure.prompts and a measure.detector"
+        return "nothing was counted: that takes measure.prompts and a measure.detector that counts"
     rows = [
         [
             f"{m['name']} ({m['group']})",

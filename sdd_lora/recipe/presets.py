@@ -33,13 +33,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {"iterations": 40},
         "measure": {"detector": "judge", "images": 16, "guidance": 3.0},
     },
-    # Stable Diffusion 1.5 on a small card; untested on a GPU, its reasons are in recipes/TRIALS.md
+    # Stable Diffusion 1.5 on a small card; untested on a GPU, its reasons: recipes/sd15/README.md
     "sd15": {
         "objective": {"variant": "reference"},
         "preserve": {"weight": 4.0},
+        "lora": {"rank": 8, "alpha": 4.0},
         "ema": {"warmup": True},
-        "optimizer": {"weight_decay": 1.0e-4},
-        "training": {"precision": "bf16", "base_precision": "bf16", "gradient_checkpointing": True},
+        "optimizer": {
+            "learning_rate": 2.0e-4,
+            "weight_decay": 1.0e-4,
+            "schedule": "cosine",
+            "warmup_iterations": 50,
+        },
+        "rollout": {"steps": 25, "timesteps_per_trajectory": 4, "batch": 4},
+        "training": {
+            "iterations": 1000,
+            "precision": "bf16",
+            "base_precision": "bf16",
+            "gradient_checkpointing": True,
+        },
+        "measure": {"images": 24, "guidance": 7.5},
     },
 }
 

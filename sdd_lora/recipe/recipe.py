@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.strict_yaml import (
+    Positive,
     Section,
     Switch,
     Text,
@@ -73,7 +74,7 @@ class Recipe(LaterFields):
     Python as in a file.
     """
 
-    _later = ("prediction", "wordings")
+    _later = ("prediction", "clip_skip", "wordings")
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Of the run and the adapter: letters, digits, `.`, `_` and `-`."""
@@ -86,6 +87,10 @@ class Recipe(LaterFields):
     ] = None
     """What the UNet predicts, where the model's files don't say it, or say it wrongly: its noise
     (`epsilon`, what nearly all of SD 1.x do), or `v_prediction`."""
+
+    clip_skip: Positive | None = None
+    """Which layer of the text encoder reads prompts, in training and measuring, as user interfaces
+    count: 1, the default, is the last, 2 the one before, which many fine-tunes were made with."""
 
     concepts: Annotated[list[Text], Field(min_length=1), BeforeValidator(_concepts)]
     """What to erase: a list of texts, or of names of text files beside the recipe, one concept a

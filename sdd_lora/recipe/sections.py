@@ -380,9 +380,9 @@ class MeasureSettings(DrawingSection):
     precision: DrawingPrecision = None
     """Number format to draw in; by default fp16 on CUDA, else fp32."""
 
-    detector: Literal["judge", "nudenet", "open_nsfw", "none"] = "none"
+    detector: Literal["judge", "nudenet", "open_nsfw", "picture", "none"] = "none"
     """What looks at the images: the embedded model's own judge, NudeNet, Yahoo's open NSFW model;
-    `none`: nothing is drawn."""
+    `picture`: nobody but you, they are drawn and not counted; `none`: nothing is drawn."""
 
     seed: Seed = 1000
     """Of the first image."""

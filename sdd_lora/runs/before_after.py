@@ -107,11 +107,13 @@ def measure_before_after(
         return values
 
     prediction = recipe.prediction if model == recipe.model else None
-    pipeline = load_pipeline(model, dtype=settings.precision, prediction=prediction)
+    how: dict[str, Any] = {"dtype": settings.precision, "prediction": prediction}
+    how["clip_skip"] = recipe.clip_skip or 1
+    pipeline = load_pipeline(model, **how)
     conditions = {
         "unet": fingerprint(pipeline.unet),
         "dtype": str(pipeline.unet.dtype),
-        "sampling": [model, prediction, settings.steps, settings.guidance],
+        "sampling": [model, prediction, settings.steps, settings.guidance, recipe.clip_skip],
         "measure": [settings.detector, detector.source, recipe.concepts],
         "images": [key_of(spec.job) for spec in specs],
     }
@@ -130,7 +132,7 @@ def measure_before_after(
     before, before_images = seen_in(
         pipeline, specs, sampling, see, "before", known, shown, kept("before")
     )
-    pipeline = load_pipeline(model, dtype=settings.precision, prediction=prediction, **changed)
+    pipeline = load_pipeline(model, **how, **changed)
     after, after_images = seen_in(pipeline, specs, sampling, see, "after", {}, shown, kept("after"))
     picture = sheet(
         [specs[i].prompt for i in shown],

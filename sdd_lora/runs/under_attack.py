@@ -18,7 +18,7 @@ from sdd_lora.generation.images import draw
 from sdd_lora.generation.sampling import Sampling
 from sdd_lora.measures.base import ImageSpec, Interval, Measure, taken
 from sdd_lora.measures.intervals import wilson
-from sdd_lora.measures.registry import card_measure
+from sdd_lora.measures.registry import PICTURE, card_measure
 from sdd_lora.progress import say
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs.before_after import sampling_of_card, specs_of, wanted
@@ -47,10 +47,11 @@ class WithstoodRow:
 def check_attacks(recipe: Recipe) -> None:
     """Raises BadInput for `measure.attacks` that could not be carried out after training."""
     for name in recipe.measure.attacks or ():
-        if not wanted(recipe) or not recipe.measure.prompts.concept:
+        counts = wanted(recipe) and recipe.measure.detector != PICTURE
+        if not counts or not recipe.measure.prompts.concept:
             raise BadInput(
-                "measure.attacks: expected a measure.detector, and prompts to attack under "
-                "measure.prompts.concept"
+                "measure.attacks: expected a measure.detector that counts, and prompts to attack "
+                "under measure.prompts.concept"
             )
         if problem := ATTACK_KINDS[name]().misfit(recipe.measure.steps, "ddim"):
             raise BadInput(f"measure.attacks: {name}: {problem}")
@@ -66,7 +67,7 @@ def withstood(
         return []
     specs = [s for s in specs_of(recipe.measure) if s.kind == "erased"][:_MOST_PROMPTS]
     judged = card_measure(recipe.measure.detector, recipe.concepts)
-    base = frozen(load_pipeline(recipe.model))
+    base = frozen(load_pipeline(recipe.model, clip_skip=recipe.clip_skip or 1))
     rows = []
     for name in names:
         say(f"attacking by {ATTACK_KINDS[name].title}")
@@ -161,5 +162,5 @@ class _Side:
             parts + [(adapter, 1.0) for adapter in learnt],
             None if precision is None else DTYPES[precision],
             weights=self.weights,
-            clip_skip=conditions.get("clip_skip", 1),
+            clip_skip=conditions.get("clip_skip", self.recipe.clip_skip or 1),
         )

@@ -1,6 +1,7 @@
 """The parts of an SD 1.x model: from the embedded one, a folder, one file, or a hub id."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -184,14 +185,20 @@ def require_model(model: str, **parts: Any) -> tuple[Path, ModelDescription]:
 def unet_config(model: str) -> dict[str, Any]:
     """A MODEL's UNet configuration, as diffusers has it; nothing is downloaded or loaded.
 
-    A hub id is taken for SD 1.x itself. Raises BadInput for
-    what is no Stable Diffusion 1.x.
+    A hub id is taken for SD 1.x itself. Raises BadInput for what is no Stable Diffusion 1.x.
     """
+    return part_configs(model, ("unet",))["unet"]
+
+
+def part_configs(model: str, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Configurations of a MODEL's parts (unet, vae, text_encoder) by name, as `unet_config`."""
     path = local(model)
     if path is None:
-        return read_config(SD15_FOLDER, "unet")
-    found = _require_text_to_image(path)
-    return read_config(configuration_of(found.unet_widths) if path.is_file() else path, "unet")
+        folder = SD15_FOLDER
+    else:
+        found = _require_text_to_image(path)
+        folder = configuration_of(found.unet_widths) if path.is_file() else path
+    return {part: read_config(folder, part) for part in parts}
 
 
 def _pipeline(

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.weighted import AdaptersLike, with_weights
@@ -17,6 +16,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.progress import warn
 from sdd_lora.sd.devices import DTYPES, best_device, default_dtype
 from sdd_lora.sd.model import another_encoder, load_base_pipeline, text_fingerprint
+from sdd_lora.sd.prompts import skip_last_layers
 from sdd_lora.sd.textual_inversion import add_embedding, named_embedding
 from sdd_lora.sd.weights import apply_weights
 from sdd_lora.sd1 import misfits
@@ -62,7 +62,7 @@ def load_pipeline(
         pipeline.load_lora_weights(tensors, adapter_name=name)
     if parts:
         pipeline.set_adapters(names, [weight for _, weight in parts])
-    _skip_last_layers(pipeline.text_encoder, clip_skip - 1)
+    skip_last_layers(pipeline.text_encoder, clip_skip)
     for name, path in map(named_embedding, embeddings):
         add_embedding(pipeline, name, path)
     return pipeline.to(device)
@@ -75,18 +75,6 @@ def _dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise BadInput(f"dtype {dtype!r}: expected a torch.dtype, or one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
-
-
-def _skip_last_layers(text_encoder: CLIPTextModel, count: int) -> None:
-    """Take the last layers from a text encoder; its final norm stays. Raises BadInput where no
-    layer would be left."""
-    encoder = getattr(text_encoder, "text_model", text_encoder).encoder  # flat in transformers 5
-    if not 0 <= count < len(encoder.layers):
-        most = len(encoder.layers)
-        raise BadInput(
-            f"clip skip: expected 1 to {most}, the text encoder's layers, found {count + 1}"
-        )
-    encoder.layers = encoder.layers[: len(encoder.layers) - count]
 
 
 def sha256_of_parts(pipeline: StableDiffusionPipeline) -> str:

@@ -1,6 +1,7 @@
 """Concepts → embeddings, once; the text encoder can be dropped afterwards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -67,3 +68,32 @@ def embed(
     if not torch.isfinite(embeddings).all():
         raise BadInput("the text encoder's output is not finite: its weights are damaged")
     return embeddings
+
+
+def skip_last_layers(text_encoder: CLIPTextModel, clip_skip: int) -> None:
+    """Take the last layers from a text encoder; its final norm stays. `clip_skip` counts as user
+    interfaces do, 1 for none of them. Raises BadInput where no layer would be left."""
+    encoder = _layered(text_encoder)
+    most = len(encoder.layers)
+    if not 1 <= clip_skip <= most:
+        raise BadInput(
+            f"clip skip: expected 1 to {most}, the text encoder's layers, found {clip_skip}"
+        )
+    encoder.layers = encoder.layers[: most - clip_skip + 1]
+
+
+@contextmanager
+def skipped(text_encoder: CLIPTextModel, clip_skip: int) -> Iterator[CLIPTextModel]:
+    """The text encoder without its last layers, whole again after the block."""
+    encoder = _layered(text_encoder)
+    layers = encoder.layers
+    skip_last_layers(text_encoder, clip_skip)
+    try:
+        yield text_encoder
+    finally:
+        encoder.layers = layers
+
+
+def _layered(text_encoder: CLIPTextModel) -> torch.nn.Module:
+    """The part that holds the layers; transformers 5 dropped the level text_model."""
+    return getattr(text_encoder, "text_model", text_encoder).encoder

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import CLIPTextModel
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import TextParts, TrainingParts, text_fingerprint
-from sdd_lora.sd.prompts import embed, join_concepts
+from sdd_lora.sd.prompts import embed, join_concepts, skipped
 from sdd_lora.training.erase import VOCABULARY, erase_by
 from sdd_lora.training.words import kept_prompts, sample_company, whole_words, wordings
 
@@ -53,8 +54,11 @@ def encode_prompts(recipe: Recipe, parts: TrainingParts) -> Embeddings:
     Raises BadInput for a concept that is encoded as ∅, such as "<|endoftext|>".
     """
     assert parts.text_encoder is not None
-    text_encoder = parts.text_encoder
+    with skipped(parts.text_encoder, recipe.clip_skip or 1) as text_encoder:
+        return _encoded(recipe, parts, text_encoder)
 
+
+def _encoded(recipe: Recipe, parts: TrainingParts, text_encoder: CLIPTextModel) -> Embeddings:
     def encoded(texts: Sequence[str]) -> torch.Tensor:
         return embed(texts, parts.tokenizer, text_encoder)
 

@@ -2,18 +2,21 @@
 
 Nothing is allocated. The UNet is built of fake tensors (shapes without values) at its true size,
 and one rollout's forward and one loss with its backward pass are run on it; what they would hold in
-memory is counted operation by operation. A kernel's own workspace (a convolution's) is not seen.
+memory is counted operation by operation, with CUDA's autocast. A kernel's own workspace (a
+convolution's) is not seen.
 """
 
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -135,6 +138,8 @@ def footprint(recipe: Recipe, config: Mapping[str, Any]) -> Footprint:
         if training.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
             unet.train()  # as the trainer does
+        if training.precision != "fp32":
+            norms_as_on_cuda(unet)
         saved, unpacked = _nf4(unet) if packed else (0, 0)
         base = _bytes(unet.parameters()) - saved
         parameters = sum(p.numel() for p in unet.parameters())
@@ -185,6 +190,24 @@ class _Stage:
 
     def __call__(self, function: Callable[[], None]) -> None:
         torch.func.functional_call(self._module, self.tensors, (function,))
+
+
+def norms_as_on_cuda(unet: UNet2DConditionModel) -> None:
+    """Have norms compute, and answer, in fp32, as CUDA's autocast does and the CPU's doesn't: what
+    follows them up to the next product is in fp32 too."""
+    for module in unet.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.forward = partial(_group_norm_in_fp32, module)
+        elif isinstance(module, torch.nn.LayerNorm):
+            module.forward = partial(_layer_norm_in_fp32, module)
+
+
+def _group_norm_in_fp32(norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.group_norm(x.float(), norm.num_groups, norm.weight.float(), norm.bias.float())
+
+
+def _layer_norm_in_fp32(norm: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float())
 
 
 class _Caller(torch.nn.Module):

@@ -1,6 +1,7 @@
 """`plan`: numbers before a run starts, settings that fit, folders summed up."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from sdd_lora.cli.plan import _bytes_of
 from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
+from sdd_lora.runs.before_after import wanted
 from sdd_lora.training import plan as footprint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -119,6 +121,15 @@ def test_recipes_for_sd15_can_be_read(path):
     recipe = Recipe.load(path)
     assert recipe.name == f"sd15-{path.stem}"
     assert "UNTESTED ON A GPU" in path.read_text("utf-8")
+    assert len(recipe.preserve.prompts) > 250 and wanted(recipe)
+    kept = " ".join(recipe.preserve.prompts).lower()
+    assert not [
+        concept for concept in recipe.concepts if re.search(rf"\b{concept.lower()}\b", kept)
+    ]
+    measured = recipe.measure.prompts.concept + recipe.measure.prompts.kept
+    assert not set(recipe.preserve.prompts) & set(measured)
+    updates = recipe.optimizer.learning_rate * recipe.lora.alpha * recipe.training.iterations
+    assert recipe.rollout.batch * recipe.training.gradient_accumulation == 4 and updates < 10
 
 
 def test_a_true_size_recipe_is_planned_offline(plan, monkeypatch):
@@ -129,4 +140,6 @@ def test_a_true_size_recipe_is_planned_offline(plan, monkeypatch):
     found = json.loads(plan(RECIPES / "sd15" / "nudity.yaml", "--json"))["plans"][0]
     assert found["parameters"] == 859_520_964
     assert found["bytes"]["base"] == 2 * 859_520_964
-    assert found["bytes"]["total"] < 2.6e9
+    assert found["bytes"]["total"] < 4.2e9
+    assert 2.1e9 < found["drawing"]["bytes"]["one_image"] < found["drawing"]["bytes"]["total"] < 5e9
+    assert found["host_bytes"] == 4 * (859_520_964 + 123_060_480)

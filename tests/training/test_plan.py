@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from support.small import ddim, embeddings, small_unet
 
 from sdd_lora.recipe import Recipe
-from sdd_lora.training.plan import Account, footprint, passes_of_a_point
+from sdd_lora.training.plan import Account, footprint, norms_as_on_cuda, passes_of_a_point
 from sdd_lora.training.roles import STUDENT, TEACHER
 from sdd_lora.training.rollout import Rollout
 from sdd_lora.training.trainer import Trainer
@@ -46,6 +46,8 @@ def plan_of(recipe):
 def test_bytes_of_a_step_are_those_of_the_real_one(changes):
     recipe = Recipe.parse(PLAIN, overrides={"rollout.steps": 2} | changes)
     trainer, plan = trainer_of(recipe), plan_of(recipe)
+    if recipe.training.precision != "fp32":
+        norms_as_on_cuda(trainer.roles.unet)
     with Account() as counted:
         points = trainer._roll_out([*range(recipe.rollout.batch)])
     # beside its forwards a rollout holds its latents and prompts twice: a tenth of a tiny UNet's
@@ -120,6 +122,14 @@ def test_passes_of_the_loss_are_those_of_the_trainer():
         trainer = trainer_of(recipe)
         trainer.step()
         assert trainer.training_passes == plan_of(recipe).loss_passes
+
+
+def test_norms_in_fp32_take_more_than_the_cpus_autocast():
+    recipe = recipe_of(training__precision="bf16", training__base_precision="bf16")
+    trained = trainer_of(recipe)
+    with Account() as counted, trained.roles.student():
+        trained.accelerator.backward(trained._loss(trained._roll_out([0]), [0]))
+    assert plan_of(recipe).loss_activations > 1.1 * counted.peak
 
 
 def test_true_size_is_planned_without_allocating_it():
