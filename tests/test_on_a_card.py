@@ -110,10 +110,13 @@ def test_train_with_measuring_runs_on_the_card(card, tmp_path):
         measure__images=1,
         measure__steps=1,
         measure__detector="judge",
+        measure__every=1,
+        measure__precision="fp32",  # the methods below draw in fp16, slowly on the CPU
     )
     train(settings, tmp_path / "run")
     metrics = read_metrics(tmp_path / "run")
     assert metrics["measures"] and metrics["training"]["peak_bytes"] == 10**9
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

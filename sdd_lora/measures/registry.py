@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -41,11 +41,8 @@ PICTURE = "picture"
 class Picture(Measure):
     """Counts nothing: the images are drawn for eyes alone, where no detector knows the concept."""
 
-    info: ClassVar[Mapping[str, MeasureInfo]] = {}
-    source = "none"
-
     def __init__(self, erased: Sequence[str]) -> None:
-        pass
+        self.info, self.source = {}, "none"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sdd_lora.recipe import Recipe
 from sdd_lora.runs.folder import sample_file
 from sdd_lora.runs.sheet import sheet
 from sdd_lora.sd.model import TrainingParts, load_vae
+from sdd_lora.sd.prompts import skipped
 from sdd_lora.training.trainer import Trainer
 
 _OF_A_KIND, _DRAWN_AT_ONCE = 4, 4
@@ -93,7 +94,8 @@ class Samples:
             module.to(trainer.accelerator.device)
         images = []
         try:
-            with trainer.accelerator.autocast():
+            clip_skip = self._recipe.clip_skip or 1
+            with trainer.accelerator.autocast(), skipped(own[1], clip_skip):
                 for _, image in draw(self._pipeline, jobs, sampling, description):
                     if trainer.interrupted():
                         return []

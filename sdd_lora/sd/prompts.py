@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -94,6 +95,6 @@ def skipped(text_encoder: CLIPTextModel, clip_skip: int) -> Iterator[CLIPTextMod
         encoder.layers = layers
 
 
-def _layered(text_encoder: CLIPTextModel) -> torch.nn.Module:
+def _layered(text_encoder: CLIPTextModel) -> Any:
     """The part that holds the layers; transformers 5 dropped the level text_model."""
     return getattr(text_encoder, "text_model", text_encoder).encoder

@@ -197,9 +197,9 @@ def norms_as_on_cuda(unet: UNet2DConditionModel) -> None:
     follows them up to the next product is in fp32 too."""
     for module in unet.modules():
         if isinstance(module, torch.nn.GroupNorm):
-            module.forward = partial(_group_norm_in_fp32, module)
+            module.forward = partial(_group_norm_in_fp32, module)  # type: ignore[method-assign]
         elif isinstance(module, torch.nn.LayerNorm):
-            module.forward = partial(_layer_norm_in_fp32, module)
+            module.forward = partial(_layer_norm_in_fp32, module)  # type: ignore[method-assign]
 
 
 def _group_norm_in_fp32(norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:

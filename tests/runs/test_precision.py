@@ -57,3 +57,9 @@ def test_a_precision_is_stored_and_hashed_only_where_it_is_chosen():
         assert getattr(plain, digest) != getattr(chosen, digest)
     with pytest.raises(BadInput, match="precision"):
         Recipe.load(RECIPE, {"measure.precision": "int8"})
+
+
+def test_a_picture_alone_counts_nothing():
+    recipe = Recipe.load(RECIPE, FEW | {"measure.detector": "picture"})
+    measured = before_after.measure_before_after(recipe, None, "demo")
+    assert not measured.rows and measured.picture.width > 100

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from sdd_lora.errors import BadInput
+from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import load_training_parts
+from sdd_lora.sd.pipeline import load_pipeline
 from sdd_lora.sd.prompts import cut_off, embed, join_concepts, token_count
+from sdd_lora.training.embeddings import encode_prompts
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +56,16 @@ def test_a_damaged_text_encoder_is_bad_input(parts):
         next(broken.parameters()).fill_(float("nan"))
     with pytest.raises(BadInput, match="not finite"):
         embed(["a bomb"], parts.tokenizer, broken)
+
+
+def test_a_recipes_clip_skip_reads_prompts_as_a_pipeline_with_it_does(parts):
+    texts = ["a bomb", ""]
+    whole = embed(texts, parts.tokenizer, parts.text_encoder)
+    recipe = Recipe.parse("name: x\nmodel: demo\nconcepts: [a bomb]\nclip_skip: 2")
+    found = encode_prompts(recipe, parts)
+    encoder = load_pipeline("demo", clip_skip=2).text_encoder
+    expected = embed(texts, parts.tokenizer, encoder)
+    assert torch.equal(torch.cat([found.concepts, found.empty]), expected)
+    assert not torch.allclose(expected, whole)
+    assert torch.equal(embed(texts, parts.tokenizer, parts.text_encoder), whole)
+    assert recipe.sha256 != recipe.model_copy(update={"clip_skip": None}).sha256
