@@ -24,7 +24,7 @@ checkpoint: portable undo_file undo in_place bake extract
 demo: vocabulary judge
 sd: devices schedulers clip_tokenizer prompts weights textual_inversion single_file model pipeline
 training: accelerator report ema projection words erase embeddings objectives nf4 memory
-training: interrupt optimizer roles rollout init trainer plan
+training: interrupt optimizer roles rollout pictures init trainer plan
 generation: prompt_files sampling decoding guided batches
 generation.methods: sd neg sld sega gated
 generation: given manifest images img2img

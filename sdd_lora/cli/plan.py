@@ -112,9 +112,11 @@ def _planned(
     recipe: "Recipe", most: int | None, found: "Footprint", savings: "list[Saving]"
 ) -> tuple[dict[str, Any], str]:
     from sdd_lora.checkpoint.locate import local
+    from sdd_lora.training.plan import passes_of_drawings
 
-    iterations = recipe.training.iterations
-    flops = found.cost_in_forwards * found.forward_flops * iterations
+    iterations, drawings = recipe.training.iterations, passes_of_drawings(recipe)
+    forwards = found.cost_in_forwards * iterations + drawings
+    flops = forwards * found.forward_flops
     data: dict[str, Any] = {
         "name": recipe.name,
         "model": recipe.model,
@@ -122,10 +124,10 @@ def _planned(
         "trained": found.trained,
         "bytes": {part: getattr(found, part) for part in _MEMORY_PARTS},
         "iterations": iterations,
-        "rollout_passes": round(found.rollout_passes * iterations),
+        "rollout_passes": round(found.rollout_passes * iterations) + drawings,
         "loss_passes": found.loss_passes * iterations,
-        "unet_passes": round(found.passes * iterations),
-        "cost_in_forwards": round(found.cost_in_forwards * iterations),
+        "unet_passes": round(found.passes * iterations) + drawings,
+        "cost_in_forwards": round(forwards),
         "forward_flops": found.forward_flops,
         "flops": flops,
         "estimated_seconds": {_CARD: flops / _CARD_FLOPS},

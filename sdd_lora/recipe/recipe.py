@@ -26,12 +26,14 @@ from sdd_lora.recipe.presets import IMPLIED, PRESETS
 from sdd_lora.recipe.sections import (
     EARLIER_NAMES,
     KINDS,
+    NOXATTN,
     Ema,
     LaterFields,
     Lora,
     MeasureSettings,
     ObjectiveSettings,
     Optimizer,
+    Pictures,
     Preserve,
     RolloutSettings,
     Training,
@@ -74,7 +76,7 @@ class Recipe(LaterFields):
     Python as in a file.
     """
 
-    _later = ("prediction", "clip_skip", "wordings")
+    _later = ("pictures", "prediction", "clip_skip", "wordings")
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Of the run and the adapter: letters, digits, `.`, `_` and `-`."""
@@ -101,6 +103,7 @@ class Recipe(LaterFields):
     of as it is written."""
 
     preserve: Preserve = Preserve()
+    pictures: Pictures | None = None
     objective: ObjectiveSettings = ObjectiveSettings()
 
     parameters: Literal["lora", "embeddings", "full"] = "lora"
@@ -141,7 +144,8 @@ class Recipe(LaterFields):
     def _sections_fit(self) -> "Recipe":
         name, kind = self.objective.kind, KINDS[self.objective.kind]
         is_lora, targets = self.parameters != "full", set(self.lora.targets)
-        inside = [target for target in self.lora.targets if target.startswith("to_")]
+        beside = NOXATTN if self.pictures else "to_"
+        inside = [t for t in self.lora.targets if t.startswith(("to_", beside))]
         expected = [kind.layers] if kind.layers else inside or ["to_k", "to_v"]
         kept = {text.strip().casefold() for text in self.preserve.prompts}
         both = [concept for concept in self.concepts if concept.casefold() in kept]
@@ -194,6 +198,11 @@ class Recipe(LaterFields):
                 self.preserve.damping > 0 and not (is_lora and {"to_k", "to_v"} & targets),
                 "preserve.damping changes an adapter's to_k and to_v, which see prompts: expected "
                 "one of them in lora.targets, or damping: 0",
+            ),
+            (
+                self.pictures is not None and not self.preserve.prompts,
+                "pictures: draws kept prompts too: expected preserve.prompts, of what the model is "
+                "to draw as before",
             ),
             (
                 bool(both),

@@ -36,8 +36,9 @@ def _fields(schema: Mapping[str, Any], kinds: Mapping[str, Any], above: str = ""
     """The fields of a section, and below them those of the sections in it."""
     sections = []
     for name, field in schema["properties"].items():
-        if "$ref" in field:
-            sections.append((name, kinds[field["$ref"].rpartition("/")[2]]))
+        section = field.get("$ref") or field.get("anyOf", [{}])[0].get("$ref")
+        if section:
+            sections.append((name, kinds[section.rpartition("/")[2]]))
         elif "description" in field:  # a field that is gone has none
             kind = _kind_of_field(field)
             if name in schema.get("required", ()):

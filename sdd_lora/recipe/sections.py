@@ -23,7 +23,7 @@ from sdd_lora.io.strict_yaml import (
     Whole,
 )
 
-#: of `lora.targets`, alone: all layers that ESD-u trains, by its authors' name; those of LECO
+#: of `lora.targets`: all layers that ESD-u trains, by its authors' name; alone, those of LECO
 NOXATTN, ATTENTION = "noxattn", "attention"
 #: fields of `rollout` → the names that earlier recipes and all artefacts have for them
 EARLIER_NAMES = {"timesteps_per_trajectory": "points", "prompts_per_latent": "prompts"}
@@ -119,6 +119,33 @@ class Preserve(LaterFields):
         return bool(self.prompts or self.vocabulary)
 
 
+class Pictures(Section):
+    """Erasure where a noised picture shows the concept, whatever the prompt: there the student is
+    to see a blank (training/pictures.py). The base draws concepts and kept prompts beforehand.
+    Left away, none of this is done."""
+
+    weight: Annotated[Real, Field(gt=0)] = 1.0
+    """How much this counts beside the objective."""
+
+    drawings: Positive = 6
+    """Drawings of each concept."""
+
+    kept_drawings: Positive = 2
+    """Drawings of each of preserve.prompts, on which the student is held to the base, by
+    preserve.weight."""
+
+    batch: Positive = 12
+    """Noised drawings of concepts, and as many of kept prompts, for each of an iteration's
+    trajectories."""
+
+    learnt: Count = 0
+    """Prompts that are learnt beside the student to bring concepts back, and erased with the others
+    (concept inversion in the loop)."""
+
+    from_timestep: Annotated[Whole, Field(ge=0, lt=700)] = 150
+    """The least noise that is erased in: below this timestep a picture is all but done."""
+
+
 class ObjectiveSettings(Section):
     """The loss."""
 
@@ -180,9 +207,9 @@ class Lora(Section):
         list[Literal["to_q", "to_k", "to_v", "to_out", "noxattn", "attention"]],
         Field(min_length=1),
     ] = ["to_k", "to_v"]
-    """Matrices of the cross-attention (attn2). `noxattn`, alone and for esd-u: every linear layer
-    and convolution outside it, but for the time embedding and the output. `attention`, alone and
-    for leco: the four matrices of self- and cross-attention."""
+    """Matrices of the cross-attention (attn2). `noxattn`, alone for esd-u or with `pictures`: every
+    linear layer and convolution outside it, but for the time embedding and the output. `attention`,
+    alone and for leco: the four matrices of self- and cross-attention."""
 
     init: Annotated[Text, AfterValidator(_start)] = "random"
     """Where the factors start. `random`: a change of 0, as in peft. `concepts`: a change of 0, to_k

@@ -24,7 +24,7 @@ from sdd_lora.training.projection import with_ridge
 from sdd_lora.training.roles import STUDENT, EmbeddingRoles, FactorRoles, LoraRoles
 
 #: names of the down factors that prompts' embeddings go into
-SEES_PROMPTS = (".to_k.lora_A", ".to_v.lora_A")
+SEES_PROMPTS = (".attn2.to_k.lora_A", ".attn2.to_v.lora_A")
 #: the RMS of a concept's tokens along a direction; a random row of peft's has 0.4 on the demo: as
 #: high as this the other factor has less to learn, and a step turns the direction less
 _DIRECTION_RMS = 3.0

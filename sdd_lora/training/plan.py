@@ -27,6 +27,7 @@ from sdd_lora.training.memory import memory_savers
 from sdd_lora.training.nf4 import NF4_BYTES, cast, linear_layers
 from sdd_lora.training.objectives import Objective, make_objective, total_loss
 from sdd_lora.training.optimizer import state_bytes
+from sdd_lora.training.pictures import Noised, picture_loss
 from sdd_lora.training.roles import STUDENT, TEACHER, Roles, make_roles
 
 #: operations → their arithmetic; torch's own registry knows the other devices' attention kernels
@@ -250,7 +251,22 @@ class _Rehearsal:
                 c,
                 c_k,
             )
+            if recipe.pictures is not None:
+                batch = recipe.pictures.batch * recipe.rollout.batch
+                loss = loss + recipe.pictures.weight * self._picture_loss(batch)
             loss.backward()
+
+    def _picture_loss(self, batch: int) -> torch.Tensor:
+        assert self.recipe.pictures is not None
+        z, t, c = self._inputs(batch)
+        c.requires_grad_(self.recipe.pictures.learnt > 0)
+        noised, weight = Noised(z, t, c, z, z), self.recipe.preserve.weight
+
+        def learn(loss: torch.Tensor) -> None:
+            torch.autograd.grad(loss, [c], retain_graph=True)
+
+        some = learn if c.requires_grad else None
+        return picture_loss(self._estimate, self._base_estimate, noised, noised, weight, some)
 
     def _inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config = self.roles.unet.config
@@ -285,6 +301,15 @@ def passes_of_a_point(recipe: Recipe) -> float:
     last_steps = [(x + (points - 1) * depths) // points + 1 for x in range(depths)]
     passes_per_step = make_objective(recipe.objective).passes_per_step
     return passes_per_step * sum(last_steps) / depths / points
+
+
+def passes_of_drawings(recipe: Recipe) -> int:
+    """UNet passes of what the base draws before the training (training/pictures.py)."""
+    if recipe.pictures is None:
+        return 0
+    erased = len(recipe.concepts) * recipe.pictures.drawings
+    kept = len(recipe.preserve.prompts) * recipe.pictures.kept_drawings
+    return 2 * recipe.rollout.steps * (erased + kept)
 
 
 def _nf4(unet: UNet2DConditionModel) -> tuple[int, int]:

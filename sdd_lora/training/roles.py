@@ -296,13 +296,14 @@ def make_roles(unet: UNet2DConditionModel, recipe: Recipe, objective: Objective)
 
 def _target_pattern(unet: UNet2DConditionModel, targets: Sequence[str]) -> str:
     """A pattern of the modules that `lora.targets` names. Raises BadInput where there is none."""
-    leaves = tuple(".attn2." + ("to_out.0" if t == "to_out" else t) for t in targets)
     wholes = {NOXATTN: is_noxattn, ATTENTION: is_attention}
-    wanted = next((wholes[t] for t in targets if t in wholes), lambda n: n.endswith(leaves))
+    leaves = tuple(f".attn2.{t}" for t in targets if t not in wholes)
+    groups = [wholes[t] for t in targets if t in wholes]
     names = [
         name
         for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and wanted(name)
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and (name.removesuffix(".0").endswith(leaves) or any(member(name) for member in groups))
     ]
     if not names:
         raise BadInput(f"the UNet has no layers to adapt: no {', '.join(targets)}")

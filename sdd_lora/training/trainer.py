@@ -25,6 +25,7 @@ from sdd_lora.training.memory import PeakMemory, keep_freed_memory
 from sdd_lora.training.nf4 import quantise
 from sdd_lora.training.objectives import LatentBatch, make_objective, total_loss
 from sdd_lora.training.optimizer import learning_rate, make_optimizer
+from sdd_lora.training.pictures import Pictures
 from sdd_lora.training.report import Snapshot, TrainingReport
 from sdd_lora.training.roles import STUDENT, TEACHER, FactorRoles, make_roles
 from sdd_lora.training.rollout import Rollout, generator_for
@@ -82,11 +83,15 @@ class Trainer:
             self._batch * self.accelerator.num_processes * recipe.training.gradient_accumulation,
             device,
         )
+        self.training_passes = 0
+        self.pictures = None
+        if recipe.pictures is not None:
+            shape = self.rollout.latent_shape
+            self.pictures = Pictures(recipe, self._base_estimate, scheduler, self.embeddings, shape)
         self.parameters = self.roles.parameters
         self.optimizer = self.accelerator.prepare_optimizer(
             make_optimizer(recipe.optimizer, self.parameters)
         )
-        self.training_passes = 0
         self.iteration = 0
         self.seconds = 0.0
         self.losses: list[float] = []
@@ -137,7 +142,7 @@ class Trainer:
             return self.rollout.sample(self.iteration, samples, self.embeddings.empty, prompts)
 
     def _loss(self, batch: LatentBatch, samples: list[int]) -> torch.Tensor:
-        return total_loss(
+        loss = total_loss(
             self.objective,
             self.recipe.preserve,
             self._estimate,
@@ -148,6 +153,10 @@ class Trainer:
             self._erased_prompts(batch),
             self._kept_prompts(samples),
         )
+        if self.pictures is not None:
+            uses = _uses(samples, self.pictures.settings.batch)
+            loss += self.pictures.loss(self._estimate, self.iteration, uses)
+        return loss
 
     def _erased_prompts(self, batch: LatentBatch) -> torch.Tensor:
         """The loss's prompts in turn, at most `rollout.prompts_per_latent` for each latent; of
@@ -329,6 +338,7 @@ class Trainer:
             "seconds": self.seconds,
             "losses": self.losses,
             "rollouts": gather_object([self.rollout.state_dict()]),
+            "pictures": gather_object([self.pictures.state_dict() if self.pictures else None]),
             "training_passes": self.training_passes,
             "snapshots": [asdict(snapshot) for snapshot in self.snapshots],
             "roles": {
@@ -368,6 +378,8 @@ class Trainer:
         self._check_length(planned)
         self.losses = list(state["losses"])
         self.rollout.load_state_dict(state["rollouts"][self.accelerator.process_index])
+        if self.pictures is not None:
+            self.pictures.load_state_dict(state["pictures"][self.accelerator.process_index])
         self.training_passes = state["training_passes"]
         self.snapshots = [Snapshot(**kept) for kept in state.get("snapshots", [])]
         for role in self.roles.distinct:

@@ -20,6 +20,12 @@ WAYS: dict[str, dict[str, Any]] = {
         "training": {"iterations": 6, "gradient_accumulation": 2},
     },
     "prompts": {"rollout": {"steps": 4, "batch": 2, "prompts": 3}},
+    "pictures": {
+        "preserve": {"prompts": ["d", "e"]},
+        "pictures": {"drawings": 1, "kept_drawings": 1, "batch": 3, "learnt": 2},
+        "rollout": {"steps": 4},
+        "training": {"iterations": 4, "seed": 3},
+    },
     "checkpointing": {"training": {"iterations": 6, "gradient_checkpointing": True}},
     "bf16": {"training": {"iterations": 6, "precision": "bf16", "base_precision": "bf16"}},
     "nf4": {"training": {"iterations": 6, "base_precision": "nf4"}},

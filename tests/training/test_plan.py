@@ -39,6 +39,7 @@ def plan_of(recipe):
         {"training.gradient_checkpointing": True},
         {"training.precision": "bf16", "training.base_precision": "bf16"},
         KEPT,
+        KEPT | {"pictures.batch": 2, "pictures.learnt": 3},
         {"objective.kind": "esd-x"},
         {"parameters": "full"},
     ],

@@ -55,6 +55,13 @@ def test_esd_u_as_an_adapter_adapts_every_layer_whose_weight_it_trains():
     assert set(roles.layers) == expected and len(expected) > 100
 
 
+def test_layers_outside_the_cross_attention_stand_beside_matrices_of_it():
+    outside = LoraRoles(small_unet(), Lora(rank=2, targets=["noxattn"]), seed=0)
+    inside = LoraRoles(small_unet(), Lora(rank=2, targets=["to_k", "to_out"]), seed=0)
+    both = LoraRoles(small_unet(), Lora(rank=2, targets=["noxattn", "to_k", "to_out"]), seed=0)
+    assert set(both.layers) == {*outside.layers, *inside.layers}
+
+
 def test_leco_adapts_the_eight_matrices_of_each_blocks_attention():
     unet = small_unet()
     trained = [n for n, _ in unet.named_parameters() if LECO(3.0, False, 1.0).trains(n)]
