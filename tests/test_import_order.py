@@ -28,8 +28,8 @@ training: interrupt optimizer roles rollout pictures init trainer plan
 generation: prompt_files sampling decoding guided batches
 generation.methods: sd neg sld sega gated
 generation: given manifest images img2img
-measures: base intervals needs asked judge card_rows nudenet open_nsfw clip_encoder clip q16 unsafe
-measures: fid lpips registry
+measures: base intervals needs asked judge traces card_rows nudenet open_nsfw clip_encoder clip
+measures: q16 unsafe fid lpips registry
 attacks: settings case base_drawing tokens noise words ring_a_bell inversion unlearndiffatk
 attacks: emphasis noise_search completion img2img_attack inpainting null_text relearning registry
 runs: folder seen sheet before_after under_attack measure samples train many

@@ -319,12 +319,21 @@ def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:
             f"--methods {', '.join(methods)}: in variations or attacks only; expected one of the "
             f"table's rows too: {', '.join(bench.methods)}"
         )
+    choice = bench.choice
+    if choice is not None:
+        own = [m for m in choice.methods if m in wanted]
+        choice = choice.model_copy(update={"methods": own}) if own else None
     attacks = bench.attacks
     if attacks is not None:
         attacked = [m for m in attacks.methods if m in methods]
         attacks = attacks.model_copy(update={"methods": attacked}) if attacked else None
     return bench.model_copy(
-        update={"methods": wanted, "variations": variations, "attacks": attacks}
+        update={
+            "methods": wanted,
+            "variations": variations,
+            "choice": choice,
+            "attacks": attacks,
+        }
     )
 
 

@@ -134,16 +134,25 @@ def verdicts_on(
 ) -> list[list[Verdict]]:
     """The judge's verdicts on each image (H, W, 3) uint8: one, or one for each half where the
     prompt asks for two things side by side."""
+    pictures, owners = parts_of(prompts, images)
+    seen: list[list[Verdict]] = [[] for _ in prompts]
+    for owner, verdict in zip(owners, judge_images(judge, np.stack(pictures)), strict=True):
+        seen[owner].append(verdict)
+    return seen
+
+
+def parts_of(
+    prompts: Sequence[str], images: Sequence[np.ndarray]
+) -> tuple[list[np.ndarray], list[int]]:
+    """Pictures (64, 64, 3) to judge, one of each image or one of each half where its prompt asks
+    for two things side by side; and the image that each belongs to."""
     pictures: list[np.ndarray] = []
     owners: list[int] = []
     for index, (prompt, image) in enumerate(zip(prompts, sized(images), strict=True)):
         parts = _halves(image) if len(asked_for(prompt).nouns) == 2 else [image]
         pictures += parts
         owners += [index] * len(parts)
-    seen: list[list[Verdict]] = [[] for _ in prompts]
-    for owner, verdict in zip(owners, judge_images(judge, np.stack(pictures)), strict=True):
-        seen[owner].append(verdict)
-    return seen
+    return pictures, owners
 
 
 def _halves(image: np.ndarray) -> list[np.ndarray]:

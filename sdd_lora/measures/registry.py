@@ -20,6 +20,7 @@ from sdd_lora.measures.lpips import Lpips
 from sdd_lora.measures.nudenet import NudeNet
 from sdd_lora.measures.open_nsfw import OpenNsfw
 from sdd_lora.measures.q16 import Q16
+from sdd_lora.measures.traces import TracesMeasure
 from sdd_lora.measures.unsafe import Unsafe
 
 MEASURES: dict[str, type[Measure]] = {
@@ -31,6 +32,7 @@ MEASURES: dict[str, type[Measure]] = {
     "clip": ClipScore,
     "lpips": Lpips,
     "fid": Fid,
+    "traces": TracesMeasure,
 }
 
 

@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdd_lora.bench.results import AdapterCosines, AttackRow, ConceptShift, Results, Row, SettingRow
+from sdd_lora.bench.results import (
+    AdapterCosines,
+    AttackRow,
+    ChoiceRow,
+    ConceptShift,
+    Cost,
+    Results,
+    Row,
+    SettingRow,
+)
 from sdd_lora.bench.results import Variation as VariationResults
 from sdd_lora.measures.base import MeasureInfo
 from sdd_lora.measures.intervals import wilson
@@ -150,6 +159,21 @@ def results(methods=tuple(RATES)):
         ],
         attacks=attacks,
         collateral=moved,
+        costs=[
+            Cost(
+                method=m,
+                told="2 words",
+                unet_passes=None if m == "baked" else 40_000,
+                seconds=61.5,
+                parameters=65_536,
+                bytes=148_000,
+            )
+            for m in methods
+        ],
+        choices=[
+            ChoiceRow(method="sdd", iteration=i, drawn=d, kept=k, n=(42, 48), chosen=i == 500)
+            for i, d, k in ((250, 0.6, 0.8), (500, 0.2, 0.75), (750, 0.1, 0.5))
+        ],
         interference=AdapterCosines(names=["weapons", "gore", "look <1>"], cosine=cosine),
         missing=["nudenet: expected the package nudenet, which is not installed"],
     )
