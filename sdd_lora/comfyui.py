@@ -69,7 +69,7 @@ class LoadSafetyAdapter:
         tensors, metadata = read_adapter(_path_of(adapter))
         gain: Gain = lambda prompts: torch.full((len(prompts),), weight)  # noqa: E731
         if gate == "by prompt":
-            concepts = concepts_of(concept, metadata)
+            concepts = named_concepts(concept, metadata)
             gain = similarity_gain(_embedded(clip, concepts, adapter), weight)
         elif _READS not in tensors:
             return patched(model, clip, tensors, weight, adapter)
@@ -146,7 +146,7 @@ def read_adapter(path: str) -> tuple[Tensors, dict[str, Any]]:
         return {key: file.get_tensor(key) for key in file.keys()}, json.loads(entry)  # noqa: SIM118
 
 
-def concepts_of(text: str, metadata: Mapping[str, Any]) -> list[str]:
+def named_concepts(text: str, metadata: Mapping[str, Any]) -> list[str]:
     """The texts in `text`, by commas; where it is empty, the concepts that the file names."""
     typed = [part.strip() for part in text.split(",") if part.strip()]
     found = typed or list(metadata.get("concepts", []))

@@ -1,4 +1,5 @@
-"""Imports run one way: a file format doesn't know a model, a model doesn't know training, …
+"""The house's rules. Imports run one way: a file format doesn't know a model, a model no training;
+files and functions are short; a name stands for one thing.
 
 HOUSE lists rooms, and files within rooms, bottom to top: a file may import what stands before it.
 """
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import sdd_lora
 
+MOST_LINES, MOST_OF_ONE = 450, 80
 PACKAGE = Path(sdd_lora.__file__).parent
 HOUSE = """
 version
@@ -30,7 +32,7 @@ generation.methods: sd neg sld sega gated
 generation: given manifest images img2img
 measures: base intervals needs asked judge traces card_rows nudenet open_nsfw clip_encoder clip
 measures: q16 unsafe fid lpips registry
-attacks: settings case base_drawing tokens noise words ring_a_bell inversion unlearndiffatk
+attacks: base settings case base_drawing tokens noise words ring_a_bell inversion unlearndiffatk
 attacks: emphasis noise_search completion img2img_attack inpainting null_text relearning registry
 runs: folder seen sheet before_after under_attack measure samples train many
 bench.peers: uce
@@ -97,6 +99,44 @@ def test_imports_never_run_back():
         if place_of(other) >= PLACE[module_of(path)]
     ]
     assert wrong == []
+
+
+def test_files_and_functions_are_short():
+    long = []
+    for path in files():
+        text = path.read_text("utf-8")
+        long += [path.name] if text.count("\n") > MOST_LINES else []
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_OF_ONE:
+                long.append(f"{path.name}: {node.name}")
+    assert long == []
+
+
+def top_level_names(path: Path) -> set[str]:
+    found = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def test_a_name_stands_for_one_thing():
+    """A verb may have its function's name, and each way to draw has its `sample`."""
+    places: dict[str, list[str]] = {}
+    for path in files():
+        for name in top_level_names(path) - {"sample", "__all__"}:
+            places.setdefault(name, []).append(module_of(path))
+    twice = {name: there for name, there in places.items() if len(there) > 1}
+    assert {name: there for name, there in twice.items() if not is_verb(name, there)} == {}
+
+
+def is_verb(name: str, there: list[str]) -> bool:
+    """Whether a name is a verb's of the command line, and of one function that it calls."""
+    in_cli = [module.startswith("cli.") for module in there]
+    return sorted(in_cli) == [False, True] and not name.startswith("_")
 
 
 def test_the_test_sees_a_wrong_import(tmp_path):

@@ -14,10 +14,10 @@ from diffusers import StableDiffusionPipeline
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.attacks import words
+from sdd_lora.attacks.base import AttackSettings
 from sdd_lora.attacks.case import Case
 from sdd_lora.attacks.noise import frozen
 from sdd_lora.attacks.registry import ATTACK_FUNCTIONS, armed_pipeline, counted
-from sdd_lora.attacks.settings import AttackSettings
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.grid import Cell
 from sdd_lora.bench.methods import Weights

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdd_lora.attacks.settings import AdapterWeight, AttackSettings
+from sdd_lora.attacks.base import AttackSettings
+from sdd_lora.attacks.settings import AdapterWeight
 from sdd_lora.bench.bench_file import ATTACK_VARIATION, Bench
 from sdd_lora.bench.results import PromptUse
 from sdd_lora.errors import BadInput

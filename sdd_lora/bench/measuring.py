@@ -24,7 +24,7 @@ BASE = Path("images") / "sd"
 VALUES, VALUES_OF_SETS = "values.jsonl", "values-of-sets.jsonl"
 #: stands among the values where a measure's key does: whether the image is black
 BLACK = "black"
-_AT_ONCE = 256
+_MEASURED_AT_ONCE = 256
 
 
 class Measuring:
@@ -54,8 +54,8 @@ class Measuring:
             for spec in cell.specs
             if any((key, files[spec.job]) not in known for key in keys.values())
         ]
-        for start in range(0, len(missing), _AT_ONCE):
-            part = missing[start : start + _AT_ONCE]
+        for start in range(0, len(missing), _MEASURED_AT_ONCE):
+            part = missing[start : start + _MEASURED_AT_ONCE]
             for key, found in self._measured(part, files, references, keys, known):
                 lines = [
                     {"measure": key, "file": file, "values": values}

@@ -18,11 +18,11 @@ from sdd_lora.progress import say
 
 _ERASED_SHOWN, _KEPT_SHOWN, _ATTACKED_SHOWN = 3, 1, 4
 _THUMBNAIL = 160
-_SMALL = 96  # pictures up to this size are embedded as they are
+_EMBEDDED_SIDE = 96  # pictures up to this size are embedded as they are
 
 
 @dataclass(frozen=True)
-class Picture:
+class GridPicture:
     """One image of a grid: a data URI, what the measures said, and the `mark` of what went wrong:
     "drawn" where it should have gone, "lost" where it should have stayed."""
 
@@ -39,7 +39,7 @@ class Strip:
     prompt: str
     seed: int
     group: str
-    pictures: list[Picture]
+    pictures: list[GridPicture]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PictureGrid:
     strips: list[Strip]
 
 
-class Pictures:
+class PictureGrids:
     """The grids that a bench's folder holds pictures for."""
 
     def __init__(self, folder: Path, results: Results) -> None:
@@ -113,7 +113,7 @@ class Pictures:
                 strips.append(Strip(first.prompt, first.seed, first.set, pictures))
         return PictureGrid(columns, strips)
 
-    def _picture(self, record: ImageRecord, column: str) -> Picture:
+    def _picture(self, record: ImageRecord, column: str) -> GridPicture:
         flags = {k: v for k, v in record.values.items() if isinstance(v, bool)}
         said = "; ".join(f"{name}: {'yes' if value else 'no'}" for name, value in flags.items())
         if record.asked is not None:
@@ -126,7 +126,7 @@ class Pictures:
             not there and better[name] == "higher" for name, there in flags.items()
         ):
             mark = "lost"
-        return Picture(column, _data_uri(self.folder / record.file), said, mark)
+        return GridPicture(column, _data_uri(self.folder / record.file), said, mark)
 
 
 def read_records(folder: Path) -> list[ImageRecord]:
@@ -152,7 +152,7 @@ def read_records(folder: Path) -> list[ImageRecord]:
 def _data_uri(path: Path) -> str:
     """A small picture as it is, a large one as a JPEG thumbnail."""
     with reading(path, DAMAGED_IMAGE), Image.open(path) as opened:
-        small = max(opened.size) <= _SMALL
+        small = max(opened.size) <= _EMBEDDED_SIDE
         opened.thumbnail((_THUMBNAIL, _THUMBNAIL))
         file = io.BytesIO()
         if small:

@@ -9,7 +9,7 @@ from sdd_lora.attacks.settings import ATTACK_KINDS
 from sdd_lora.bench import text
 from sdd_lora.bench.charts import Chart, Spot, curves, scatter
 from sdd_lora.bench.comparisons import attack_comparisons, robustness, setting_names
-from sdd_lora.bench.pictures import Pictures
+from sdd_lora.bench.pictures import PictureGrids
 from sdd_lora.bench.results import (
     ALL,
     BENCH,
@@ -38,7 +38,7 @@ def render_report(folder: Path) -> str:
     from jinja2 import Environment, StrictUndefined
 
     results = Results.load(folder)
-    pictures = Pictures(folder, results)
+    pictures = PictureGrids(folder, results)
     best = best_that_keeps(results)
     environment = Environment(
         undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from sdd_lora.attacks.settings import distinct
+from sdd_lora.attacks.base import distinct
 from sdd_lora.io.strict_yaml import Count, Positive, Real, Section, Seed, Text, Whole
 from sdd_lora.recipe.sections import DrawingPrecision, DrawingSection
 from sdd_lora.sd.schedulers import SCHEDULERS, Scheduler

@@ -23,6 +23,7 @@ from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
 
 if TYPE_CHECKING:
+    from sdd_lora.adapter.adapter import Adapter
     from sdd_lora.checkpoint.bake import BakeReport
     from sdd_lora.checkpoint.extract import Extraction
 
@@ -94,13 +95,7 @@ def bake(
     read = [path for path, _ in sources] + ([] if base is None else [Path(base)])
     for written in filter(None, (output, undo)):
         require_apart(written, *read)
-    parts = [(Adapter.load(path), weight) for path, weight in sources]
-    if any(adapter.is_portable for adapter, _ in parts):
-        from sdd_lora.training.erase import made_for  # imports torch
-
-        parts = [(made_for(part, model, resolve=resolve), weight) for part, weight in parts]
-    elif resolve:
-        raise BadInput("--resolve goes with an eraser from words; none of the adapters is one")
+    parts = _for_model(model, [(Adapter.load(path), w) for path, w in sources], resolve)
     report = baking.bake(
         model,
         parts,
@@ -113,6 +108,20 @@ def bake(
         force=force,
     )
     return Result(_bake_data(report), _bake_text(report))
+
+
+def _for_model(
+    model: str, parts: "list[tuple[Adapter, float]]", resolve: bool
+) -> "list[tuple[Adapter, float]]":
+    """Adapters with their weights: an eraser from words is tried on the model's text encoder, and
+    with `resolve` solved for it."""
+    if any(adapter.is_portable for adapter, _ in parts):
+        from sdd_lora.training.erase import made_for  # imports torch
+
+        return [(made_for(part, model, resolve=resolve), weight) for part, weight in parts]
+    if resolve:
+        raise BadInput("--resolve goes with an eraser from words; none of the adapters is one")
+    return parts
 
 
 def _bake_data(report: "BakeReport") -> dict[str, Any]:

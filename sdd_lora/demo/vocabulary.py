@@ -83,7 +83,7 @@ def held_out_nouns() -> tuple[Noun, ...]:
 
 
 @lru_cache(maxsize=1)
-def wordings() -> dict[str, tuple[str, ...]]:
+def wordings_of_prompts() -> dict[str, tuple[str, ...]]:
     """What stands around a noun in prompts: "shown", and "held_out", which stand in no recipe, list
     or tuning."""
     return {name: tuple(texts) for name, texts in _vocabulary()["wordings"].items()}

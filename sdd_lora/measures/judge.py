@@ -134,14 +134,14 @@ def verdicts_on(
 ) -> list[list[Verdict]]:
     """The judge's verdicts on each image (H, W, 3) uint8: one, or one for each half where the
     prompt asks for two things side by side."""
-    pictures, owners = parts_of(prompts, images)
+    pictures, owners = pictures_of(prompts, images)
     seen: list[list[Verdict]] = [[] for _ in prompts]
     for owner, verdict in zip(owners, judge_images(judge, np.stack(pictures)), strict=True):
         seen[owner].append(verdict)
     return seen
 
 
-def parts_of(
+def pictures_of(
     prompts: Sequence[str], images: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], list[int]]:
     """Pictures (64, 64, 3) to judge, one of each image or one of each half where its prompt asks

@@ -40,7 +40,7 @@ MEASURES: dict[str, type[Measure]] = {
 PICTURE = "picture"
 
 
-class Picture(Measure):
+class NoMeasure(Measure):
     """Counts nothing: the images are drawn for eyes alone, where no detector knows the concept."""
 
     def __init__(self, erased: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ class LoadedMeasure:
 def card_measure(detector: str, concepts: Sequence[str]) -> Measure:
     """The measure behind `measure.detector`, as benches take it without options. Raises BadInput
     where it lacks its package, or knows none of the concepts."""
-    known = {**MEASURES, PICTURE: Picture}
+    known = {**MEASURES, PICTURE: NoMeasure}
     try:
         return known[detector](concepts)  # type: ignore[call-arg]
     except BadInput as error:

@@ -11,11 +11,11 @@ from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.measures.asked import named_by
 from sdd_lora.measures.base import ImageSpec, Measure, MeasureInfo, Values
-from sdd_lora.measures.judge import parts_of
+from sdd_lora.measures.judge import pictures_of
 
 #: on a sheet that the eye had labelled it misses a concept in 4.5 %; on a second one in 2.1 %
 #: (demo/README.md)
-THRESHOLD = 0.25
+TRACE_THRESHOLD = 0.25
 
 
 class TracesMeasure(Measure):
@@ -26,7 +26,7 @@ class TracesMeasure(Measure):
     blobs for them. Raises BadInput where the judge knows none of the nouns.
     """
 
-    def __init__(self, erased: Sequence[str], threshold: float = THRESHOLD) -> None:
+    def __init__(self, erased: Sequence[str], threshold: float = TRACE_THRESHOLD) -> None:
         gone, _ = named_by(erased)
         if not gone:
             raise BadInput(f"the judge knows none of the nouns {list(erased)}")
@@ -53,7 +53,7 @@ class TracesMeasure(Measure):
 
     @torch.no_grad()
     def per_image(self, specs: Sequence[ImageSpec], images: Sequence[np.ndarray]) -> list[Values]:
-        pictures, owners = parts_of([spec.prompt for spec in specs], images)
+        pictures, owners = pictures_of([spec.prompt for spec in specs], images)
         logits, _ = self.judge(as_pictures(np.stack(pictures)))
         likely = logits.softmax(dim=1)[:, :-1]  # of nouns; the last is "other"
         erased = likely[:, self.gone].sum(dim=1) >= self.threshold

@@ -33,7 +33,7 @@ from sdd_lora.recipe.sections import (
     MeasureSettings,
     ObjectiveSettings,
     Optimizer,
-    Pictures,
+    PictureSettings,
     Preserve,
     RolloutSettings,
     Training,
@@ -103,7 +103,7 @@ class Recipe(LaterFields):
     of as it is written."""
 
     preserve: Preserve = Preserve()
-    pictures: Pictures | None = None
+    pictures: PictureSettings | None = None
     objective: ObjectiveSettings = ObjectiveSettings()
 
     parameters: Literal["lora", "embeddings", "full"] = "lora"

@@ -119,7 +119,7 @@ class Preserve(LaterFields):
         return bool(self.prompts or self.vocabulary)
 
 
-class Pictures(Section):
+class PictureSettings(Section):
     """Erasure where a noised picture shows the concept, whatever the prompt: there the student is
     to see a blank (training/pictures.py). The base draws concepts and kept prompts beforehand.
     Left away, none of this is done."""

@@ -9,10 +9,11 @@ import numpy as np
 from diffusers import StableDiffusionPipeline
 
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.attacks.base import AttackSettings
 from sdd_lora.attacks.case import Attacked, Case
 from sdd_lora.attacks.noise import frozen
 from sdd_lora.attacks.registry import ATTACK_FUNCTIONS, armed_pipeline, counted
-from sdd_lora.attacks.settings import ATTACK_KINDS, AttackSettings
+from sdd_lora.attacks.settings import ATTACK_KINDS
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.images import draw
 from sdd_lora.generation.sampling import Sampling

@@ -34,7 +34,7 @@ from sdd_lora.sd.single_file import (
 SD1_CHANNELS = 4
 _NOISIEST = 999
 #: side of a latent that tells enough of a UNet, at a sixteenth of the arithmetic
-_SMALL = 16
+_PROBE_SIDE = 16
 #: cosine of noise and what a UNet makes of it, below which it hardly predicts noise
 _RETURNS_THE_NOISE = 0.5
 
@@ -240,7 +240,7 @@ def _warn_of_another_prediction(pipeline: StableDiffusionPipeline, path: Path) -
     """Where no file says what the UNet predicts, ask the UNet: at t = 999, where a latent is all
     but pure noise, a UNet that predicts noise returns it (a cosine of 0.999 on the embedded model),
     and one that predicts v, α ε − σ x₀, an image's negative."""
-    unet, size = pipeline.unet, min(_SMALL, pipeline.unet.config.sample_size)
+    unet, size = pipeline.unet, min(_PROBE_SIDE, pipeline.unet.config.sample_size)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, SD1_CHANNELS, size, size, generator=generator).to(unet.dtype)
     empty = embed([""], pipeline.tokenizer, pipeline.text_encoder).to(unet.dtype)

@@ -21,7 +21,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 from sdd_lora.training.embeddings import Embeddings
 from sdd_lora.training.objectives import Estimate, preservation_loss
-from sdd_lora.training.rollout import generator_for
+from sdd_lora.training.rollout import generator_for, random_int
 
 #: keep the randomness of drawings, and of their use, apart from the trajectories'
 _DRAWN, _ERASED, _KEPT, _LEARNT = 2 << 32, 3 << 32, 4 << 32, 5 << 32
@@ -35,7 +35,7 @@ _LEARNING_RATE, _LEARNING_STEPS = 0.01, 80
 
 
 @torch.no_grad()
-def draw(
+def drawn_by(
     base: Estimate,
     scheduler: DDIMScheduler,
     prompts: Tensor,
@@ -123,7 +123,7 @@ class LearntPrompts:
     @torch.no_grad()
     def _start(self, number: int, iteration: int) -> None:
         generator = generator_for(self.seed, iteration + 1, _LEARNT + number)
-        self.sought[number] = concept = _randint(self.concepts, generator)
+        self.sought[number] = concept = random_int(0, self.concepts, generator)
         self.shares[number] = 0
         self.shares[number, concept] = 1
         self.steps[number] = 0
@@ -190,7 +190,7 @@ class Pictures:
             every = prompts.repeat(times, 1, 1)
             generators = (self._generator(0, _DRAWN + first + n) for n in range(len(every)))
             noise = torch.stack([*map(self._noise, generators)]).to(every.device)
-            self.drawn[name] = draw(
+            self.drawn[name] = drawn_by(
                 self.base, self.scheduler, every, self.empty, self.guidance_scale, noise
             )
         return self.drawn[name]
@@ -221,30 +221,30 @@ class Pictures:
         """A concept's drawing under ∅, its own prompt, a kept one, another concept, in turn; where
         prompts are learnt, every third is under one of these instead."""
         g = self._generator(iteration, _ERASED + use)
-        turn, learnt, number = use % 4, self.settings.learnt, _randint(len(self.erased), g)
+        turn, learnt, number = use % 4, self.settings.learnt, random_int(0, len(self.erased), g)
         below = _SHOWS_BELOW if turn in (0, 2) else len(self.alphas)
         c = (
             self.empty[0],
             self.concepts[number % len(self.concepts)],
-            self.others[_randint(len(self.others), g)],
-            self.concepts[_randint(len(self.concepts), g)],
+            self.others[random_int(0, len(self.others), g)],
+            self.concepts[random_int(0, len(self.concepts), g)],
         )[turn]
         if learnt and use % 3 == 0:
-            which, below = _randint(learnt, g), len(self.alphas)
+            which, below = random_int(0, learnt, g), len(self.alphas)
             number += self.learnt.sought[which] - number % len(self.concepts)
             c = self.learnt.prompt(which)
-        t = self.settings.from_timestep + _randint(below - self.settings.from_timestep, g)
+        t = self.settings.from_timestep + random_int(0, below - self.settings.from_timestep, g)
         return self._noised(self.erased[number], t, c, g)
 
     def _kept_point(self, iteration: int, use: int) -> Noised:
         """A kept prompt's drawing: of eight, five under their own prompt, two under ∅ and one under
         another kept prompt."""
         g = self._generator(iteration, _KEPT + use)
-        number, other = _randint(len(self.kept), g), _randint(len(self.others), g)
+        number, other = random_int(0, len(self.kept), g), random_int(0, len(self.others), g)
         own, another = self.others[number % len(self.others)], self.others[other]
         empty = self.empty[0]
         c = (own, empty, own, another, own, empty, own, own)[use % 8]
-        return self._noised(self.kept[number], _randint(len(self.alphas), g), c, g)
+        return self._noised(self.kept[number], random_int(0, len(self.alphas), g), c, g)
 
     def _noised(self, x_0: Tensor, t: int, c: Tensor, generator: torch.Generator) -> Noised:
         """z_t = √ᾱ x_0 + √(1 − ᾱ) ε, and ε̄ = ε + √ᾱ / √(1 − ᾱ) · (x_0 − x̄): the noise in z_t if
@@ -265,7 +265,3 @@ class Pictures:
 
 def _batch(points: Sequence[Noised]) -> Noised:
     return Noised(*(torch.stack([getattr(p, f.name) for p in points]) for f in fields(Noised)))
-
-
-def _randint(below: int, generator: torch.Generator) -> int:
-    return int(torch.randint(below, (), generator=generator))

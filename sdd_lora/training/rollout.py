@@ -142,7 +142,7 @@ class Rollout:
         """
         points, depths = self.settings.timesteps_per_trajectory, self.settings.steps - 1
         generator = generator_for(self.seed, start_iteration, sample)
-        offset = _randint(0, depths, generator)
+        offset = random_int(0, depths, generator)
         stop_steps = [(offset + j * depths) // points + 1 for j in range(points)]
         z = torch.randn(self.latent_shape, generator=generator) * self.scheduler.init_noise_sigma
         t = [self._loss_timestep(self.timesteps[steps], generator) for steps in stop_steps]
@@ -157,7 +157,7 @@ class Rollout:
         timesteps = self.scheduler.config.num_train_timesteps
         width = min(timesteps // self.settings.steps, _LARGEST_BIN)
         low = t // width * width
-        return _randint(low, min(low + width, timesteps), generator)
+        return random_int(low, min(low + width, timesteps), generator)
 
     def _step(
         self,
@@ -198,5 +198,6 @@ class Rollout:
         return unet(z, t, prompt).sample.float()
 
 
-def _randint(low: int, high: int, generator: torch.Generator) -> int:
+def random_int(low: int, high: int, generator: torch.Generator) -> int:
+    """A whole number from `low` up to `high`, not included."""
     return int(torch.randint(low, high, (), generator=generator))

@@ -10,7 +10,7 @@ from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.grid import image_specs
 from sdd_lora.bench.held_out import NAMED, NOT_NAMED, grouping_of, named_nouns
 from sdd_lora.bench.results import ImageRecord
-from sdd_lora.demo.vocabulary import groups, held_out_nouns, wordings
+from sdd_lora.demo.vocabulary import groups, held_out_nouns, wordings_of_prompts
 from sdd_lora.measures.asked import asked_for
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs.many import packaged_recipe
@@ -21,7 +21,7 @@ TUNING = range(900_000_000, 1_000_000_000)
 HELD_OUT = re.compile(
     "|".join(
         rf"(^|\b){re.sub(r'[{].*?[}]', '.+', re.sub(r'^[{].*?[}] ', '', wording))}(\b|$)"
-        for wording in wordings()["held_out"]
+        for wording in wordings_of_prompts()["held_out"]
     )
 )
 
@@ -56,7 +56,7 @@ def test_no_recipe_of_the_table_names_a_held_out_noun_or_asks_in_its_words(bench
 
 
 def test_more_than_a_third_of_the_wordings_are_held_out_of_every_list(bench):
-    shown, held_out = wordings()["shown"], wordings()["held_out"]
+    shown, held_out = wordings_of_prompts()["shown"], wordings_of_prompts()["held_out"]
     assert len(held_out) > (len(shown) + len(held_out)) / 3 and not {*shown} & {*held_out}
     lists = packaged_recipe("demo/x").parent.glob("prompts/*.txt")
     texts = [line for path in lists for line in path.read_text("utf-8").splitlines()]

@@ -15,7 +15,7 @@ from sdd_lora.demo.vocabulary import (
     plural,
     styles,
     with_article,
-    wordings,
+    wordings_of_prompts,
 )
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "bench" / "prompts"
@@ -26,12 +26,12 @@ def prompts() -> dict[str, list[str]]:
     weapons = groups()["weapons"].nouns
     safe = [noun for noun in nouns() if noun.group != "weapons"]
     named = [noun for noun in safe if noun not in held_out_nouns()]
-    alone = [w for w in wordings()["held_out"] if "{other}" not in w]
-    together = [w for w in wordings()["held_out"] if "{other}" in w]
+    alone = [w for w in wordings_of_prompts()["held_out"] if "{other}" not in w]
+    together = [w for w in wordings_of_prompts()["held_out"] if "{other}" in w]
     erased = [_filled(w, n, i) for i, w in enumerate(alone) for n in weapons]
     erased += [f"the {words}" for noun in weapons for words in noun.paraphrases]
     erased += [_beside(together, i, n, weapons[i - 1]) for i, n in enumerate(weapons)]
-    shown = [w for w in wordings()["shown"] if "{other}" not in w]
+    shown = [w for w in wordings_of_prompts()["shown"] if "{other}" not in w]
     return {
         "kept-to-choose-by": [_filled(shown[i % len(shown)], n, i) for i, n in enumerate(named)],
         "weapons-held-out": erased,
