@@ -86,7 +86,8 @@ class WordsRow(Section):
 class Choice(Section):
     """How the table's snapshot of each trained row is chosen: of all of them and the result, the
     one of the greatest rate kept less rate drawn, of equals the earliest, on prompts and seeds of
-    its own, which tell nothing of the table's."""
+    its own, which tell nothing of the table's. Of a row's several trainings the first one chooses.
+    """
 
     methods: Methods
     prompts: PromptSets
