@@ -16,6 +16,9 @@ _RIDGE = 1e-3
 #: a direction is worth its rank where one concept's difference has this many times the kept
 #: tokens' variance; what a lower one erases, kept prompts pay for
 WORTH = 35.0
+#: and as long as kept tokens are moved by no more than this (see `Rank.moved`): of eighteen
+#: concepts at once, each direction beyond takes more of what is kept than of a concept
+MOST_MOVED = 0.08
 _PROMPTS_AT_ONCE = 64
 
 
@@ -78,8 +81,8 @@ class Projection:
 
     @classmethod
     def solve(cls, moments: Moments, rank: int | None = None, shown: int = 4) -> "Projection":
-        """The best B for the `rank` best D; the rank is that of all directions worth it, where none
-        is given.
+        """The best B for the `rank` best D; where none is given, as many as are worth it and move
+        kept tokens little enough, but one at least.
 
         D: the leading generalised eigenvectors of E(e* − e)(e* − e)ᵀ v = λ (E_k e eᵀ + ridge) v.
         B: of all B, the one with the least E‖(e* − e) − B D e‖².
@@ -89,12 +92,14 @@ class Projection:
         values, vectors = torch.linalg.eigh(whitening @ moments.difference @ whitening.T)
         worth = moments.concepts * values.flip(0)
         directions = (whitening.T @ vectors).flip(1).T  # rows v, with v (E_k + ridge) vᵀ = 1
-        if rank is None:
-            rank = max(1, int((worth >= WORTH).sum()))
-        last = min(rank + shown, len(values))
+        last = min((rank or int((worth >= WORTH).sum())) + shown, len(values))
         rows = [
             _trade_off_of(moments, directions[:r], float(worth[r - 1])) for r in range(1, last + 1)
         ]
+        if rank is None:
+            good = [row.rank for row in rows if row.worth >= WORTH and row.moved <= MOST_MOVED]
+            rank = max(good, default=1)
+            rows = rows[: rank + shown]
         down = directions[:rank]
         return cls(_regression(moments, down), down, tuple(rows))
 

@@ -99,3 +99,15 @@ def test_power_is_one_for_concepts_on_the_mean(made):
     projection = Projection.solve(moments)
     assert float(projection.power(concepts, moments).mean()) == pytest.approx(1, rel=1e-6)
     assert float(projection.power(kept, moments).max()) < 0.01
+
+
+def test_directions_that_move_kept_tokens_too_far_are_not_taken(made, monkeypatch):
+    moments = made[-1]
+    whole = Projection.solve(moments)
+    taken = whole.ranks[: len(whole.down)]
+    limit = (taken[-2].moved + taken[-1].moved) / 2
+    monkeypatch.setattr("sdd_lora.training.projection.MOST_MOVED", limit)
+    assert len(Projection.solve(moments).down) == len(taken) - 1
+    assert len(Projection.solve(moments, len(taken)).down) == len(taken)
+    monkeypatch.setattr("sdd_lora.training.projection.MOST_MOVED", 0.0)
+    assert len(Projection.solve(moments).down) == 1
