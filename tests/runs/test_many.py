@@ -34,7 +34,9 @@ def test_a_matrix_stopped_half_way_goes_on_over_one_base(tmp_path, monkeypatch):
 
     loads, step = [], Trainer.step
     monkeypatch.setattr(
-        many, "load_training_parts", lambda model: loads.append(model) or load_training_parts(model)
+        many,
+        "load_training_parts",
+        lambda model, *more: loads.append(model) or load_training_parts(model, *more),
     )
 
     def stopped(trainer):
