@@ -249,20 +249,23 @@ class Weights:
     def adapter(self, name: str, snapshot: int | None = None) -> Adapter:
         """An adapter by its name under `recipes` or `words`, its file, its run's folder, or its hub
         id."""
-        key = (name, snapshot)
+        key = (name, snapshot or self._chosen_for(name))
         if key not in self.loaded:
             if name in self.bench.trainings:
-                self.loaded[key] = Adapter.load(self.result(name, snapshot))
+                self.loaded[key] = Adapter.load(self.result(*key))
             elif name in self.bench.words:
                 self.loaded[key] = Adapter.load(self.from_words(name))
             else:
                 self.loaded[key] = self._found(name)
         return self.loaded[key]
 
+    def _chosen_for(self, name: str) -> int | None:
+        """The snapshot that was chosen for a training's row, if one was."""
+        return self.chosen.get(name.partition(".seed-")[0])
+
     def result(self, name: str, snapshot: int | None = None) -> Path:
         """The file that a recipe's training left, or its snapshot: the one asked for, or chosen."""
-        row = name.partition(".seed-")[0]
-        run, iteration = self.trained(name), snapshot or self.chosen.get(row)
+        run, iteration = self.trained(name), snapshot or self._chosen_for(name)
         if iteration is not None and iteration != self.snapshots(name)[-1]:
             return snapshot_file(run, iteration)
         return run / (WEIGHTS if self.bench.recipe(name).parameters == "full" else ADAPTER)
@@ -402,7 +405,11 @@ class Weights:
 
     def cosines(self) -> AdapterCosines | None:
         """How the adapters of the table stand to each other; None where there is but one."""
-        parts = {n: (a, 1.0) for (n, at), a in self.loaded.items() if not at and not a.is_portable}
+        parts = {
+            n: (a, 1.0)
+            for (n, at), a in self.loaded.items()
+            if at == self._chosen_for(n) and not a.is_portable
+        }
         if len(parts) < 2:
             return None
         report = interference(list(parts.values()))

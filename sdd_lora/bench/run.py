@@ -110,6 +110,8 @@ def _choose(
     """Choose the snapshots that stand in the table, and tell `weights`; returns all of them."""
     state = processes()
     cells = choice_cells(bench, grid.default, weights.snapshots)
+    if not cells:
+        return []
     for number, cell in enumerate(cells):
         say(f"choosing, {number + 1}/{len(cells)}: {cell.label}")
         draw_cell(folder, cell, bench, weights)
@@ -131,7 +133,7 @@ def draw_shard(bench: Bench, folder: Path, train: Train, shard: Shard) -> int:
     grid, weights, _ = _prepared(bench, folder, train)
     claim(folder, bench)
     drawn = left = 0
-    choices = read_choice(folder)
+    choices = read_choice(folder) if bench.choice else []
     weights.chosen |= chosen_of(choices or [])
     later = set(bench.choice.methods) if bench.choice and choices is None else set[str]()
     for cell in choice_cells(bench, grid.default, weights.snapshots):
