@@ -52,13 +52,16 @@ def test_adapters_are_given_in_any_way(saved):
             stack(wrong if isinstance(wrong, list) else [wrong])
 
 
-def test_pipelines_and_bakes_take_paths(tmp_path):
+def test_pipelines_and_bakes_take_paths(tmp_path, caplog):
     file = fitting_adapter(0.3).save(tmp_path / "a.safetensors")
     pipe = load_pipeline("demo", adapters=[f"{file}:0.8"], torch_dtype=torch.bfloat16, device="cpu")
     assert pipe.unet.dtype == torch.bfloat16 and pipe.get_active_adapters() == ["adapter_0"]
     assert load_pipeline("demo", file, dtype="fp32", device="cpu").unet.dtype == torch.float32
     with pytest.raises(BadInput, match=r"'half': expected a torch\.dtype, or one of fp32"):
         load_pipeline("demo", dtype="half")
+    with pytest.raises(BadInput, match="expected one of them"):
+        load_pipeline("demo", dtype="fp32", torch_dtype=torch.float32)
+    assert "LoRA" not in caplog.text
     report = bake("demo", str(file), out=tmp_path / "baked", rounding="stochastic")
     assert [a.weight for a in report.adapters] == [1.0]
     assert repr(report) == (

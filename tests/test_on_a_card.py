@@ -119,6 +119,20 @@ def test_train_with_measuring_runs_on_the_card(card, tmp_path):
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
 
 
+def test_pictures_while_training_are_drawn_on_the_card(card, tmp_path):
+    settings = short(
+        rollout__steps=2,
+        rollout__batch=1,
+        training__iterations=1,
+        training__precision="fp16",
+        training__base_precision="fp16",
+        measure__every=1,
+        measure__steps=1,
+    )
+    train(settings, tmp_path / "run")
+    assert (tmp_path / "run" / "samples" / "000001.png").exists()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_draws_on_the_card(card, on_card, method):
     concept = "" if method == "sd" else "axe"

@@ -1,13 +1,15 @@
 """A diffusers pipeline of a MODEL with adapters on its UNet and text encoder, or other weights."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.weighted import AdaptersLike, with_weights
@@ -47,6 +49,8 @@ def load_pipeline(
     SD 1.x and for adapters or weights that don't fit it.
     """
     model, parts = str(model), with_weights(adapters)
+    if dtype is not None and torch_dtype is not None:
+        raise BadInput("dtype and torch_dtype are one thing: expected one of them")
     device = torch.device(device) if device is not None else best_device()
     chosen = _dtype_named(dtype if torch_dtype is None else torch_dtype) or default_dtype(device)
     pipeline = load_base_pipeline(model, chosen, vae, prediction)
@@ -59,13 +63,26 @@ def load_pipeline(
         _check_adapter_fits(pipeline, adapter, model)
         arrays = adapter.on(partial(_own_weight, pipeline.unet)).to_state_dict("kohya")
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-        pipeline.load_lora_weights(tensors, adapter_name=name)
+        with _without_notices():
+            pipeline.load_lora_weights(tensors, adapter_name=name)
     if parts:
         pipeline.set_adapters(names, [weight for _, weight in parts])
     skip_last_layers(pipeline.text_encoder, clip_skip)
     for name, path in map(named_embedding, embeddings):
         add_embedding(pipeline, name, path)
     return pipeline.to(device)
+
+
+@contextmanager
+def _without_notices() -> Iterator[None]:
+    """diffusers tells of each part of the model that an adapter leaves alone; what doesn't fit is
+    refused before."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
