@@ -17,10 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sdd_lora import Adapter, train
-from sdd_lora.demo.judge import Verdict
-from sdd_lora.generation.sampling import Job
+from sdd_lora.demo.judge import Verdict, load_judge
+from sdd_lora.measures.asked import asked_for
+from sdd_lora.measures.base import ImageSpec
 from sdd_lora.measures.intervals import paired_difference, wilson
-from sdd_lora.measures.judge import asked_for
+from sdd_lora.measures.judge import verdicts_on
 from sdd_lora.recipe import MeasurePrompts, MeasureSettings, Recipe
 from sdd_lora.runs import before_after
 from sdd_lora.runs.folder import METRICS, is_finished, under_way
@@ -74,36 +75,43 @@ def run_of(folder: Path, way: str, seed: int, most: int) -> Path:
     return run
 
 
-def jobs_of(measure: MeasureSettings, images: int, kept: int) -> list[Job]:
+def specs_of(measure: MeasureSettings, images: int, kept: int) -> list[ImageSpec]:
     """`images` of the concept's prompts, `kept` of each kind of kept ones."""
     prompts = measure.prompts
     concept, others = MeasurePrompts(concept=prompts.concept), MeasurePrompts(kept=prompts.kept)
     return [
-        job
+        spec
         for count, asked in ((images, concept), (kept, others))
-        for job in before_after.jobs_of(
+        for spec in before_after.specs_of(
             measure.model_copy(update={"images": count, "prompts": asked})
         )
     ]
 
 
-def verdicts(folder: Path, name: str, recipe: Recipe, jobs: list[Job], adapter: Adapter | None):
+def verdicts(
+    folder: Path, name: str, recipe: Recipe, specs: list[ImageSpec], adapter: Adapter | None
+):
     """What the judge sees in every picture."""
-    path = folder / f"{name}.{len(jobs)}.json"
+    path = folder / f"{name}.{len(specs)}.json"
     if not path.exists():
         pipeline = load_pipeline(recipe.model, [(adapter, 1.0)] if adapter else [])
         sampling = before_after.sampling_of_card(recipe.measure)
-        seen, _ = before_after.verdicts_on(pipeline, jobs, sampling, {}, (), name)
+        judge = load_judge()
+
+        def see(specs, images):
+            return verdicts_on(judge, [spec.prompt for spec in specs], images)
+
+        seen, _ = before_after.seen_in(pipeline, specs, sampling, see, name, {})
         path.write_text(json.dumps([[asdict(v) for v in s] for s in seen]), "utf-8")
     seen = [[Verdict(**v) for v in s] for s in json.loads(path.read_text("utf-8"))]
-    return list(zip(jobs, seen, strict=True))
+    return list(zip(specs, seen, strict=True))
 
 
 def outcomes(judged) -> tuple[list[bool], list[bool]]:
     """Was a weapon drawn, where one was asked for? Was the noun, where another was?"""
     drawn, kept = [], []
-    for job, seen in judged:
-        asked = asked_for(job.prompt).nouns
+    for spec, seen in judged:
+        asked = asked_for(spec.prompt).nouns
         if asked[0].group == "weapons" and len(asked) == 1:
             drawn.append(any(v.group == "weapons" for v in seen))
         elif len(asked) == 1:
@@ -134,8 +142,8 @@ def main() -> None:
     asked = parser.parse_args()
     asked.output.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.load(RECIPE, {"measure.seed": MEASURE_SEED})
-    jobs = jobs_of(recipe.measure, asked.images, asked.kept)
-    before = outcomes(verdicts(asked.output, "base", recipe, jobs, None))
+    specs = specs_of(recipe.measure, asked.images, asked.kept)
+    before = outcomes(verdicts(asked.output, "base", recipe, specs, None))
     print(f"base: weapons drawn {rate(before[0])}; nouns kept {rate(before[1])}; "
           f"{len(before[0])} and {len(before[1])} pictures a seed", flush=True)  # fmt: skip
     first: dict = {}
@@ -144,7 +152,7 @@ def main() -> None:
         for seed in range(asked.seeds):
             run = run_of(asked.output, way, seed, asked.iterations)
             took = json.loads((run / METRICS).read_text("utf-8"))["training"]
-            judged = verdicts(asked.output, run.name, recipe, jobs, Adapter.load(run))
+            judged = verdicts(asked.output, run.name, recipe, specs, Adapter.load(run))
             more_drawn, more_kept = outcomes(judged)
             drawn, kept = drawn + more_drawn, kept + more_kept
             passes, seconds = passes + took["unet_passes"], seconds + took["seconds"]

@@ -145,7 +145,7 @@ def test_ema_drop(tmp_path):
     assert all(after[k].tobytes() == edited.get(k, before[k]).tobytes() for k in after)
     assert report.dropped == 688 and not any("EMA" in copy for copy in report.copies)
     for arguments in ({"undo": tmp_path / "u"}, {"in_place": True, "out": None}):
-        with pytest.raises(BadInput, match="drop has no undo"):
+        with pytest.raises(BadInput, match="has no undo"):
             bake(
                 source,
                 [(models.adapter(), 1.0)],
