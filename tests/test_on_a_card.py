@@ -79,6 +79,13 @@ def test_a_step_on_the_card_is_the_cpus():
         torch.testing.assert_close(found[name], factor)
 
 
+def test_a_card_multiplies_fp32_in_tf32(card, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    trainer(recipe(), kept=0)
+    assert chosen == ["high"]
+
+
 @pytest.mark.parametrize("way", ["8-bit", "full", "points"])
 def test_a_resumed_run_on_the_card_equals_an_uninterrupted_one(card, tmp_path, way):
     settings = recipe(**_SMALL | _WAYS[way])

@@ -329,7 +329,8 @@ class Training(LaterFields):
     """Losses whose gradients are averaged before an update."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the UNet's passes (autocast); the factors are fp32. fp16 needs a GPU."""
+    """Of the UNet's passes (autocast); the factors are fp32. fp16 needs a GPU, which multiplies fp32
+    in TF32."""
 
     base_precision: Literal["fp32", "bf16", "fp16", "nf4"] = "fp32"
     """How the base's weights are kept: fp32, as `precision`, or `nf4`: its linear layers in 4 bits
@@ -339,7 +340,8 @@ class Training(LaterFields):
     """Compute activations twice instead of keeping them: less memory, a third more arithmetic."""
 
     seed: Seed = 0
-    """Of all randomness, with the iteration and the trajectory's number."""
+    """Of all randomness, with the iteration and the trajectory's number. The same bytes come out
+    again on the CPU in fp32, with one number of threads; a GPU adds in no fixed order."""
 
     snapshot_every: Positive | None = None
     """Iterations after which the run keeps its result so far, again and again, in `snapshots/`."""

@@ -354,6 +354,7 @@ def claimed_cuda() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(Params4bit, "data", _PACKED_DATA, create=True))
+        stack.enter_context(patch.object(torch, "set_float32_matmul_precision", lambda how: None))
         stack.enter_context(patch.object(torch, "set_autocast_enabled", enable_autocast))
         stack.enter_context(patch.object(torch, "set_autocast_dtype", choose_dtype))
         for name, answer in answers.items():
