@@ -329,8 +329,8 @@ class Training(LaterFields):
     """Losses whose gradients are averaged before an update."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the UNet's passes (autocast); the factors are fp32. fp16 needs a GPU, which multiplies fp32
-    in TF32."""
+    """Of the UNet's passes (autocast); the factors are fp32. fp16 needs a GPU; one
+    multiplies fp32 in TF32."""
 
     base_precision: Literal["fp32", "bf16", "fp16", "nf4"] = "fp32"
     """How the base's weights are kept: fp32, as `precision`, or `nf4`: its linear layers in 4 bits
