@@ -434,10 +434,7 @@ class Trainer:
 
 
 def _place(unet: UNet2DConditionModel, training: Training, device: torch.device) -> None:
-    """Put the base on its device, in its precision; a card multiplies fp32 in TF32, as its
-    convolutions do anyway: several times as fast, with 10 bits behind the point."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    """Put the base on its device, in its precision."""
     if training.base_precision == "nf4":
         quantise(unet, device, DTYPES[training.precision])
     else:
