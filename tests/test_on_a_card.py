@@ -57,7 +57,8 @@ def on_card():
 
 @pytest.mark.parametrize("way", _WAYS)
 def test_a_step_trains_on_the_card_in_every_way(card, way):
-    trained = trainer(recipe(**_SMALL | _WAYS[way]), kept=2 if way == "kept" else 0)
+    settings = recipe(**_SMALL | _WAYS[way])
+    trained = trainer(settings, kept=2 * bool(settings.preserve.prompts))
     start = result(trained)
     trained.step()
     assert trained.accelerator.device.type == CARD.type
