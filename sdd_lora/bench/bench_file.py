@@ -283,8 +283,8 @@ def _named(entries: Any, where: str, default: Any) -> Any:
 
 
 def _quicken(fields: dict[str, Any]) -> None:
-    """Put the fields of `quick` on top; recipes get theirs too. What has not the shape for that is
-    left for the field's own check."""
+    """Put the fields of `quick` on top; recipes get theirs too, but a row that is not trained stays
+    so. What has not the shape for that is left for the field's own check."""
     quick = fields.get("quick")
     if not isinstance(quick, dict):
         raise BadInput("--quick: this bench has no `quick` section that says what to leave out")
@@ -295,7 +295,9 @@ def _quicken(fields: dict[str, Any]) -> None:
     if isinstance(recipes, dict) and isinstance(changes, dict):
         for trained in recipes.values():
             if isinstance(trained, dict) and isinstance(trained.get("set", {}), dict):
-                trained["set"] = trained.get("set", {}) | changes
+                own = trained.get("set", {})
+                untrained = {k: 0 for k in ("training.iterations",) if own.get(k) == 0}
+                trained["set"] = own | changes | untrained
 
 
 def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:

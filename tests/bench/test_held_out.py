@@ -110,3 +110,9 @@ def test_seeds_for_tuning_cards_and_the_table_are_disjoint(bench):
             assert not table & set(card) and card.stop <= TUNING.start
     assert not table & set(TUNING[:1]) and max(table) < TUNING.start
     assert bench.choice.seeds.first in TUNING
+
+
+def test_quick_trains_no_row_that_is_not_trained():
+    quick = Bench.load(packaged_recipe("bench/demo-held-out"), quick=True)
+    lengths = {name: quick.recipe(name).training.iterations for name in quick.trainings}
+    assert lengths.pop("closed-form") == 0 and set(lengths.values()) == {8}
