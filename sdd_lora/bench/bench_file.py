@@ -296,7 +296,8 @@ def _quicken(fields: dict[str, Any]) -> None:
         for trained in recipes.values():
             if isinstance(trained, dict) and isinstance(trained.get("set", {}), dict):
                 own = trained.get("set", {})
-                untrained = {k: 0 for k in ("training.iterations",) if own.get(k) == 0}
+                length = "training.iterations"
+                untrained = {length: 0} if own.get(length) == 0 else {}
                 trained["set"] = own | changes | untrained
 
 
