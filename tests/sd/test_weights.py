@@ -71,7 +71,7 @@ KEY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     [
         ({"down_blocks.7.x.weight": torch.ones(2)}, "down_blocks.7.x.weight: the model's UNet has"),
         ({"text_model.encoder.layers.0.mlp.fc1.weight": torch.ones(2)}, "1 of 2 keys have no"),
-        ({"first_stage_model.x": torch.ones(2)}, "given as MODEL"),
+        ({"first_stage_model.x": torch.ones(2)}, "is a MODEL"),
         ({"conv_in.weight": torch.ones(8, 9, 3, 3)}, r"expected the shape \(8, 4, 3, 3\)"),
         ({f"unet.{KEY}": torch.ones(16, 16)}, "are both mid_block"),
         ({"conv_in.bias": torch.ones(8, dtype=torch.int64)}, "expected floating-point"),
