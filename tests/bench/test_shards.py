@@ -1,12 +1,9 @@
 """A bench drawn by several: jobs of an array, one after another or at once, and torchrun's."""
 
-import json
-import subprocess
-import sys
 from contextlib import ExitStack
 
 from support.adapters import random_adapter
-from support.benches import SMALL, images_of, never_train, parsed, ran, same
+from support.benches import images_of, never_train, parsed, ran, same
 
 from sdd_lora.bench import methods
 from sdd_lora.bench.methods import Weights
@@ -49,16 +46,3 @@ def test_a_shard_waits_for_the_model_that_another_one_bakes(tmp_path, monkeypatc
     monkeypatch.setattr(methods.time, "sleep", wait)
     baked = Weights(parsed(), never_train).baked("demo", parts)
     assert (baked / "unet").is_dir()
-
-
-def test_torchruns_processes_share_the_drawing(tmp_path):
-    few = SMALL.replace("erased: 3, kept: 4", "erased: 2, kept: 2")
-    (tmp_path / "b.yaml").write_text(few)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, "-m", "sdd_lora", "evaluate", "b.yaml", "-o", "out", "-q"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {row["method"] for row in results["rows"]} == {"sd", "neg"}
-    assert done.stdout.count("concept drawn") == 1
-    assert not list((tmp_path / "out").rglob("manifest.*.jsonl"))

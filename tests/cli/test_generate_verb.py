@@ -40,30 +40,6 @@ def images(folder):
     return {p.name: np.asarray(Image.open(p)).astype(int) for p in folder.glob("*.png")}
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
-def test_two_processes_draw_what_one_does(call, tmp_path):
-    call(*command(tmp_path, tmp_path / "one"))
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdd_lora"]
-    two = subprocess.run(
-        [sys.executable, "-m", *launch, *command(tmp_path, tmp_path / "two", "--json")],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr
-    result = two.stdout[two.stdout.index("{") :]  # gloo may say hello on stdout before it
-    assert json.loads(result) == {"folder": str(tmp_path / "two"), "images": 5, "drawn": 5}
-    assert manifest(tmp_path / "two") == manifest(tmp_path / "one")
-    assert manifest(tmp_path / "one")[1] == {
-        "file": "00001.png", "prompt": "a bomb,\nnoto style", "seed": 6, "guidance": 9.5
-    }  # fmt: skip
-    left = sorted(p.name for p in (tmp_path / "two").iterdir() if p.suffix != ".png")
-    assert left == ["manifest.jsonl", "settings.json"]
-    first, second = images(tmp_path / "one"), images(tmp_path / "two")
-    assert first.keys() == second.keys() and len(first) == 5
-    for name, image in first.items():
-        difference = np.abs(image - second[name])
-        assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
 def test_after_a_kill_no_image_is_missing_and_none_twice(ask, tmp_path):
     out = tmp_path / "out"

@@ -54,19 +54,6 @@ def test_images_of_a_model_that_changed_since_are_not_taken_for_its_own(ask, ref
     assert "another run (parts differ)" in refused(*command)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
-def test_of_several_processes_one_prints_the_result(tmp_path):
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "sdd_lora", "train", "r.yaml", "-o", "run"],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("not measured") == 1
-    assert (tmp_path / "run" / "metrics.json").exists()
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
 def test_a_result_that_cannot_be_written_is_one_line():
     with open("/dev/full", "w") as full:

@@ -172,24 +172,22 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path):
         "import sys, torch; torch.set_num_threads(1)\n"
         "from sdd_lora.training import trainer; trainer._CHECKPOINT_EVERY_S = 0\n"
         "from sdd_lora import Recipe, train\n"
-        "train(Recipe.load(sys.argv[1]), sys.argv[2], resume=len(sys.argv) > 3)\n"
+        "train(Recipe.load(sys.argv[1]), sys.argv[2])\n"
     )
 
-    def start(folder, *resume):
-        return subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path / "r.yaml"), str(folder), *resume],
-            stderr=subprocess.DEVNULL,
-        )
-
-    assert start(tmp_path / "whole").wait() == 0
-    killed = start(tmp_path / "killed")
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    train(recipe, tmp_path / "whole")
+    killed = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "r.yaml"), str(tmp_path / "killed")],
+        stderr=subprocess.DEVNULL,
+    )
     while not (tmp_path / "killed" / "state" / "state.pt").exists():
         time.sleep(0.05)
     time.sleep(0.3)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "adapter.safetensors").exists()
-    assert start(tmp_path / "killed", "resume").wait() == 0
+    train(recipe, tmp_path / "killed", resume=True)
     for name in ("adapter.safetensors", "adapter.peft.safetensors"):
         assert sha256_of(tmp_path / "whole" / name) == sha256_of(tmp_path / "killed" / name)
 
