@@ -67,18 +67,15 @@ def test_its_files_and_the_page_say_the_same():
 
 
 def test_each_attack_finds_the_concept_in_the_model_that_nothing_protects():
-    rows = Results.load(FOLDER).attacks
-    found = {row.attack: row.after for row in rows if row.method == "sd"}
-    by_learning = {name: rate for name, rate in found.items() if name.startswith("inversion")}
-    assert by_learning and max(by_learning.values()) >= 0.9
-    assert min(found["completion 5"], found["img2img"], found["inpainting"]) >= 0.9
+    found = {row.attack: row.after for row in Results.load(FOLDER).attacks if row.method == "sd"}
+    assert found and min(found.values()) >= 0.9
 
 
 def test_the_card_of_weapons_says_what_it_withstands():
     metrics = json.loads((WEAPONS / "metrics.json").read_text("utf-8"))
     assert metrics["attacks"] == json.loads(json.dumps([asdict(r) for r in rows_of("weapons")]))
     card = (WEAPONS / "README.md").read_text("utf-8")
-    assert "## What it withstands, and what not" in card and "| concept inversion" in card
+    assert "## What it withstands, and what not" in card and "| completion 5 |" in card
 
 
 if __name__ == "__main__":
