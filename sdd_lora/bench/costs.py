@@ -20,7 +20,8 @@ def costs_of(weights: Weights) -> list[Cost]:
 
 def _cost(weights: Weights, method: str) -> Cost:
     bench = weights.bench
-    if method in bench.images or method in bench.code or method in bench.weights:
+    elsewhere = (bench.images, bench.code, bench.weights, bench.models)
+    if any(method in named for named in elsewhere):
         return Cost(method=method, told="not known here")
     if weights.is_uce(method):
         assert bench.uce is not None

@@ -10,6 +10,7 @@ from support.benches import never_train
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.bench.attacked import FOUND
 from sdd_lora.bench.bench_file import Bench
+from sdd_lora.bench.costs import costs_of
 from sdd_lora.bench.grid import grid_of
 from sdd_lora.bench.methods import Weights
 from sdd_lora.bench.run import run
@@ -72,6 +73,13 @@ def weights(folder):
 def cell_of(weights, key, method):
     cells = grid_of(weights.bench).cells
     return next(c for c in cells if (c.setting, c.method) == (key, method))
+
+
+def test_what_another_model_took_is_not_known_here(folder):
+    bench = Bench.load(folder / "b.yaml", overrides={"methods": ["sd", "other"]})
+    sd, other = costs_of(Weights(bench, never_train))
+    assert (sd.told, sd.parameters) == ("nothing", 0)
+    assert (other.told, other.parameters, other.seconds) == ("not known here", None, None)
 
 
 def test_a_models_text_encoder_gives_way_to_the_bases(weights):
