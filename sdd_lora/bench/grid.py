@@ -109,7 +109,7 @@ def grid_of(bench: Bench) -> Grid:
             changed = _varied(default, variation.field, value)
             is_default = changed == default and not own
             cells += [
-                Cell(m, name, value, changed, fewer, is_default and m in methods)
+                Cell(m, name, value, changed, fewer, is_default and _is_drawn_once(bench, m))
                 for m in variation.methods
             ]
     return Grid(cells + _attack_cells(bench, default, specs), prompts)
@@ -131,6 +131,11 @@ def _main_cells(
     return cells
 
 
+def _is_drawn_once(bench: Bench, method: str) -> bool:
+    """Whether the main table has all its images of a method from the same weights."""
+    return method in bench.methods and len(bench.trainings_of(method)) == 1
+
+
 def _attack_cells(bench: Bench, default: Conditions, specs: Sequence[ImageSpec]) -> list[Cell]:
     """Each attacked method without attack, which are the main table's images where it stands there,
     and under each attack that it can be put to."""
@@ -142,7 +147,9 @@ def _attack_cells(bench: Bench, default: Conditions, specs: Sequence[ImageSpec])
     targets = {
         count: spread_over_sets(most, {"erased": count, "kept": 0}) for count in counts.values()
     }
-    cells = [Cell(m, ATTACK_VARIATION, "none", default, most, m in bench.methods) for m in methods]
+    cells = [
+        Cell(m, ATTACK_VARIATION, "none", default, most, _is_drawn_once(bench, m)) for m in methods
+    ]
     return cells + [
         Cell(
             m,

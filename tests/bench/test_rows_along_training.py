@@ -6,12 +6,15 @@ import pytest
 from support.adapters import random_adapter
 from support.benches import RECIPE, SMALL, images_of, lines_of, never_train, parsed, ran, same
 
+from sdd_lora.attacks.settings import Attacks, ClipSkip
 from sdd_lora.bench import text
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.choice import choice_rows
+from sdd_lora.bench.grid import grid_of
 from sdd_lora.bench.report import render_report
 from sdd_lora.bench.results import ImageRecord, find_row
 from sdd_lora.bench.run import draw_shard
+from sdd_lora.bench.sections import VariationOf
 from sdd_lora.errors import BadInput
 from sdd_lora.io.distributed import Shard
 from sdd_lora.measures.base import MeasureInfo
@@ -191,6 +194,19 @@ def test_several_trainings_share_a_rows_images_and_widen_its_interval(bench, tmp
     row = find_row(results.rows, "sdd", "concept drawn", "all")
     assert row.n == 3 and row.difference is not None
     assert "2 trainings" in next(c.told for c in results.costs if c.method == "sdd")
+
+
+def test_images_of_several_trainings_are_not_taken_for_those_of_one(bench):
+    trained = bench.recipes["sdd"].model_copy(update={"seeds": [4, 9]})
+    weight = {"field": "weight", "values": [1], "methods": ["sdd"], "erased": 1}
+    changes = {
+        "variations": {"v": VariationOf(**weight)},
+        "attacks": Attacks(methods=["sdd"], clip_skip=ClipSkip()),
+    }
+    for recipe, drawn_once in ((bench.recipes["sdd"], True), (trained, False)):
+        cells = grid_of(bench.model_copy(update=changes | {"recipes": {"sdd": recipe}})).cells
+        own = {c.setting: c.is_main for c in cells if c.method == "sdd" and c.variation}
+        assert own == {1.0: drawn_once, "none": drawn_once, "clip_skip": False}
 
 
 def test_an_interval_over_trainings_is_wider_where_these_differ():
