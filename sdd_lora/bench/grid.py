@@ -170,7 +170,8 @@ def _can_be_attacked(bench: Bench, method: str, settings: AttackSettings) -> boo
     only adapters have a weight."""
     if isinstance(settings, AdapterWeight):
         trained = method in bench.recipes and bench.recipe(method).parameters != "full"
-        return method != "baked" and (method in bench.adapters or trained)
+        named = method in bench.adapters or method in bench.words
+        return method != "baked" and (named or trained)
     by_weights = settings.draws_plainly or settings.access == "white-box"
     return not by_weights or draws_with(bench, method) == "sd"
 

@@ -65,6 +65,13 @@ def test_who_is_attacked_how_and_on_how_many_prompts(folder):
     assert set(few) <= set(cells[0].specs)
 
 
+def test_an_adapter_from_words_has_a_weight_to_attack(folder):
+    attacks = {"methods": ["words", "other"], "adapter_weight": {"weight": -1}}
+    bench = Bench.load(folder / "b.yaml", overrides={"words": {"words": {}}, "attacks": attacks})
+    cells = grid_of(bench).cells
+    assert [c.method for c in cells if c.setting == "adapter_weight"] == ["words"]
+
+
 @pytest.fixture(scope="module")
 def weights(folder):
     return Weights(Bench.load(folder / "b.yaml"), never_train)
