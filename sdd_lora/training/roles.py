@@ -231,8 +231,10 @@ class EmbeddingRoles(FactorRoles):
     ) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]] | None:
         if self._active == BASE:
             return None
-        z_t, t, prompts = inputs
-        return (z_t, t, self._change_of(self._active)(prompts)), named
+        z_t, t, *others = inputs  # pipelines name the prompts, the trainer doesn't
+        prompts = others[0] if others else named["encoder_hidden_states"]
+        unnamed = {key: value for key, value in named.items() if key != "encoder_hidden_states"}
+        return (z_t, t, self._change_of(self._active)(prompts)), unnamed
 
 
 def _module_of(role: str) -> str:

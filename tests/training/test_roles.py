@@ -272,3 +272,12 @@ def test_only_the_students_change_of_embeddings_is_trained(change, inputs):
     assert all(factor.grad.abs().sum() > 0 for factor in change.parameters)
     trained = [name for name, p in change.unet.named_parameters() if p.requires_grad]
     assert trained == ["embeddings_of_student.lora_A", "embeddings_of_student.lora_B"]
+
+
+@torch.no_grad()
+def test_a_change_of_embeddings_is_made_where_a_pipeline_names_the_prompts(change, inputs):
+    z_t, t, prompts = inputs
+    named = change.unet(z_t, t, encoder_hidden_states=prompts).sample
+    assert torch.equal(named, estimate(change.unet, inputs))
+    with change.base() as unet:
+        assert not torch.equal(named, estimate(unet, inputs))
