@@ -99,8 +99,10 @@ def erase_by(
     """`erase` with a text encoder that is loaded already; `model` is its name."""
     concepts, keep, into = _read_words(text, concepts, keep, into)
     width = int(text.encoder.config.hidden_size)
-    if rank is not None and rank > width:
-        raise BadInput(f"rank: expected {width} at most, the prompts' width, found {rank}")
+    if rank is not None and not 1 <= rank <= width:
+        raise BadInput(f"rank: expected 1 to {width}, the prompts' width, found {rank}")
+    if vocabulary < 1:
+        raise BadInput(f"vocabulary: expected 1 word or more, found {vocabulary}")
     known = _Vocabulary.of(text, vocabulary)
     stay = {phrase.lower() for phrase in keep}
     gone = {word for concept in concepts for word in concept.lower().split()} - stay
@@ -206,7 +208,8 @@ def _common(label: str, values: Sequence[Value]) -> Value:
 def _read_words(
     text: TextParts, concepts: Sequence[str], keep: Sequence[str], into: str | None
 ) -> tuple[list[str], list[str], str | None]:
-    """The words of a call, checked."""
+    """The words of a call, checked. A single text is a list of one."""
+    concepts, keep = ([w] if isinstance(w, str) else w for w in (concepts, keep))
     if not concepts:
         raise BadInput("concepts: expected at least one, found none")
     erased = words.require_readable("concepts", concepts, text.tokenizer, _TOKENS)

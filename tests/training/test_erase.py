@@ -207,3 +207,18 @@ def test_an_eraser_is_measured_as_any_adapter(tmp_path):
     saved = Adapter.load(tmp_path / "run")
     assert saved.is_portable and len(saved.metadata.measures) == 2
     assert "rank 1" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        (["axe"], {"rank": -1}, "rank: expected 1 to 128.*found -1"),
+        (["axe"], {"vocabulary": -1}, "vocabulary: expected 1 word or more, found -1"),
+        ("<|endoftext|>", {}, r"concepts '<\|endoftext\|>': the model reads nothing"),
+    ],
+)
+def test_numbers_that_can_not_be_are_refused_and_a_text_is_no_list_of_letters(
+    words, options, message
+):
+    with pytest.raises(BadInput, match=message):
+        erase(words, **options)
