@@ -372,7 +372,8 @@ class Trainer:
         if state.get("started_from") != (self.started_from and self.started_from.sha256):
             raise BadInput(
                 f"{self.state_path}: went on from another file of the name "
-                f"{self.recipe.lora.starts_from}; put that one there, or start over with --force"
+                f"{self.recipe.lora.starts_from}; put that one there, or start over with "
+                "`force=True`"
             )
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self._check_length(planned)
