@@ -97,6 +97,18 @@ def test_a_list_of_prompts_wants_a_model(tmp_path):
     assert (recipe.training.iterations, recipe.optimizer.learning_rate) == (500, 1e-4)
 
 
+def test_the_layer_that_reads_prompts_is_taken_over(tmp_path):
+    recipe = Recipe.load(write(tmp_path, changed(CONFIG, "pretrained_model.clip_skip", 2)))
+    assert recipe.clip_skip == 2
+
+
+def test_a_list_of_prompts_that_is_no_text_is_told(tmp_path):
+    path = write(tmp_path, changed(CONFIG, "prompts_file", "latin.yaml"))
+    (tmp_path / "latin.yaml").write_bytes(b"- target: caf\xe9\n")
+    with pytest.raises(BadInput, match=r"latin.yaml: can't read LECO's list"):
+        Recipe.load(path)
+
+
 @pytest.mark.parametrize(("method", "kind"), [("xattn", "esd-x"), ("noxattn", "esd-u")])
 def test_sliders_training_methods_are_esds(tmp_path, method, kind):
     recipe = Recipe.load(write(tmp_path, changed(CONFIG, "network.training_method", method)))
@@ -141,7 +153,6 @@ def test_enhancing_by_a_negative_scale_is_erasing(tmp_path):
     ("config", "dotted", "value", "message"),
     [
         (CONFIG, "pretrained_model.v2", True, "pretrained_model: v2: not to be had here"),
-        (CONFIG, "pretrained_model.clip_skip", 2, "pretrained_model: clip_skip: not to be had"),
         (CONFIG, "network.training_method", "selfattn", "training_method: selfattn: expected one"),
         (CONFIG, "train.optimizer", "dadaptation", "train: optimizer: dadaptation: expected one"),
         (CONFIG, "train.lr", "high", "train.lr: Input should be a valid number"),

@@ -213,9 +213,13 @@ def translated(text: str, path: Path) -> Translated | None:
 
 def _of_leco(config: _LecoConfig, path: Path) -> Translated:
     model, network, train = config.pretrained_model, config.network, config.train or _LecoTrain()
-    _refuse(f"{path}: pretrained_model", v2=model.v2, clip_skip=model.clip_skip not in (None, 1))
+    _refuse(f"{path}: pretrained_model", v2=model.v2)
     prompts_path = _beside(path, config.prompts_file)
-    content = read_yaml(prompts_path.read_text("utf-8"), str(prompts_path)).value
+    try:
+        text = prompts_path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{prompts_path}: can't read LECO's list of prompts: {error}") from error
+    content = read_yaml(text, str(prompts_path)).value
     found = _of_prompts(_prompts(content, prompts_path), str(prompts_path))
     save = config.save or _LecoSave()
     where = f"{path}: network: training_method"
@@ -235,6 +239,8 @@ def _of_leco(config: _LecoConfig, path: Path) -> Translated:
         found.differences.append("no convolutions are adapted (network.type: c3lier)")
     if model.v_pred:
         found.fields["prediction"] = "v_prediction"
+    if model.clip_skip is not None:
+        found.fields["clip_skip"] = model.clip_skip
     found.differences += _unused(
         ("", config), ("pretrained_model", model), ("network", network), ("train", train),
         ("save", save),
