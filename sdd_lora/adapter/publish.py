@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 
 from sdd_lora.adapter import hub
-from sdd_lora.adapter.adapter import Adapter, adapter_file
+from sdd_lora.adapter.adapter import Adapter, adapter_file, stored_dtype
+from sdd_lora.adapter.alphas import PEFT_CONFIG_FILE
 from sdd_lora.adapter.card import render_card, write_sidecar
 from sdd_lora.io.atomic import sha256_of
+from sdd_lora.io.torch_zip import is_torch_file
 from sdd_lora.recipe import Recipe
 
 _CARD, _RECIPE, _MARK = "README.md", "recipe.yaml", "---\n"
@@ -32,8 +34,13 @@ def publish(
         if source.is_dir():
             for file in filter(lambda file: hub.is_published(file.name), source.iterdir()):
                 shutil.copyfile(file, folder / file.name)
-        if not (folder / hub.ADAPTER_FILE).is_file():
-            shutil.copyfile(path, folder / hub.ADAPTER_FILE)
+        target = folder / hub.ADAPTER_FILE
+        if not target.is_file():
+            if is_torch_file(path) or (path.parent / PEFT_CONFIG_FILE).is_file():
+                # no pickle is published, nor a file whose alpha stands in another one
+                Adapter.load(path).save(target, dtype=stored_dtype(path))
+            else:
+                shutil.copyfile(path, target)
         _complete(folder, license)
         return hub.push(folder, repository, private)
 

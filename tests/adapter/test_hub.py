@@ -5,6 +5,7 @@ import pickle
 import socket
 
 import pytest
+import torch
 import yaml
 from support.adapter_making import distance, random_adapter
 from support.portable import portable
@@ -217,3 +218,19 @@ def test_where_an_adapter_lay_that_a_run_went_on_from_stays_private(hub, run, tm
     text = hub.repositories[REPOSITORY]["recipe.yaml"].decode()
     assert str(tmp_path) not in text
     assert Recipe.parse(text).sha256 == recipe.sha256
+
+
+def test_a_pickle_and_a_file_whose_alpha_is_elsewhere_are_published_as_safetensors(hub, tmp_path):
+    adapter = random_adapter(rank=2, alpha=2.0)
+    folder = adapter.save(tmp_path / "peft", format="peft")
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 6}))
+    old = tmp_path / "old.pt"
+    torch.save({k: torch.tensor(v) for k, v in adapter.to_state_dict().items()}, old)
+    for source in (folder, old):
+        publish(source, REPOSITORY)
+        (tmp_path / "got.safetensors").write_bytes(
+            hub.repositories[REPOSITORY]["adapter.safetensors"]
+        )
+        found = Adapter.load(tmp_path / "got.safetensors")
+        assert found.norm() == pytest.approx(Adapter.load(source).norm(), rel=1e-3)
