@@ -26,6 +26,7 @@ _READS, _WRITES = "embeddings.lora_down.weight", "embeddings.lora_up.weight"
 _UNET, _TOKENS = "diffusion_model.", 77
 #: matrices of the UNet, by ComfyUI's names, that read the prompt's embedding
 _READ_EMBEDDINGS = (".attn2.to_k.weight", ".attn2.to_v.weight")
+_NO_LAYERS = "the model has no attn2.to_k that reads prompts; expected one of SD 1.x"
 #: in the folder `custom_nodes`
 FILE_NAME = "sdd_lora_nodes.py"
 
@@ -207,6 +208,8 @@ def on_model(model: Any, eraser: Tensors, name: str) -> Tensors:
         _require_width(weight.shape[1], down, name)
         found[f"{stems[key]}.lora_up.weight"] = weight @ up * _scale(eraser, "embeddings", down)
         found[f"{stems[key]}.lora_down.weight"] = down
+    if not found:
+        raise ValueError(f"{name}: {_NO_LAYERS}")
     return found
 
 
@@ -288,6 +291,8 @@ def hooks_of(model: Any, tensors: Tensors, name: str) -> list[_Change]:
     if _READS in tensors:
         state = model.model.state_dict()
         keys = [k for k in state if k.startswith(_UNET) and k.endswith(_READ_EMBEDDINGS)]
+        if not keys:
+            raise ValueError(f"{name}: {_NO_LAYERS}")
         _require_width(state[keys[0]].shape[1], tensors[_READS], name)
         layers = [(key, "embeddings") for key in keys]
     else:

@@ -147,6 +147,13 @@ def test_files_that_do_not_fit_are_refused_not_passed_by(tmp_path, model):
         load(model, "old.pt", 1.0, "off")
 
 
+def test_an_eraser_on_another_family_is_refused_not_passed_by(model):
+    other = ModelPatcher(torch.nn.Linear(2, 2))
+    for node in (LoadSafetyAdapter().load, BakeSafetyAdapter().bake):
+        with pytest.raises(ValueError, match=r"no attn2.to_k that reads prompts"):
+            node(other, ERASER, 1.0, **({"gate": "off"} if "Load" in node.__qualname__ else {}))
+
+
 def test_a_gate_says_what_it_lacks(model):
     with pytest.raises(ValueError, match="connect CLIP"):
         LoadSafetyAdapter().load(model, ERASER, 1.0, "by prompt")
