@@ -59,8 +59,10 @@ def _complete(folder: Path, license: str | None) -> None:
         write_sidecar(adapter, file)
     recipe = folder / _RECIPE
     if recipe.is_file() and (start := Recipe.load(recipe).lora.starts_from):
-        text = recipe.read_text("utf-8").replace(start, f"./{Path(start).name}")
-        recipe.write_text(text, "utf-8")  # where it lay on this disk is nobody's business
+        fields = yaml.safe_load(recipe.read_text("utf-8"))
+        fields["lora"]["init"] = f"./{Path(start).name}"  # where it lay is nobody's business
+        text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        recipe.write_text(text, "utf-8")
 
 
 def _metrics_of(folder: Path) -> dict[str, Any]:
