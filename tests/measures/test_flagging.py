@@ -34,6 +34,7 @@ class Dark(OpenNsfw):
     """Flags the darker half of pictures; needs no package."""
 
     threshold = 0.5
+    source = "none"
     info = {"open_nsfw": MeasureInfo(kind="rate", of="all", better="lower")}
 
     def __init__(self, erased):

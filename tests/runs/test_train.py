@@ -298,7 +298,7 @@ def test_memory_that_runs_out_before_the_first_iteration_gives_advice_too(tmp_pa
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(one_run, "Trainer", fails)
-    with pytest.raises(SddLoraError, match=r"out of memory.*rollout\.batch=1"):
+    with pytest.raises(SddLoraError, match=r"out of memory.*rollout\.batch\"\]=1"):
         train(short(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

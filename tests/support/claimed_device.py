@@ -354,6 +354,8 @@ def claimed_cuda() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(Params4bit, "data", _PACKED_DATA, create=True))
+        # bitsandbytes keeps the codes of its quantiles on the device that asked first
+        stack.enter_context(patch.dict("bitsandbytes.functional.name2qmap", clear=True))
         stack.enter_context(patch.object(torch, "set_float32_matmul_precision", lambda how: None))
         stack.enter_context(patch.object(torch, "set_autocast_enabled", enable_autocast))
         stack.enter_context(patch.object(torch, "set_autocast_dtype", choose_dtype))
