@@ -91,12 +91,13 @@ def test_each_is_sound_complete_and_as_its_metrics_say(folder):
     assert adapter.metadata["measures"] == metrics["measures"]
     assert misfits_of(open_sd1(locate("demo")), [(adapter, 1.0)]) == []
     loads = {v.loader: v.loads for v in verdicts(describe_adapter(path))}
-    assert loads["diffusers"]
+    assert loads["diffusers"] != adapter.is_portable  # an eraser of embeddings is baked, or ours
     assert not loads["A1111"], "of the embedded model's size, it fits no Stable Diffusion 1.5"
-    twin = Adapter.load(folder / "adapter.peft.safetensors")
-    for module in adapter.factors:
-        difference = adapter.delta(module) - twin.delta(module)
-        assert difference.norm() <= 1e-3 * adapter.delta(module).norm()
+    if not adapter.is_portable:
+        twin = Adapter.load(folder / "adapter.peft.safetensors")
+        for module in adapter.factors:
+            difference = adapter.delta(module) - twin.delta(module)
+            assert difference.norm() <= 1e-3 * adapter.delta(module).norm()
     for name in ("README.md", "adapter.json", "before-after.png"):
         assert (folder / name).stat().st_size > 0
     if metrics["training"]:
