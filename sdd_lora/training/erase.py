@@ -180,7 +180,14 @@ def made_for(adapter: Adapter, model: str, *, resolve: bool = False) -> Adapter:
     other adapter is itself. Raises BadInput where it can't be made anew.
     """
     entry = adapter.metadata.words
-    if not adapter.is_portable or entry is None or entry.text_encoder is None:
+    if not adapter.is_portable:
+        return adapter
+    if resolve and (entry is None or adapter.lineage):
+        raise BadInput(
+            f"{adapter.name}: was trained, scaled, stacked or resized since erase made it, so that "
+            "words alone don't make it anew; expected an eraser as erase made it"
+        )
+    if entry is None or entry.text_encoder is None:
         return adapter
     try:
         found = load_text_parts(model).fingerprint

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sdd_lora import erase, sd1
+from sdd_lora import erase, sd1, stack
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.portable import adapter_on
 from sdd_lora.errors import BadInput
@@ -132,6 +132,8 @@ def test_for_another_text_encoder_it_is_told_and_made_anew(tmp_path, caplog):
     assert anew.metadata.words.text_encoder == load_text_parts(other).fingerprint
     assert anew.identity == erase(["axe"], other).adapter.identity != eraser.identity
     assert made_for(anew, other, resolve=True) is anew
+    with pytest.raises(BadInput, match="scaled, stacked or resized"):
+        made_for(stack([(eraser, 0.5)]), other, resolve=True)
 
 
 def test_words_beyond_the_most_frequent_are_read_in_short(monkeypatch):
