@@ -98,4 +98,4 @@ def test_train_takes_what_the_unet_predicts(ask, call, tmp_path):
     recipe.write_text(RECIPE)
     ask("train", recipe, "-o", tmp_path / "run", "--prediction", "v")
     assert Recipe.load(tmp_path / "run" / "recipe.yaml").prediction == "v_prediction"
-    assert "'v', 'v_prediction'" in call("train", recipe, "--prediction", "x0", code=2).err
+    assert "epsilon" in call("train", recipe, "--prediction", "x0", code=2).err
