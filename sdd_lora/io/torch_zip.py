@@ -93,6 +93,7 @@ def read_pickle_header(path: Path) -> PickleHeader:
         return _read_archive(path)
     except OSError as error:
         raise BadInput(f"{path}: can't be read, or damaged: {error.strerror or error}") from error
+    # zipfile raises the last two for methods that it lacks, and for entries cut short
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise BadInput(f"{path}: damaged or no torch file: {error}") from error
 

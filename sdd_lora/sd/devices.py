@@ -25,6 +25,7 @@ def device_named(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+    # a torch without CUDA asserts that it has it; a device of another backend is not implemented
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
         raise BadInput(f"device {name}: can't be used here: {first:.200}") from None

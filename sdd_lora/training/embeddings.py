@@ -11,7 +11,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import TextParts, TrainingParts, text_fingerprint
 from sdd_lora.sd.prompts import embed, join_concepts, skipped
-from sdd_lora.training.erase import VOCABULARY, erase_by
+from sdd_lora.training.erase import VOCABULARY, erase
 from sdd_lora.training.words import kept_prompts, sample_company, whole_words, wordings
 
 #: embeddings this close are of the same tokens; those of different words differ by about 1
@@ -65,7 +65,7 @@ def _encoded(recipe: Recipe, parts: TrainingParts, text_encoder: CLIPTextModel) 
     eraser, known, gone = None, whole_words(parts.tokenizer, VOCABULARY), set()
     if recipe.lora.init == "words" or recipe.preserve.vocabulary:
         reader = TextParts(parts.tokenizer, text_encoder, text_fingerprint(text_encoder))
-        erased = erase_by(reader, recipe.concepts, recipe.model, rank=recipe.lora.rank)
+        erased = erase(recipe.concepts, recipe.model, rank=recipe.lora.rank, text=reader)
         eraser = erased.adapter if recipe.lora.init == "words" else None
         gone = {*erased.near, *(word for c in recipe.concepts for word in c.lower().split())}
     company = sample_company([word for word in known if word not in gone], _COMPANIONS)

@@ -70,33 +70,19 @@ def erase(
     rank: int | None = None,
     name: str | None = None,
     vocabulary: int = VOCABULARY,
+    text: TextParts | None = None,
 ) -> Erased:
     """A portable adapter that keeps a MODEL from drawing `concepts`, from words alone.
 
     Everything else that the tokenizer knows is kept, minus the concepts' own words and words too
     near to them; what is in `keep` counts as much as all of it. In a concept's place comes what
     the same prompt gives with other words, on the mean, or with `into`. Only the text encoder is
-    loaded. Raises BadInput for words that the model doesn't read, or that are to go and to stay.
+    loaded, or `text` taken where the MODEL's is loaded already. Raises BadInput for words that the
+    model doesn't read, or that are to go and to stay.
     """
-    text = load_text_parts(model)
-    text.encoder.to(best_device())
-    return erase_by(
-        text, concepts, model, keep=keep, into=into, rank=rank, name=name, vocabulary=vocabulary
-    )
-
-
-def erase_by(
-    text: TextParts,
-    concepts: Sequence[str],
-    model: str,
-    *,
-    keep: Sequence[str] = (),
-    into: str | None = None,
-    rank: int | None = None,
-    name: str | None = None,
-    vocabulary: int = VOCABULARY,
-) -> Erased:
-    """`erase` with a text encoder that is loaded already; `model` is its name."""
+    if text is None:
+        text = load_text_parts(model)
+        text.encoder.to(best_device())
     concepts, keep, into = _read_words(text, concepts, keep, into)
     width = int(text.encoder.config.hidden_size)
     if rank is not None and not 1 <= rank <= width:

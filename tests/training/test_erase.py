@@ -146,7 +146,6 @@ def test_words_beyond_the_most_frequent_are_read_in_short(monkeypatch):
 
     monkeypatch.setattr(module, "_embed", counting)
     monkeypatch.setattr(module, "_WHOLE", 120)
-    monkeypatch.setattr(module, "_NEAR", 0.45)  # no cache of another test has these prompts
     text = load_text_parts("demo")
     known = module._Vocabulary.of(text, 150)
     assert read == {len(module._POSITIONS): 120 + 900, module._FIRST: 30}
