@@ -59,6 +59,7 @@ METHOD_TEXTS = {
     "closed-form": "an adapter solved over the prompts in closed form, untrained",
     "closed-form-sdd": "an adapter from a closed form, then SDD, other prompts held",
     "words": "an adapter from words alone, a projection, untrained",
+    "words-sdd": "an adapter from words alone, then SDD, other words held",
     "words-solved": "adapters from words, solved as one",
     "sdd-gated": "the adapter, its strength by the prompt's similarity",
     "stack": "several adapters, summed exactly",
