@@ -31,7 +31,7 @@ from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_folder, atomic_output, require_replaceable
 from sdd_lora.io.download import is_hub_id
 from sdd_lora.io.safetensors import data_sha256, header_of, open_input, read_tensor, serialize
-from sdd_lora.io.torch_zip import is_torch_file
+from sdd_lora.io.torch_zip import is_torch_file, require_torch_zip
 from sdd_lora.progress import warn
 
 if TYPE_CHECKING:
@@ -311,6 +311,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     """Tensors of a legacy file, through torch's unpickler of tensors alone: nothing is executed."""
     import torch
 
+    require_torch_zip(path)
     try:
         with open_input(path) as file:  # by its name alone, torch takes it for safetensors
             content = torch.load(file, map_location="cpu", weights_only=True)

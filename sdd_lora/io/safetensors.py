@@ -7,6 +7,7 @@ the library's metadata order differs from one process to the next.
 import hashlib
 import json
 import math
+import stat
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -161,6 +162,8 @@ def open_input(path: Path) -> BinaryIO:
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; expected a file")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise BadInput(f"{path}: a pipe or a device; expected a file, read at any place of it")
         return open(path, "rb")
     except OSError as error:
         raise BadInput(f"{path}: can't be read: {error.strerror}") from error
@@ -251,5 +254,5 @@ def _check_layout(tensors: dict[str, TensorInfo], data_bytes: int, where: str) -
         problem = "truncated" if position > data_bytes else "bytes after the last tensor"
         raise BadInput(
             f"{where}: {problem}: the header describes {position:,} bytes of data, "
-            f"the file has {data_bytes:,}"
+            f"the file has {data_bytes:,}; download or copy it again"
         )

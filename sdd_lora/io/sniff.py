@@ -12,16 +12,23 @@ _FIRST_BYTES = (
     (b"version https://git-lfs", "a git-LFS pointer, not the file: run `git lfs pull`"),
     (b"<!doctype html", _WEB_PAGE),
     (b"<html", _WEB_PAGE),
+    (b"<!--", _WEB_PAGE),
     (b"<?xml", f"XML, such as a server's error message: {_DOWNLOAD}"),
     (b'{"', f"JSON text, such as a server's error message: {_DOWNLOAD}"),
     (b"gguf", "a GGUF file, quantised for other programs: take the .safetensors it was made from"),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"bzh", "a bzip2 archive: unpack it first"),
+    (b"\xfd7zxz", "an xz archive: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive: unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
     (b"rar!", "a RAR archive: unpack it first"),
     (b"\x89hdf", "an HDF5 file (Keras): expected .safetensors or a torch checkpoint"),
     (b"\x89png", "a picture (PNG), not weights"),
     (b"\xff\xd8\xff", "a picture (JPEG), not weights"),
+    (b"riff", "a picture or a sound (RIFF), not weights"),
 )
+#: a header of this length in ASCII would be exabytes long
+_LENGTH_BYTES = 8
 
 
 def require_weights(head: bytes, where: str) -> None:
@@ -37,6 +44,9 @@ def require_weights(head: bytes, where: str) -> None:
     for mark, found in _FIRST_BYTES:
         if start.startswith(mark):
             raise BadInput(f"{where}: {found}")
+    if all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in head[:_LENGTH_BYTES]):
+        shown = " ".join(head[:HEAD_BYTES].decode("ascii", "replace").split())
+        raise BadInput(f"{where}: expected weights (.safetensors, .ckpt), found text: {shown!r}")
 
 
 def is_safetensors(head: bytes) -> bool:

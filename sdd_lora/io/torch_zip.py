@@ -9,6 +9,8 @@ by range like those of a safetensors file.
 import io
 import struct
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,8 @@ _PLAIN_DATA = {
     "torch.Size",
     "torch.device",
 }
+#: of files that people pack into archives, and torch into none
+_MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED = 1  # a bit of an entry's flags
 
@@ -89,8 +93,14 @@ def read_pickle_header(path: Path) -> PickleHeader:
                 f"{path}: expected a zip as torch has written since 1.6, found a bare pickle; "
                 "load it with a torch you trust it to, and save it again"
             )
-    try:
+    with _damage_in_words(path):
         return _read_archive(path)
+
+
+@contextmanager
+def _damage_in_words(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise BadInput(f"{path}: can't be read, or damaged: {error.strerror or error}") from error
     # zipfile raises the last two for methods that it lacks, and for entries cut short
@@ -109,12 +119,34 @@ class _BoundedFile(io.FileIO):
         return super().read(size) or b""
 
 
+def require_torch_zip(path: Path) -> None:
+    """Raises BadInput for a zip that is cut short or an archive of other files; pickles pass."""
+    with _BoundedFile(str(path)) as file, _damage_in_words(path):
+        if file.read(2) == b"PK":
+            _description_of(_entries(file, path))
+
+
+def _entries(file: io.FileIO, path: Path) -> dict[str, zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise BadInput(
+            f"{path}: truncated or damaged: a zip whose list of entries, at its end, can't be "
+            "read; download or copy it again"
+        ) from error
+    entries = {entry.filename: entry for entry in found}
+    if len(entries) != len(found):
+        raise ValueError("two entries of one name")
+    models = [name for name in entries if Path(name).suffix.lower() in _MODEL_SUFFIXES]
+    if models:
+        raise BadInput(f"{path}: a zip archive, of {models[0]}: unpack it first")
+    return entries
+
+
 def _read_archive(path: Path) -> PickleHeader:
     with _BoundedFile(str(path)) as file:
-        with zipfile.ZipFile(file) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist()}
-            if len(entries) != len(archive.infolist()):
-                raise ValueError("two entries of one name")
+        entries = _entries(file, path)
         description = _description_of(entries)
         root = description.filename.removesuffix("data.pkl")
         size = file.seek(0, 2)

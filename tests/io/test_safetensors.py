@@ -24,7 +24,7 @@ def file_of(header: object, data: bytes = b"", length: int | None = None) -> byt
 
 BAD = {
     "an empty file": (b"", "truncated: 0 bytes"),
-    "seven bytes": (b"1234567", "truncated"),
+    "seven bytes": (b"1234567", "found text"),
     "a web page": (b"<!DOCTYPE html><html>", "a web page"),
     "a pickle": (b"\x80\2}q\0.", "pickle"),
     "a header of a terabyte": (file_of({}, length=1 << 40), "not a safetensors file, or a hostile"),

@@ -1,6 +1,9 @@
 """What a file is shows in its content, whatever it is called, and the error names the remedy."""
 
 import gzip
+import lzma
+import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -21,6 +24,16 @@ def picture(path):
     Image.new("RGB", (2, 2)).save(path, format="PNG")
 
 
+def archive(path):
+    with zipfile.ZipFile(path, "w") as opened:
+        opened.writestr("model.safetensors", bytes(100))
+
+
+def half_a_torch_file(path):
+    torch.save({"a.w": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
 FOREIGN = {
     "a git-LFS pointer": (LFS, "git lfs pull"),
     "a web page": (b"<!DOCTYPE html><html><title>Log in</title>", "web page.*token"),
@@ -30,6 +43,16 @@ FOREIGN = {
     "gzip": (gzip.compress(b"weights"), "unpack"),
     "a picture": (picture, "picture"),
     "nothing": (b"", "empty"),
+    "a comment of a web page": (b"<!-- served by -->\n<!DOCTYPE html>", "web page"),
+    "words": (b"name: weapons\nmodel: demo\n", "found text: 'name: weapons model: demo'"),
+    "a word": (b"404\n", "found text: '404'"),
+    "xz": (lzma.compress(b"weights"), "unpack"),
+}
+
+#: of these, only a reader of torch's files sees what is wrong
+TORCH_LIKE = {
+    "an archive": (archive, "archive, of model.safetensors: unpack"),
+    "half a torch file": (half_a_torch_file, "truncated or damaged: .*download"),
 }
 
 
@@ -48,6 +71,23 @@ def test_what_is_no_weights_is_named_with_the_remedy(tmp_path, case, name):
         with pytest.raises(BadInput, match=f"(?s)^{path}: .*{remedy}") as caught:
             read(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", TORCH_LIKE)
+@pytest.mark.parametrize("read", [read_any_header, Adapter.load])
+def test_a_zip_that_is_no_torch_file_is_named_with_the_remedy(tmp_path, case, read):
+    make, remedy = TORCH_LIKE[case]
+    make(tmp_path / "m.ckpt")
+    with pytest.raises(BadInput, match=remedy):
+        read(tmp_path / "m.ckpt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a Windows file system has no pipes")
+@pytest.mark.parametrize("read", [read_any_header, Adapter.load])
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path, read):
+    os.mkfifo(tmp_path / "m.safetensors")
+    with pytest.raises(BadInput, match="a pipe or a device; expected a file"):
+        read(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("name", ["m.ckpt", "m.SAFETENSORS", "m.pt", "m"])
