@@ -3,7 +3,8 @@
 import hashlib
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -364,15 +365,17 @@ def _embed(
 def _cached(
     text: TextParts, prompts: Sequence[str], positions: Sequence[int] = tuple(_POSITIONS)
 ) -> torch.Tensor:
-    """`_embed` as fp16, multiplied in bf16 where the device can, since kept prompts are many and
-    their moment has a ridge; cached by the text encoder's fingerprint and the prompts."""
+    """`_embed` as fp16, read in bf16 where the device multiplies it, since kept prompts are many
+    and their moment has a ridge; cached by the text encoder's fingerprint and the prompts."""
     key = hashlib.sha256("\n".join([text.fingerprint, str(positions), *prompts]).encode())
     file = cache_folder("words") / f"{key.hexdigest()[:32]}.safetensors"
     with suppress(BadInput):
         return torch.from_numpy(read_tensors(file)[0]["embeddings"].copy())
-    device = text.encoder.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)):
-        embeddings = _embed(text, prompts, positions).half()
+    if multiplies_bf16(text.encoder.device):
+        weights = text.encoder.parameters()
+        in_bf16 = {id(weight): torch.nn.Parameter(weight.bfloat16()) for weight in weights}
+        text = replace(text, encoder=deepcopy(text.encoder, in_bf16))  # never twice in fp32
+    embeddings = _embed(text, prompts, positions).half()
     with suppress(OSError):  # a cache that can't be written is none
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(file) as output:
