@@ -192,7 +192,7 @@ def _measured(
             warn(black_note(measured.black))
     rows = found.pop(recipe.model) | {
         "transfer": [{"model": model} | rows for model, rows in found.items()],
-        "attacks": [asdict(row) for row in withstood(recipe, written, file)],
+        "attacks": [asdict(row) for row in withstood(recipe, written, file, seen)],
     }
     return rows, previews[0]
 

@@ -23,6 +23,7 @@ from sdd_lora.measures.registry import PICTURE, card_measure
 from sdd_lora.progress import say
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs.before_after import sampling_of_card, specs_of, wanted
+from sdd_lora.runs.seen import SeenImages
 from sdd_lora.sd.devices import DTYPES
 from sdd_lora.sd.pipeline import load_pipeline
 
@@ -59,25 +60,30 @@ def check_attacks(recipe: Recipe) -> None:
 
 
 def withstood(
-    recipe: Recipe, adapter: Adapter | None, weights: Path | None = None
+    recipe: Recipe, adapter: Adapter | None, weights: Path | None, kept_in: Path
 ) -> list[WithstoodRow]:
     """A row for each of `measure.attacks`, at its usual strength, on the first 20 of the concept's
-    images; the result is an adapter, or a file of the UNet's weights."""
+    images; the result is an adapter, or a file of the UNet's weights. Attacks that are over are
+    kept in the folder `kept_in`, so that Ctrl-C costs the one under way."""
     names = recipe.measure.attacks or []
     if not names:
         return []
     specs = [s for s in specs_of(recipe.measure) if s.kind == "erased"][:_MOST_PROMPTS]
     judged = card_measure(recipe.measure.detector, recipe.concepts)
     base = frozen(load_pipeline(recipe.model, clip_skip=recipe.clip_skip or 1))
+    result = [] if adapter is None else [adapter]
+    sides: list[tuple[list[Adapter], Path | None]] = [([], None), (result, weights)]
     rows = []
     for name in names:
-        say(f"attacking by {ATTACK_KINDS[name].title}")
-        sides = [
-            _Side(recipe, name, base, parts, file).rate(specs, judged)
-            for parts, file in (([], None), ([adapter] if adapter else [], weights))
-        ]
-        (before, _), (after, passes) = sides
-        n, settings = len(specs), ATTACK_KINDS[name]()
+        settings = ATTACK_KINDS[name]()
+        say(f"attacking by {settings.title}")
+        over = SeenImages(kept_in, {"recipe": recipe.sha256, name: settings.content()})
+        for number, side in enumerate(sides):
+            if number not in over.values:
+                over.values[number] = _Side(recipe, name, base, *side).rate(specs, judged)
+                over.add({number: over.values[number]}, {})
+        before, after = (over.values[side]["shown"] for side in (0, 1))
+        passes, n = over.values[1]["passes"], len(specs)
         rows.append(
             WithstoodRow(
                 attack=settings.title,
@@ -104,8 +110,8 @@ class _Side:
     adapters: Sequence[Adapter]
     weights: Path | None
 
-    def rate(self, specs: Sequence[ImageSpec], judged: Measure) -> tuple[int, int]:
-        """How many images show what is erased; and the UNet passes of finding what to ask."""
+    def rate(self, specs: Sequence[ImageSpec], judged: Measure) -> dict[str, int]:
+        """How many images show what is erased, and the UNet passes of finding what to ask."""
         sampling = sampling_of_card(self.recipe.measure)
         found, passes = self._found(specs, sampling)
         asked = [
@@ -124,7 +130,7 @@ class _Side:
         images: dict[int, np.ndarray] = dict(draw(pipeline, jobs, sampling, self.name))
         values = taken(judged, asked, [images[i] for i in range(len(jobs))])
         shown = next(n for n, i in judged.info.items() if i.of != "kept" and i.better == "lower")
-        return sum(bool(value.get(shown)) for value in values), passes
+        return {"shown": sum(bool(value.get(shown)) for value in values), "passes": passes}
 
     def _found(self, specs: Sequence[ImageSpec], sampling: Sampling) -> tuple[list[Attacked], int]:
         """What the attack asks of each image; and the UNet passes that took."""

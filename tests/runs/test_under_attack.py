@@ -47,7 +47,7 @@ def test_a_card_says_that_nothing_was_measured():
     assert "## What it withstands, and what not\n\nNot measured.\n" in card
 
 
-def test_a_learnt_adapter_and_words_are_drawn_with(monkeypatch):
+def test_a_learnt_adapter_and_words_are_drawn_with(monkeypatch, tmp_path):
     asked = []
 
     def noted(case, settings, attack=ATTACK_FUNCTIONS["inversion"]):
@@ -56,9 +56,11 @@ def test_a_learnt_adapter_and_words_are_drawn_with(monkeypatch):
 
     monkeypatch.setitem(ATTACK_FUNCTIONS, "inversion", noted)
     quick = {"measure.steps": 2, "measure.attacks": ["inversion"]}
-    (row,) = withstood(Recipe.parse(RECIPE, overrides=quick), random_adapter(0.3))
+    recipe, adapter = Recipe.parse(RECIPE, overrides=quick), random_adapter(0.3)
+    rows = withstood(recipe, adapter, None, tmp_path)
     assert asked == [0, 0]  # of the model itself and with the adapter
-    assert row.access == "white-box" and row.unet_passes > 0
+    assert rows[0].access == "white-box" and rows[0].unet_passes > 0
+    assert withstood(recipe, adapter, None, tmp_path) == rows and asked == [0, 0]  # kept
 
 
 @pytest.mark.parametrize(
