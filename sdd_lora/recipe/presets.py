@@ -7,21 +7,24 @@ from sdd_lora.recipe.sections import ATTENTION, NOXATTN, Lora
 #: named sets of fields, overridden by what a recipe writes; `paper` is the defaults above
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # Starts where the objective leads (training/init.py), which leaves the training little
-    # to do: small steps, and of a trajectory's passes as much use as the demo allows, three
+    # Starts as an eraser from the concepts' words (training/erase.py), which leaves the training
+    # little to do: small steps, and of a trajectory's passes as much use as the demo allows, three
     # latents and three prompts of both kinds each (tests/benchmarks/bench_fewer_passes.py).
     # Untried at full size.
     "fast": {
-        "lora": {"init": "closed-form"},
+        "wordings": True,
+        "preserve": {"vocabulary": 240},
+        "lora": {"init": "words"},
         "ema": {"decay": 0.99, "warmup": True},
         "optimizer": {"learning_rate": 5.0e-4},
         "rollout": {"steps": 10, "timesteps_per_trajectory": 3, "prompts_per_latent": 3},
         "training": {"iterations": 200},
     },
     "demo": {
+        "wordings": True,
         "objective": {"variant": "reference"},
-        "preserve": {"weight": 6.0},
-        "lora": {"rank": 8, "alpha": 8.0, "init": "closed-form"},
+        "preserve": {"vocabulary": 240, "weight": 6.0},
+        "lora": {"rank": 8, "alpha": 8.0, "init": "words"},
         "ema": {"decay": 0.96, "warmup": True},
         "optimizer": {"learning_rate": 5.0e-4},
         "rollout": {
@@ -56,7 +59,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# the papers' losses alone, on the prompts that a recipe names
 _ESD: dict[str, Any] = {
+    "wordings": None,
+    "preserve": {"vocabulary": None},
     "objective": {"eta": 1.0},
     "lora": {"init": "random"},
     "ema": {"decay": 0.0, "warmup": False},

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=48)
     asked = parser.parse_args()
     eraser, style = (Adapter.load(path) for path in (asked.adapter, asked.style))
-    settings = Recipe.load(ROOT / "recipes" / "demo" / "weapons.yaml").measure
+    settings = Recipe.load(ROOT / "recipes" / "demo" / "weapons-phrases.yaml").measure
     kept = [prompt for prompt in settings.prompts.kept if len(asked_for(prompt).nouns) == 1]
     jobs = [
         *jobs_for(settings.prompts.concept, asked.images, SEED),

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_fewer_passes.py -o FOLDER [--seeds N] [--images N] [WAY…]
 
-Trains recipes/demo/weapons.yaml in each way, N seeds each, and draws the same prompts on the same
-seeds with every adapter. Prints a line a way: passes and seconds of training, as shares of the
+Trains recipes/demo/weapons-phrases.yaml in each way, N seeds each, and draws the same prompts on
+the same seeds with every adapter. Prints a line a way: passes and seconds of training, as shares of the
 first way's too; weapons drawn and nouns kept, with 95 % intervals; and their differences from the
 first way with paired 95 % intervals, over all seeds together. What FOLDER holds of the same recipe
 is not trained or drawn again. To tell 3 points apart:
@@ -27,7 +27,7 @@ from sdd_lora.runs import before_after
 from sdd_lora.runs.folder import METRICS, is_finished, under_way
 from sdd_lora.sd.pipeline import load_pipeline
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "demo" / "weapons.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "demo" / "weapons-phrases.yaml"
 MEASURE_SEED = 400_000  # no tuning used these
 
 #: the paper's procedure, with as few iterations as the embedded model needs, and what is ours of it
