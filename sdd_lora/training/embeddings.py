@@ -65,9 +65,13 @@ def _encoded(recipe: Recipe, parts: TrainingParts, text_encoder: CLIPTextModel) 
     eraser, known, gone = None, whole_words(parts.tokenizer, VOCABULARY), set()
     if recipe.lora.init == "words" or recipe.preserve.vocabulary:
         reader = TextParts(parts.tokenizer, text_encoder, text_fingerprint(text_encoder))
-        erased = erase(recipe.concepts, recipe.model, rank=recipe.lora.rank, text=reader)
-        eraser = erased.adapter if recipe.lora.init == "words" else None
-        gone = {*erased.near, *(word for c in recipe.concepts for word in c.lower().split())}
+        if recipe.lora.init == "words":
+            rank = recipe.lora.rank
+            eraser = erase(recipe.concepts, recipe.model, rank=rank, text=reader).adapter
+        # "axe, noto style": to go are the axe's words, and those near to it, not the style's
+        things = [*dict.fromkeys(concept.partition(",")[0] for concept in recipe.concepts)]
+        near = erase(things, recipe.model, text=reader).near
+        gone = {*near, *(word for thing in things for word in thing.lower().split())}
     company = sample_company([word for word in known if word not in gone], _COMPANIONS)
     asked = wordings(recipe.concepts, company) if recipe.wordings else recipe.concepts
     kept = recipe.preserve.prompts + kept_prompts(known, gone, recipe.preserve.vocabulary or 0)

@@ -193,6 +193,9 @@ def test_the_loss_has_every_wording_and_kept_words_none_that_is_near():
     known = words.whole_words(parts.tokenizer, 100)
     kept = words.kept_prompts(known, {known[3]}, 10_000)
     assert len(kept) > 300 and not any(known[3] in prompt.split() for prompt in kept)
+    fields["concepts"] = ["axe, noto style"]
+    styled = encode_prompts(Recipe.model_validate(fields), parts)
+    assert (styled.kept == plain.kept).all()  # the axe's words are left out, not the style's
 
 
 def test_an_eraser_is_measured_as_any_adapter(tmp_path):
