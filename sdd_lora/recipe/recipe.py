@@ -200,9 +200,9 @@ class Recipe(LaterFields):
                 "one of them in lora.targets, or damping: 0",
             ),
             (
-                self.pictures is not None and not self.preserve.prompts,
-                "pictures: draws kept prompts too: expected preserve.prompts, of what the model is "
-                "to draw as before",
+                self.pictures is not None and not self.preserve.any,
+                "pictures: draws kept prompts too: expected preserve.prompts or "
+                "preserve.vocabulary, what the model is to draw as before",
             ),
             (
                 bool(both),

@@ -131,8 +131,8 @@ class PictureSettings(Section):
     """Drawings of each concept."""
 
     kept_drawings: Positive = 2
-    """Drawings of each of preserve.prompts, on which the student is held to the base, by
-    preserve.weight."""
+    """Drawings of each kept prompt, of `preserve.prompts` and `preserve.vocabulary`; on these
+    alone, and not on the concepts' latents, the student is held to the base, by preserve.weight."""
 
     batch: Positive = 12
     """Noised drawings of concepts, and as many of kept prompts, for each of an iteration's

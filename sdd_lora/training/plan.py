@@ -238,7 +238,8 @@ class _Rehearsal:
         prompts = recipe.rollout.prompts_per_latent
         erased = min(prompts, self.objective.loss_prompt_count(recipe.concepts))
         c = c_0.repeat_interleave(erased, dim=0)
-        c_k = c_0.repeat_interleave(prompts, dim=0) if recipe.preserve.any else None
+        held = recipe.preserve.any and recipe.pictures is None
+        c_k = c_0.repeat_interleave(prompts, dim=0) if held else None
         with self.roles.student():
             loss = total_loss(
                 self.objective,
@@ -308,8 +309,9 @@ def passes_of_drawings(recipe: Recipe) -> int:
     if recipe.pictures is None:
         return 0
     erased = len(recipe.concepts) * recipe.pictures.drawings
-    kept = len(recipe.preserve.prompts) * recipe.pictures.kept_drawings
-    return 2 * recipe.rollout.steps * (erased + kept)
+    kept = len(recipe.preserve.prompts) + (recipe.preserve.vocabulary or 0)
+    drawings = erased + kept * recipe.pictures.kept_drawings
+    return 2 * recipe.rollout.steps * drawings
 
 
 def _nf4(unet: UNet2DConditionModel) -> tuple[int, int]:

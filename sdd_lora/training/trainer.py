@@ -167,9 +167,11 @@ class Trainer:
         return prompts[[use % len(prompts) for use in uses]]
 
     def _kept_prompts(self, samples: list[int]) -> torch.Tensor | None:
-        """Kept prompts at random, `rollout.prompts_per_latent` for each latent."""
+        """Kept prompts at random, `rollout.prompts_per_latent` for each latent. With `pictures`
+        there are none: they are held on their own drawings; on the concepts' latents, where every
+        prompt is to see a blank, preservation would work against that."""
         kept, seed = self.embeddings.kept, self.recipe.training.seed
-        if kept is None:
+        if kept is None or self.pictures is not None:
             return None
         uses = _uses(samples, self.recipe.rollout.prompts_per_latent)
         generators = [generator_for(seed, self.iteration, _PRESERVE_STREAM + i) for i in uses]

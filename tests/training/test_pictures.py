@@ -92,16 +92,35 @@ def test_learnt_prompts_stand_before_drawings_of_the_concept_that_they_seek():
     assert all(any(torch.equal(c, start) for start in starts) for c in erased.c[::3])
 
 
+def test_what_is_kept_is_held_on_its_own_drawings_and_not_on_the_concepts_latents():
+    trained = trainer(recipe(**NOT_LEARNING))
+    trained.step()  # from here on preservation is not 0
+    batch, samples = trained._roll_out([0, 1]), [0, 1]
+    c_0 = trained.embeddings.empty.expand(2, -1, -1)
+    with trained.roles.student():
+        found = trained._loss(batch, samples).item()
+        estimates = trained._estimate, trained._base_estimate
+        c = trained._erased_prompts(batch)
+        sdd = trained.objective.loss(*estimates, batch.z_t, batch.t, c_0, c).item()
+        uses = range(2 * trained.pictures.settings.batch)
+        pictures = trained.pictures.loss(trained._estimate, trained.iteration, uses).item()
+    assert found == pytest.approx(sdd + pictures, rel=1e-5)
+
+
 def test_drawings_are_counted_as_planned():
     settings = recipe(**NOT_LEARNING)
     trained = trainer(settings)
     assert len(trained.pictures.erased) == 3 and len(trained.pictures.kept) == 2
     assert trained.training_passes == passes_of_drawings(settings) == 2 * 4 * (3 + 2)
+    words = NOT_LEARNING | {"preserve": {"prompts": ["d", "e"], "vocabulary": 5}}
+    assert passes_of_drawings(recipe(**words)) == 2 * 4 * (3 + 2 + 5)
 
 
 def test_without_prompts_to_keep_there_is_nothing_to_hold():
     with pytest.raises(BadInput, match=r"pictures: draws kept prompts too: expected preserve"):
         Recipe.parse("name: x\nmodel: demo\nconcepts: [bomb]\npictures: {}\n")
+    words = "name: x\nmodel: demo\nconcepts: [bomb]\npreserve: {vocabulary: 9}\npictures: {}\n"
+    assert Recipe.parse(words).preserve.vocabulary == 9
 
 
 def test_noxattn_stands_beside_the_cross_attention_with_pictures_alone():
