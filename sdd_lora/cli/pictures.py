@@ -274,6 +274,15 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Only these of the bench's methods; commas between them, or repeated."),
     ] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--row",
+            help="A row of your own: an adapter (file, run's folder, hub id), a UNet's weights, a "
+            "folder of pictures, or code as file.py:function or module:function. Repeatable.",
+            metavar="NAME=WHAT",
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(help="At most so many erased, and so many kept, images a row.", min=1),
@@ -302,6 +311,8 @@ def evaluate(
 
         sdd-lora evaluate recipes/bench/demo-single.yaml -o bench --methods sd,sdd,sdd-preserve
 
+        sdd-lora evaluate recipes/bench/demo-single.yaml --quick --row mine=my-lora.safetensors
+
         sdd-lora report bench
     """
     from sdd_lora.bench.bench_file import Bench, chosen, limited
@@ -309,8 +320,13 @@ def evaluate(
 
     drawing = [] if precision is None else [f"sampling.precision={precision}"]
     overrides = dict(map(parse_override, [*(changes or []), *drawing]))
+    own = dict(map(_own_row, row or []))
+    overrides |= {f"{kind}.{name}": what for name, (kind, what) in own.items()}
     wanted = limited(Bench.load(bench, quick=quick, overrides=overrides), limit)
+    if taken := [name for name in own if name in wanted.every_method]:
+        raise BadInput(f"--row {taken[0]}: a row of the bench; choose another name")
     wanted = chosen(wanted, [m for given in methods or [] for m in given.split(",")])
+    wanted = wanted.model_copy(update={"methods": [*wanted.methods, *own]})
     folder = output or Path("bench") / (wanted.name + (f"-limit{limit}" if limit else ""))
 
     from sdd_lora.bench.run import MARKDOWN, draw_shard, run
@@ -336,6 +352,29 @@ def evaluate(
     shown = "\n\n".join(table(*each) for each in tables(results))
     text = f"{shown}\n\n{folder / MARKDOWN}; sdd-lora report {folder} shows it all"
     return Result({"folder": str(folder)} | results.model_dump(mode="json"), text)
+
+
+def _own_row(text: str) -> tuple[str, tuple[str, Any]]:
+    """ "mine=x.safetensors" → its name, the field of a bench that it goes into, and its entry
+    there; paths are those of the current folder."""
+    from sdd_lora.adapter.adapter import is_adapter_folder
+    from sdd_lora.adapter.formats import looks_like_adapter
+    from sdd_lora.checkpoint.layout import read_any_header
+    from sdd_lora.io.plugins import is_plugin
+
+    name, equals, what = text.partition("=")
+    if not equals or not name or not what:
+        raise BadInput(f"--row {text}: expected NAME=WHAT, such as mine=my-lora.safetensors")
+    path = Path(what).resolve()
+    if not path.exists() and is_plugin(what):
+        place, _, function = what.rpartition(":")
+        file = str(Path(place).resolve()) if place.endswith(".py") else place
+        return name, ("code", f"{file}:{function}")
+    if path.is_dir() and not is_adapter_folder(path):
+        return name, ("images", str(path))
+    if path.is_file() and not looks_like_adapter(read_any_header(path).tensors):
+        return name, ("weights", str(path))
+    return name, ("adapters", [str(path) if path.exists() else what])
 
 
 @verb("report")

@@ -2,8 +2,12 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from sdd_lora.checkpoint.locate import DEMO_FOLDER
 
 BENCH = """
 name: small
@@ -43,9 +47,48 @@ def test_methods_and_limit(ask):
     assert {row["n"] for row in told["rows"]} == {2}
 
 
+CODE = """
+from sdd_lora.generation.methods.sd import sample
+
+
+def of_a_cat(pipeline, prompts, generators, sampling):
+    return sample(pipeline, ["a cat"] * len(prompts), generators, sampling)
+"""
+
+
+def test_rows_of_ones_own_of_every_kind_stand_below_those_of_the_bench(ask, tmp_path):
+    (tmp_path / "own.py").write_text(CODE)
+    published = Path(__file__).parents[2] / "adapters" / "demo" / "weapons"
+    (tmp_path / "mine.safetensors").symlink_to(published / "adapter.safetensors")
+    unet = DEMO_FOLDER / "unet" / "diffusion_pytorch_model.safetensors"
+    ask("evaluate", "b.yaml", "--quick", "--methods", "sd", "-o", "out", "-q")
+    own = {
+        "code": "own.py:of_a_cat",
+        "file": "mine.safetensors",
+        "run": published,
+        "whole": unet,
+        "pictures": "out/images/sd",
+    }
+    rows = [word for name, what in own.items() for word in ("--row", f"{name}={what}")]
+    told = ask("evaluate", "b.yaml", "--quick", "--methods", "sd", *rows, "-o", "out", "-q")
+    assert list(dict.fromkeys(row["method"] for row in told["rows"])) == ["sd", *own]
+
+    def pixels(name):
+        first = min((tmp_path / "out" / "images" / name).glob("*.png"))
+        return Image.open(first).tobytes()
+
+    assert pixels("sd") == pixels("whole") == pixels("pictures")
+    assert pixels("file") == pixels("run")
+    assert len(set(map(pixels, ["sd", "file", "code"]))) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--row", "mine"], "--row mine: expected NAME=WHAT, such as mine=my-lora.safetensors"),
+        (["--row", "sd=gone.safetensors"], "--row sd: a row of the bench; choose another name"),
+        (["--row", "mine=gone.safetensors"], "method mine: gone.safetensors: no such file"),
+        (["--row", "mine=gone.py:draw"], "gone.py:draw: can't import it"),
         (["--methods", "sega"], "--methods sega: not in this bench; expected some of sd, neg"),
         (["--set", "model=gone/at/all"], "no such file or folder"),
         (["--set", "methods=[sdd]"], "method sdd: expected an entry under `recipes`"),
