@@ -3,10 +3,10 @@
     python tests/benchmarks/bench_fewer_passes.py -o FOLDER [--seeds N] [--images N] [WAY…]
 
 Trains recipes/demo/weapons-phrases.yaml in each way, N seeds each, and draws the same prompts on
-the same seeds with every adapter. Prints a line a way: passes and seconds of training, as shares of the
-first way's too; weapons drawn and nouns kept, with 95 % intervals; and their differences from the
-first way with paired 95 % intervals, over all seeds together. What FOLDER holds of the same recipe
-is not trained or drawn again. To tell 3 points apart:
+the same seeds with every adapter. Prints a line a way: passes and seconds of training, as shares of
+the first way's too; weapons drawn and nouns kept, with 95 % intervals; and their differences from
+the first way with paired 95 % intervals, over all seeds together. What FOLDER holds of the same
+recipe is not trained or drawn again. To tell 3 points apart:
 
     … -o FOLDER --seeds 3 --images 140 --kept 35 paper@demo fast
 """
