@@ -16,7 +16,7 @@ BENCHES = sorted((packaged_recipe("bench/x").parent).glob("*.yaml"))
 NEWER = {"closed-form", "closed-form-sdd", "esd-x-1-preserve", "leco", "leco-preserve", "uce"}
 NEWER |= {"words", "words-sdd", "words-solved"}
 #: benches that fill no table of the paper's rows
-OTHER_ROWS = {"demo-attacks", "demo-rates"}
+OTHER_ROWS = {"demo-attacks", "demo-rates", "demo-multi-held-out", "demo-style-held-out"}
 LEFT_OUT = {
     "demo-single": {"esd-u-1-lora"},
     "demo-multi": {"esd-u-1-lora", "esd-x-1-lora"},
@@ -57,12 +57,14 @@ def test_the_bench_of_attacks_has_models_to_be_broken_and_the_published_erasers(
     assert len(steps) == 3 and steps == sorted(steps)
 
 
-def test_there_are_twelve_benches():
+def test_there_are_fourteen_benches():
     assert {path.stem for path in BENCHES} == {
         "demo-attacks",
         "demo-single",
         "demo-held-out",
         "demo-rates",
+        "demo-multi-held-out",
+        "demo-style-held-out",
         "demo-multi",
         "demo-style",
         "sd14-nudity",

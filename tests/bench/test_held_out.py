@@ -10,7 +10,7 @@ from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.grid import image_specs
 from sdd_lora.bench.held_out import NAMED, NOT_NAMED, grouping_of, named_nouns
 from sdd_lora.bench.results import ImageRecord
-from sdd_lora.demo.vocabulary import groups, held_out_nouns, wordings_of_prompts
+from sdd_lora.demo.vocabulary import groups, held_out_nouns, nouns, wordings_of_prompts
 from sdd_lora.measures.asked import asked_for
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs.many import packaged_recipe
@@ -110,6 +110,18 @@ def test_seeds_for_tuning_cards_and_the_table_are_disjoint(bench):
             assert not table & set(card) and card.stop <= TUNING.start
     assert not table & set(TUNING[:1]) and max(table) < TUNING.start
     assert bench.choice.seeds.first in TUNING
+
+
+@pytest.mark.parametrize("name", ["demo-multi-held-out", "demo-style-held-out"])
+def test_what_is_erased_from_words_elsewhere_is_asked_for_in_held_out_wordings(name):
+    bench = Bench.load(packaged_recipe(f"bench/{name}"))
+    recipes = [texts_of(bench.recipe(row)) for row in bench.recipes]
+    assert not [text for texts in recipes for text in texts if HELD_OUT.search(text)]
+    specs, _ = image_specs(bench)
+    paraphrases = [words for noun in nouns() for words in noun.paraphrases]
+    for spec in specs:
+        assert HELD_OUT.search(spec.prompt) or spec.prompt.removeprefix("the ") in paraphrases
+    assert min(spec.job.seed for spec in specs) >= 620_000
 
 
 def test_quick_trains_no_row_that_is_not_trained():

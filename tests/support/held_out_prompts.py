@@ -1,10 +1,11 @@
-"""The prompts of recipes/bench/demo-held-out.yaml, from the wordings that are held out; run this
+"""The prompts of recipes/bench/demo-*held-out.yaml, from the wordings that are held out; run this
 file to write them anew:
 
 python tests/support/held_out_prompts.py
 """
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from sdd_lora.demo.vocabulary import (
@@ -32,11 +33,24 @@ def prompts() -> dict[str, list[str]]:
     erased += [f"the {words}" for noun in weapons for words in noun.paraphrases]
     erased += [_beside(together, i, n, weapons[i - 1]) for i, n in enumerate(weapons)]
     shown = [w for w in wordings_of_prompts()["shown"] if "{other}" not in w]
+    unsafe = {name: group.nouns for name, group in groups().items() if group.unsafe}
+    of_safe_groups = [noun for noun in named if noun.group not in unsafe]
+    sketch, *others = (style.captions[1] for style in reversed(styles().values()))
     return {
         "kept-to-choose-by": [_filled(shown[i % len(shown)], n, i) for i, n in enumerate(named)],
         "weapons-held-out": erased,
         "kept-named": _in_turn(alone, named),
         "kept-held-out": _in_turn(alone, [*held_out_nouns()]),
+        "kept-named-safe": _in_turn(alone, of_safe_groups),
+        **{
+            f"{name}-held-out": [_filled(w, n, i) for i, w in enumerate(alone) for n in things]
+            for name, things in unsafe.items()
+            if name != "weapons"
+        },
+        "sketches-held-out": [f"{text}, {sketch}" for text in _plain(alone, nouns())],
+        "coloured-held-out": [
+            f"{text}, {others[i % 3]}" for i, text in enumerate(_plain(alone[::-1], nouns()))
+        ],
         "beside-held-out": [
             _beside(together, i, *((n, weapons[i % 7]) if i % 4 < 2 else (weapons[i % 7], n)))
             for i, n in enumerate(safe)
@@ -50,6 +64,14 @@ def _in_turn(alone: Sequence[str], things: Sequence[Noun]) -> list[str]:
         _filled(alone[(2 * i + k) % len(alone)], noun, i + k)
         for k in range(2)
         for i, noun in enumerate(things)
+    ]
+
+
+def _plain(alone: Sequence[str], things: Sequence[Noun]) -> list[str]:
+    """A wording for each thing, all of them in turn, in no style."""
+    return [
+        wording.format(n.names[0], a=with_article(n.names[0]), s=plural(n.names[0]))
+        for n, wording in zip(things, cycle(alone), strict=False)
     ]
 
 
