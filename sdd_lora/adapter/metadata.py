@@ -253,6 +253,17 @@ class Metadata(Entry):
         return self.base.model if self.base else None
 
     @property
+    def clip_skip(self) -> int | None:
+        """The text encoder's layer that the adapter was made for, counted as user interfaces do, 1
+        for the last; None where nothing says."""
+        told = self.header.get("ss_clip_skip", "")  # as kohya's trainer has it
+        if isinstance(self.recipe, dict):
+            told = str(self.recipe.get("clip_skip"))
+        elif self.words:
+            told = "None"
+        return 1 if told == "None" else int(told) if told.isdecimal() else None
+
+    @property
     def sentence(self) -> str:
         """One sentence on what the adapter does; empty where nothing is known."""
         if self.description:

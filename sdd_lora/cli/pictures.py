@@ -13,6 +13,7 @@ import typer
 from sdd_lora.cli.common import Changes, Model, Precision, Result, is_main_process, verb
 from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
+from sdd_lora.progress import warn
 from sdd_lora.sd.schedulers import Scheduler
 
 if TYPE_CHECKING:
@@ -222,6 +223,12 @@ def _load(
 
     named = [weighted(adapter) for adapter in adapters]
     loaded = with_weights(named)
+    for made in [adapter for adapter, _ in loaded if adapter.metadata.clip_skip is not None]:
+        if made.metadata.clip_skip != clip_skip:
+            warn(
+                f"{made.name}: made for --clip-skip {made.metadata.clip_skip}, drawn with "
+                f"{clip_skip}, where prompts are read otherwise: it may miss"
+            )
     pipeline = load_pipeline(
         model,
         loaded,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support.adapter_making import random_adapter
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = """case_number,prompt,evaluation_seed,evaluation_guidance
@@ -77,6 +78,27 @@ def test_bad_input_is_one_line(refused, tmp_path, monkeypatch, arguments, messag
     (tmp_path / "wrong.csv").write_text("prompt,seed\na cat,1\na dog,one\n")
     monkeypatch.chdir(tmp_path)
     assert message in refused("generate", "demo", "-o", "out", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "clip_skip", "told"),
+    [
+        ({"recipe": {"name": "x"}}, 2, "made for --clip-skip 1, drawn with 2"),
+        ({"recipe": {"name": "x", "clip_skip": 2}}, 1, "made for --clip-skip 2, drawn with 1"),
+        ({"recipe": {"name": "x", "clip_skip": 2}}, 2, ""),
+        ({"words": {"keep": ["cat"]}}, 2, "made for --clip-skip 1, drawn with 2"),
+        ({"header": {"ss_clip_skip": "2"}}, 1, "made for --clip-skip 2, drawn with 1"),
+        ({"header": {"ss_clip_skip": "None"}}, 2, "made for --clip-skip 1, drawn with 2"),
+        ({}, 2, ""),
+    ],
+)
+def test_an_adapter_made_for_another_layer_of_the_text_encoder_is_told(
+    call, tmp_path, metadata, clip_skip, told
+):
+    random_adapter(**metadata).save(tmp_path / "a.safetensors")
+    drawn = ("generate", "demo", "--prompt", "a cat", "--steps", 1, "-o", tmp_path / "out")
+    error = call(*drawn, "--adapter", tmp_path / "a.safetensors", "--clip-skip", clip_skip).err
+    assert ("may miss" in error) == bool(told) and told in error
 
 
 @pytest.fixture
