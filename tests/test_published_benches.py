@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sdd_lora.bench import text
-from sdd_lora.bench.bench_file import Bench
+from sdd_lora.bench.bench_file import Bench, chosen
+from sdd_lora.bench.held_out import NAMED, NOT_NAMED
 from sdd_lora.bench.report import best_that_keeps
 from sdd_lora.bench.results import ALL, Results, find_row
 from sdd_lora.bench.text import percent
@@ -16,26 +17,32 @@ from sdd_lora.bench.text import percent
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("adapters/demo/bench/*/results.json"))
 pytestmark = pytest.mark.skipif(not FOLDERS, reason="no table of a bench is published yet")
+INDEX = ROOT / "adapters" / "demo" / "bench" / "README.md"
 SHOWN = ("concept drawn", "noun kept", "noun kept without the style", "style kept")
 
 
 def table(folder: Path) -> list[str]:
-    """A line a method: what is erased and what is kept, with the kept nouns' difference to sd."""
+    """A line a method: what is erased and what is kept, with the kept nouns' difference to sd; of
+    nouns that recipes name and of others apart, where a bench has both."""
     results = Results.load(folder)
     shown = [name for name in SHOWN if name in results.headline()]
-    heads = " | ".join(text.heading(results, name) for name in shown)
+    heads = [text.heading(results, name) for name in shown]
+    groups = {ALL: "nouns lost, points"}
+    if any(row.group == NOT_NAMED for row in results.rows):
+        groups = {NAMED: "named nouns lost, points", NOT_NAMED: "others lost, points"}
     lines = [
-        f"| method | {heads} | nouns lost, points |",
-        "|---" * (2 + len(shown)) + "|",
+        f"| method | {' | '.join([*heads, *groups.values()])} |",
+        "|---" * (1 + len(shown) + len(groups)) + "|",
     ]
     for method in results.method_names():
         cells = [text.cell(results, method, name) for name in shown]
-        lines.append(f"| {method} | {' | '.join(cells)} | {_lost(results, method)} |")
+        cells += [_lost(results, method, group) for group in groups]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines
 
 
-def _lost(results: Results, method: str) -> str:
-    row = find_row(results.rows, method, "noun kept", ALL)
+def _lost(results: Results, method: str, group: str = ALL) -> str:
+    row = find_row(results.rows, method, "noun kept", group)
     if row is None or row.difference is None:
         return "–"
     low, high = row.ci95_difference
@@ -52,14 +59,20 @@ def best(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_each_is_the_whole_table_of_its_bench(folder):
-    results = Results.load(folder)
+def test_each_is_a_table_of_its_bench_and_rows_that_it_lacks_are_named(folder):
+    results, index = Results.load(folder), INDEX.read_text("utf-8")
     bench = Bench.load(ROOT / "recipes" / "bench" / f"{folder.name}.yaml")
-    assert results.command == f"sdd-lora evaluate recipes/bench/{folder.name}.yaml"
-    assert sorted(results.method_names()) == sorted(bench.methods) and not results.missing
+    methods = results.method_names()
+    bench, left_out = chosen(bench, methods), set(bench.methods) - set(methods)
+    command = f"sdd-lora evaluate recipes/bench/{folder.name}.yaml"
+    if left_out:
+        command += f" --methods {','.join(methods)}"
+        assert all(f"`{method}`" in index for method in left_out)
+    assert results.command == command and not results.missing
     assert {v.name for v in results.variations} == set(bench.variations)
-    assert {row.attack for row in results.attacks} == set(bench.attacks.chosen)
-    for method in bench.methods:
+    attacked = bench.attacks.chosen if bench.attacks else ()
+    assert {row.attack for row in results.attacks} == set(attacked)
+    for method in methods:
         row = find_row(results.rows, method, "concept drawn", ALL)
         assert row.n == bench.seeds.erased
     assert results.sampling == bench.sampling.model_dump(exclude={"batch"})
@@ -73,7 +86,7 @@ def test_its_files_say_the_same(folder):
     assert (folder / "results.csv").read_text("utf-8") == text.to_csv(results)
     page = (folder / "report.html").read_text("utf-8")
     assert results.date in page and all(method in page for method in results.method_names())
-    index = (ROOT / "adapters" / "demo" / "bench" / "README.md").read_text("utf-8")
+    index = INDEX.read_text("utf-8")
     assert best(folder) in index.replace("\n", " ")
     for line in table(folder):
         assert line in index.splitlines()
