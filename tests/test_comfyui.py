@@ -136,8 +136,10 @@ def test_files_that_do_not_fit_are_refused_not_passed_by(tmp_path, model):
     with pytest.raises(ValueError, match="only layers of the UNet"):
         load(model, "text.safetensors", 1.0, "by prompt", Clip(x=prompts()), "x")
     portable(width=64).save(tmp_path / "narrow.safetensors")
-    for node in (lambda: load(model, "narrow.safetensors", 1.0, "off"),
-                 lambda: BakeSafetyAdapter().bake(model, "narrow.safetensors", 1.0)):  # fmt: skip
+    for node in (
+        lambda: load(model, "narrow.safetensors", 1.0, "off"),
+        lambda: BakeSafetyAdapter().bake(model, "narrow.safetensors", 1.0),
+    ):
         with pytest.raises(ValueError, match="embeddings of width 64, the model reads 128"):
             node()
     with pytest.raises(ValueError, match=r"gone.safetensors: no such file"):

@@ -8,19 +8,33 @@ from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 
 PROMPTS = [
-    {"target": "van gogh", "positive": "van gogh", "unconditional": "", "neutral": "",
-     "action": "erase", "guidance_scale": 1.5, "resolution": 512, "batch_size": 2},
+    {
+        "target": "van gogh",
+        "positive": "van gogh",
+        "unconditional": "",
+        "neutral": "",
+        "action": "erase",
+        "guidance_scale": 1.5,
+        "resolution": 512,
+        "batch_size": 2,
+    },
     {"target": "monet", "guidance_scale": 1.5},
-]  # fmt: skip
+]
 CONFIG = {
     "prompts_file": "./prompts.yaml",
     "pretrained_model": {"name_or_path": "demo", "v2": False, "v_pred": False},
     "network": {"type": "lierla", "rank": 8, "alpha": 2.0},
-    "train": {"precision": "bfloat16", "noise_scheduler": "ddpm", "iterations": 500, "lr": 1e-4,
-              "optimizer": "AdamW8bit", "lr_scheduler": "cosine"},
+    "train": {
+        "precision": "bfloat16",
+        "noise_scheduler": "ddpm",
+        "iterations": 500,
+        "lr": 1e-4,
+        "optimizer": "AdamW8bit",
+        "lr_scheduler": "cosine",
+    },
     "save": {"name": "no painters", "path": "./output", "per_steps": 200},
     "logging": {"use_wandb": False},
-}  # fmt: skip
+}
 SLIDER = {
     "job": "train",
     "config": {
@@ -30,8 +44,14 @@ SLIDER = {
             {
                 "type": "slider",
                 "network": {"type": "lierla", "linear": 8, "linear_alpha": 4},
-                "train": {"steps": 300, "lr": 2e-4, "optimizer": "adamw", "dtype": "bf16",
-                          "noise_scheduler": "ddpm", "train_text_encoder": False},
+                "train": {
+                    "steps": 300,
+                    "lr": 2e-4,
+                    "optimizer": "adamw",
+                    "dtype": "bf16",
+                    "noise_scheduler": "ddpm",
+                    "train_text_encoder": False,
+                },
                 "model": {"name_or_path": "demo", "is_v2": False, "is_xl": False},
                 "slider": {
                     "targets": [{"target_class": "", "positive": "", "negative": "gore"}],
@@ -40,7 +60,7 @@ SLIDER = {
             }
         ],
     },
-}  # fmt: skip
+}
 
 
 def write(folder, config, prompts=PROMPTS):
@@ -64,16 +84,20 @@ def changed(config, dotted, value):
 def test_lecos_config_becomes_its_own_objective(tmp_path, caplog):
     recipe = Recipe.load(write(tmp_path, CONFIG))
     assert (recipe.name, recipe.model, recipe.concepts) == (
-        "no-painters", "demo", ["van gogh", "monet"],
-    )  # fmt: skip
+        "no-painters",
+        "demo",
+        ["van gogh", "monet"],
+    )
     objective = recipe.objective
     assert (objective.kind, objective.eta, objective.guidance_scale) == ("leco", 1.5, 3.0)
     assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets) == (8, 2.0, ["attention"])
     assert recipe.ema.decay == 0
     optimizer = recipe.optimizer
     assert (optimizer.kind, optimizer.learning_rate, optimizer.weight_decay) == (
-        "adamw8bit", 1e-4, 0.01,
-    )  # fmt: skip
+        "adamw8bit",
+        1e-4,
+        0.01,
+    )
     assert optimizer.schedule == "cosine"
     assert (recipe.training.iterations, recipe.training.base_precision) == (500, "bf16")
     assert (recipe.rollout.steps, recipe.rollout.batch) == (50, 2)
@@ -118,8 +142,10 @@ def test_sliders_training_methods_are_esds(tmp_path, method, kind):
 def test_an_ai_toolkit_slider_that_only_erases_is_read(tmp_path, caplog):
     recipe = Recipe.load(write(tmp_path, SLIDER))
     assert (recipe.name, recipe.concepts, recipe.preserve.prompts) == (
-        "no_gore", ["gore"], ["a woman"],
-    )  # fmt: skip
+        "no_gore",
+        ["gore"],
+        ["a woman"],
+    )
     assert (recipe.objective.kind, recipe.objective.eta) == ("leco", 1.0)
     assert (recipe.lora.rank, recipe.lora.alpha) == (8, 4.0)
     assert recipe.training.iterations == 300
@@ -163,7 +189,7 @@ def test_enhancing_by_a_negative_scale_is_erasing(tmp_path):
         (SLIDER, "config.process.0.slider.targets.0.positive", "calm", "positive: 'calm': stren"),
         (SLIDER, "config.process.0.slider.targets.0.target_class", "man", "target_class: 'man':"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_can_not_be_had_are_refused_by_name(tmp_path, config, dotted, value, message):
     with pytest.raises(BadInput, match=message):
         Recipe.load(write(tmp_path, changed(config, dotted, value)))

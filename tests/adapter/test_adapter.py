@@ -55,7 +55,8 @@ BAD = {
         "an adapter for FLUX",
     ),
     "FLUX by diffusers": (
-        {"transformer.single_transformer_blocks.1.x.lora_A.weight": ones(2)}, "an adapter for FLUX",
+        {"transformer.single_transformer_blocks.1.x.lora_A.weight": ones(2)},
+        "an adapter for FLUX",
     ),
     "SD 3 by diffusers": ({"transformer.transformer_blocks.1.x.lora_A.weight": ones(2)}, "SD 3"),
     "DoRA by peft": ({f"unet.{TO_K}.lora_magnitude_vector.weight": ones(2)}, "DoRA"),
@@ -66,7 +67,7 @@ BAD = {
     "a checkpoint": ({"model.diffusion_model.out.2.weight": ones(4, 4)}, "1 of 1 keys are no LoRA"),
     "a typing error": (GOOD | {STEM.replace("to_k", "to_x") + ".alpha": ones(1)}, "1 of 3 keys"),
     "a module twice": (GOOD | {f"unet.{TO_K}.lora_A.weight": ones(2, 128)}, "is there twice"),
-}  # fmt: skip
+}
 #: What only the factors' values tell, which `describe` doesn't read.
 NEEDS_FACTORS = {BAD["NaN"][1], BAD["infinity"][1]}
 
@@ -239,9 +240,12 @@ def test_norm_needs_nothing_dense():
 
 def test_header_says_what_user_interfaces_show(tmp_path):
     adapter = random_adapter(
-        modules=(TO_K, TO_OUT), concepts=["bomb"], base={"model": "owner/sd"}, license="mit",
+        modules=(TO_K, TO_OUT),
+        concepts=["bomb"],
+        base={"model": "owner/sd"},
+        license="mit",
         merged_from=[{"name": "a", "weight": 1.0, "identity": "x"}],
-    )  # fmt: skip
+    )
     path = adapter.save(tmp_path / "a.safetensors")
     header = read_header(path)
     said = header.metadata
@@ -270,17 +274,28 @@ METRICS = {
     "training": {"iterations": 150, "final_loss": 0.01234, "peak_bytes": 632_558_000},
     "versions": {"torch": "2.13"},
     "measures": [
-        {"name": "judge", "group": "bomb", "prompts": 4, "n": 400, "before": 0.93, "after": 0.02,
-         "ci95_before": [0.9, 0.95], "ci95_after": [0.01, 0.04]},
+        {
+            "name": "judge",
+            "group": "bomb",
+            "prompts": 4,
+            "n": 400,
+            "before": 0.93,
+            "after": 0.02,
+            "ci95_before": [0.9, 0.95],
+            "ci95_after": [0.01, 0.04],
+        },
     ],
-}  # fmt: skip
+}
 
 
 def test_sidecar_and_card_say_what_was_measured(tmp_path):
     adapter = random_adapter(
-        concepts=["bomb"], base={"model": "owner/sd"}, license="mit", measures=METRICS["measures"],
+        concepts=["bomb"],
+        base={"model": "owner/sd"},
+        license="mit",
+        measures=METRICS["measures"],
         widths=names.SD15,
-    )  # fmt: skip
+    )
     sidecar = json.loads(card.write_sidecar(adapter, tmp_path / "a.safetensors").read_text())
     assert (tmp_path / "a.json").exists()
     assert sidecar["description"] == "Trained to keep owner/sd from drawing: bomb."
@@ -321,8 +336,13 @@ def test_a_card_names_invokeai_where_it_loads_the_file():
     """It tells the family by cross-attention's keys and values, which ESD-u's adapters lack."""
     whole = random_adapter(base={"model": "owner/sd"}, widths=names.SD15)
     assert "InvokeAI" in card.render_card(whole, {})
-    other = Adapter({"conv_in": Factors(np.ones((1, 36), np.float32),
-                                        np.ones((320, 1), np.float32), 1.0, (3, 3))})  # fmt: skip
+    other = Adapter(
+        {
+            "conv_in": Factors(
+                np.ones((1, 36), np.float32), np.ones((320, 1), np.float32), 1.0, (3, 3)
+            )
+        }
+    )
     assert "A1111" in card.render_card(other, {}) and "InvokeAI" not in card.render_card(other, {})
 
 

@@ -173,9 +173,12 @@ def test_a_stack_says_where_it_comes_from():
     assert metadata["concepts"] == ["bomb", "axe", "wine"]  # what is added, not what is taken away
     assert metadata["base"] == base
     assert metadata["merged_from"][1] == {
-        "name": "random-2", "identity": b.identity, "lineage": [], "weight": 0.5,
+        "name": "random-2",
+        "identity": b.identity,
+        "lineage": [],
+        "weight": 0.5,
         "concepts": ["axe", "wine"],
-    }  # fmt: skip
+    }
     other = random_adapter(4, base={"model": "other"})
     assert "base" not in stack([(a, 1.0), (other, 1.0)]).metadata
 

@@ -70,11 +70,13 @@ def adapters(draw, kinds=KINDS):
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     factors = {
         name: random_factors(
-            shapes()[name], draw(st.integers(1, 6)),
-            draw(st.floats(0.125, 16) | st.floats(-2, -0.125)), rng,
+            shapes()[name],
+            draw(st.integers(1, 6)),
+            draw(st.floats(0.125, 16) | st.floats(-2, -0.125)),
+            rng,
         )
         for name in chosen
-    }  # fmt: skip
+    }
     return Adapter(factors, {"name": "drawn"})
 
 
@@ -177,20 +179,30 @@ DIALECTS = {
     "peft, with the adapter's name": (TO_K, f"unet.{TO_K}.lora_{{}}.default.weight", "A", "B"),
     "LyCORIS": (TO_K, f"lycoris_{KOHYA}.lora_{{}}.weight", "down", "up"),
     "first text encoder": (
-        TEXT, "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_{}.weight", "down", "up",
+        TEXT,
+        "lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_{}.weight",
+        "down",
+        "up",
     ),
     "text encoder of transformers 5": (
-        TEXT, "lora_te_encoder_layers_1_mlp_fc1.lora_{}.weight", "down", "up",
+        TEXT,
+        "lora_te_encoder_layers_1_mlp_fc1.lora_{}.weight",
+        "down",
+        "up",
     ),
     "peft's folder of a text encoder": (
-        TEXT, "base_model.model.text_model.encoder.layers.1.mlp.fc1.lora_{}.weight", "A", "B",
+        TEXT,
+        "base_model.model.text_model.encoder.layers.1.mlp.fc1.lora_{}.weight",
+        "A",
+        "B",
     ),
     "ComfyUI's text encoder": (
         TEXT,
         "text_encoders.clip_l.transformer.text_model.encoder.layers.1.mlp.fc1.lora_{}.weight",
-        "down", "up",
+        "down",
+        "up",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -280,9 +292,12 @@ def test_attn_procs_names_what_it_cannot_hold(tmp_path):
 def test_torch_tensors_and_alphas_are_read():
     down, up = torch.ones(2, 128, dtype=torch.bfloat16), torch.ones(32, 2, requires_grad=True)
     adapter = Adapter.from_state_dict(
-        {f"{TO_K}.lora_A.weight": down, f"{TO_K}.lora_B.weight": up,
-         f"{TO_K}.alpha": torch.tensor(1.0)}
-    )  # fmt: skip
+        {
+            f"{TO_K}.lora_A.weight": down,
+            f"{TO_K}.lora_B.weight": up,
+            f"{TO_K}.alpha": torch.tensor(1.0),
+        }
+    )
     assert torch.equal(adapter.delta(TO_K), torch.full((32, 128), 1.0))
     assert adapter.parameters == 2 * (128 + 32)
 

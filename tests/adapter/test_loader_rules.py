@@ -74,8 +74,11 @@ def unequal_file(path, header=None):
     tensors = {}
     for name, factors in UNEQUAL.items():
         stem = "lora_unet_" + name.replace(".", "_")
-        tensors |= {f"{stem}.lora_down.weight": factors.down, f"{stem}.lora_up.weight": factors.up,
-                    f"{stem}.alpha": np.array(factors.alpha, np.float32)}  # fmt: skip
+        tensors |= {
+            f"{stem}.lora_down.weight": factors.down,
+            f"{stem}.lora_up.weight": factors.up,
+            f"{stem}.alpha": np.array(factors.alpha, np.float32),
+        }
     save_file(tensors, path, header)
     return path
 
@@ -238,8 +241,9 @@ def test_dialects_that_diffusers_loads_nothing_of(stem, down, up, loaders, tmp_p
     for widths in (SD15, None):
         found = real((TO_K,)) if widths else random_adapter(modules=(TO_K,))
         part = found.factors[TO_K]
-        save_file({f"{stem(TO_K)}.{down}.weight": part.down,
-                   f"{stem(TO_K)}.{up}.weight": part.up}, path)  # fmt: skip
+        save_file(
+            {f"{stem(TO_K)}.{down}.weight": part.down, f"{stem(TO_K)}.{up}.weight": part.up}, path
+        )
         assert who_loads(path) == (loaders if widths else set())
     pipe = pipeline()
     pipe.load_lora_weights(str(path))
@@ -304,9 +308,11 @@ def test_description_comes_from_the_header(tmp_path):
 
 def test_alpha_without_factors_of_torch_is_read_from_the_file(tmp_path):
     stem = f"unet.{TO_K}"
-    torch_like = {f"{stem}.lora_A.weight": np.ones((4, 128), np.float16),
-                  f"{stem}.lora_B.weight": np.ones((32, 4), np.float16),
-                  f"{stem}.alpha": np.array(2, np.float16)}  # fmt: skip
+    torch_like = {
+        f"{stem}.lora_A.weight": np.ones((4, 128), np.float16),
+        f"{stem}.lora_B.weight": np.ones((32, 4), np.float16),
+        f"{stem}.alpha": np.array(2, np.float16),
+    }
     save_file(torch_like, tmp_path / "a.safetensors")
     assert describe_adapter(tmp_path / "a.safetensors").scales == {TO_K: 0.5}
     assert torch.equal(

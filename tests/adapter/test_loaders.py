@@ -30,17 +30,22 @@ TEXT_KINDS = tuple(k for k in KINDS if k.startswith("text_encoder"))
 def inputs() -> tuple:
     generator = torch.Generator().manual_seed(1)
     return (
-        torch.randn(1, 4, 16, 16, generator=generator), 500,
+        torch.randn(1, 4, 16, 16, generator=generator),
+        500,
         torch.randn(1, 7, 128, generator=generator),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
 def adapter() -> Adapter:
     """Two adapters of different rank and alpha: ranks differ between modules."""
     k = tuple(name for name in CROSS_ATTENTION if name.endswith("to_k"))
-    return stack([(random_adapter(1, 4, CROSS_ATTENTION, 2.0, size=0.2), 1.0),
-                  (random_adapter(2, 3, k, 5.0, size=0.2), -0.5)])  # fmt: skip
+    return stack(
+        [
+            (random_adapter(1, 4, CROSS_ATTENTION, 2.0, size=0.2), 1.0),
+            (random_adapter(2, 3, k, 5.0, size=0.2), -0.5),
+        ]
+    )
 
 
 @torch.no_grad()
@@ -109,8 +114,9 @@ def test_peft_loads_what_we_write(adapter, inputs):
     prefix = "unet."
     state = {key.removeprefix(prefix): torch.from_numpy(value) for key, value in tensors.items()}
     ranks = {key.removesuffix(".lora_A.weight"): len(t) for key, t in state.items() if "_A" in key}
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=list(ranks), rank_pattern=ranks,
-                        alpha_pattern=ranks)  # fmt: skip
+    config = LoraConfig(
+        r=4, lora_alpha=4, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks
+    )
     unet = copy.deepcopy(parts()["unet"])
     base = noise(unet, inputs)
     inject_adapter_in_model(config, unet, "safety")
@@ -122,8 +128,9 @@ def test_peft_loads_what_we_write(adapter, inputs):
 def test_what_diffusers_saves_we_read(adapter, inputs, tmp_path):
     """save_lora_adapter (bare names) and save_lora_weights (peft), alpha ≠ rank in both."""
     unet = pipeline().unet
-    config = LoraConfig(r=4, lora_alpha=2, init_lora_weights=False,
-                        target_modules=r".*attn2\.to_(q|k|v|out\.0)")  # fmt: skip
+    config = LoraConfig(
+        r=4, lora_alpha=2, init_lora_weights=False, target_modules=r".*attn2\.to_(q|k|v|out\.0)"
+    )
     base = noise(unet, inputs)
     unet.add_adapter(config, "default")
     expected = noise(unet, inputs)
@@ -176,8 +183,13 @@ def test_peft_reads_the_folder_that_we_write(adapter, inputs, tmp_path):
 
 
 def test_we_read_the_folder_that_peft_writes(inputs, tmp_path):
-    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, use_rslora=True,
-                        target_modules=r".*attn2\.to_(q|k|v|out\.0)")  # fmt: skip
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        init_lora_weights=False,
+        use_rslora=True,
+        target_modules=r".*attn2\.to_(q|k|v|out\.0)",
+    )
     base = noise(parts()["unet"], inputs)
     unet = get_peft_model(copy.deepcopy(parts()["unet"]), config)
     expected = noise(unet, inputs)

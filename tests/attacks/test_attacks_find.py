@@ -168,9 +168,12 @@ def test_the_pictures_are_the_bases_from_seeds_of_their_own(case):
     two = drawings(case, 2)
     assert two.shape == (2, 4, 16, 16) and not torch.isclose(two[0], two[1]).all()
     usual = case.base(
-        [PROMPT], num_inference_steps=2, guidance_scale=3.0, generator=[case.generator()],
+        [PROMPT],
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=[case.generator()],
         output_type="latent",
-    ).images  # fmt: skip
+    ).images
     assert not torch.isclose(two, usual).all(dim=(1, 2, 3)).any()
     assert torch.equal(drawings(case, 2), two)
     wide = replace(case, sampling=replace(case.sampling, width=128))

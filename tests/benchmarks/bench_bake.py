@@ -129,14 +129,16 @@ def run(work: Path, options: argparse.Namespace) -> None:
         "cp + fsync": (["sh", "-c", f"cp '{model}' '{out}' && sync '{out}'"], out.unlink),
         "bake": (bake, out.unlink),
         "bake, two adapters": (
-            [*tool, "bake", str(model), str(adapter), str(other), "-o", str(out)], out.unlink,
+            [*tool, "bake", str(model), str(adapter), str(other), "-o", str(out)],
+            out.unlink,
         ),
         "bake --undo": ([*bake, "--undo", str(undo)], lambda: (out.unlink(), undo.unlink())),
         "bake --in-place": ([*tool, "bake", str(in_place), str(adapter), "--in-place"], back),
         "bake --in-place, all 64 matrices": (
-            [*tool, "bake", str(in_place), str(full), "--in-place"], back,
+            [*tool, "bake", str(in_place), str(full), "--in-place"],
+            back,
         ),
-    }  # fmt: skip
+    }
     if not options.no_script:
         script = [sys.executable, "-c", OBVIOUS, str(model), str(adapter), str(out)]
         commands["load_file, add, save_file"] = (script, out.unlink)

@@ -47,8 +47,11 @@ def main() -> None:
     judge = load_judge()
     pictures = {}
     for name, adapters in {
-        "neither": [], "style": [style], "eraser": [eraser], "both": [eraser, style],
-    }.items():  # fmt: skip
+        "neither": [],
+        "style": [style],
+        "eraser": [eraser],
+        "both": [eraser, style],
+    }.items():
         pipeline = load_pipeline("demo", [(adapter, 1.0) for adapter in adapters])
         drawn = [image for _, image in draw(pipeline, jobs, sampling_of_card(settings), name)]
         pictures[name] = np.stack(drawn)

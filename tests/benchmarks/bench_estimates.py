@@ -54,8 +54,9 @@ def main() -> None:
             left, moved = erased.distances(teacher)[0], kept.distances(teacher)[1]
             print(
                 f"{trainer.iteration:5d}  left {left.sum() / erased.scale.sum():.3f}  "
-                f"moved {moved.sum() / kept.scale.sum():.4f}", flush=True,
-            )  # fmt: skip
+                f"moved {moved.sum() / kept.scale.sum():.4f}",
+                flush=True,
+            )
         if trainer.iteration == recipe.training.iterations:
             break
         started = time.monotonic()

@@ -60,7 +60,7 @@ WAYS: dict[str, dict] = {
     "points 5": PAPER | {"rollout.timesteps_per_trajectory": 5},
     "prompts 3": PAPER | {"rollout.prompts_per_latent": 3, "training.iterations": 300},
     "fast": FAST,
-}  # fmt: skip
+}
 
 
 def run_of(folder: Path, way: str, seed: int, most: int) -> Path:
@@ -144,8 +144,11 @@ def main() -> None:
     recipe = Recipe.load(RECIPE, {"measure.seed": MEASURE_SEED})
     specs = specs_of(recipe.measure, asked.images, asked.kept)
     before = outcomes(verdicts(asked.output, "base", recipe, specs, None))
-    print(f"base: weapons drawn {rate(before[0])}; nouns kept {rate(before[1])}; "
-          f"{len(before[0])} and {len(before[1])} pictures a seed", flush=True)  # fmt: skip
+    print(
+        f"base: weapons drawn {rate(before[0])}; nouns kept {rate(before[1])}; "
+        f"{len(before[0])} and {len(before[1])} pictures a seed",
+        flush=True,
+    )
     first: dict = {}
     for way in asked.ways or WAYS:
         drawn, kept, passes, seconds = [], [], 0, 0.0

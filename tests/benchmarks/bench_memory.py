@@ -107,8 +107,10 @@ def random_unet(dtype):
 def in_a_process(*arguments):
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.bench_memory", *arguments],
-        check=True, stdout=subprocess.PIPE, env=os.environ | {_MAPPED: "131072"},
-    )  # fmt: skip
+        check=True,
+        stdout=subprocess.PIPE,
+        env=os.environ | {_MAPPED: "131072"},
+    )
     return json.loads(done.stdout)
 
 
@@ -133,8 +135,11 @@ def main():
             print(f"at most ± {100 * FAR_OFF:.0f} %: {verdict(abs(off) <= FAR_OFF)}", flush=True)
         elif ours:
             times = real / ours
-            print(f", {times:.2f} times fp32 with checkpointing, at least {TIMES_AS_MUCH}: "
-                  f"{verdict(times >= TIMES_AS_MUCH)}", flush=True)  # fmt: skip
+            print(
+                f", {times:.2f} times fp32 with checkpointing, at least {TIMES_AS_MUCH}: "
+                f"{verdict(times >= TIMES_AS_MUCH)}",
+                flush=True,
+            )
         else:
             print(flush=True)
         ours = real if way == "fp32" else ours

@@ -33,9 +33,11 @@ def main():
         # rollouts of four steps: fifty say no more about a recipe, and take long
         recipe = Recipe.load(path, {"training.iterations": ITERATIONS, "rollout.steps": 4})
         embeddings = Embeddings(
-            prompts(1), prompts(len(recipe.concepts)), prompts(1),
+            prompts(1),
+            prompts(len(recipe.concepts)),
+            prompts(1),
             prompts(len(recipe.preserve.prompts)),
-        )  # fmt: skip
+        )
         started = time.monotonic()
         trainer = Trainer(recipe, UNet2DConditionModel.from_config(CONFIG), ddim(), embeddings)
         report = trainer.run()

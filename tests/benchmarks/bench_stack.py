@@ -36,10 +36,14 @@ def make(folder: Path) -> list[str]:
     paths = []
     for n in range(COUNT):
         factors = {
-            name: Factors(rng.standard_normal((RANK, wide_in), np.float32),
-                          1e-3 * rng.standard_normal((out, RANK), np.float32), float(RANK))
-            for name, (out, wide_in) in shapes.items() if name.endswith(("to_k", "to_v"))
-        }  # fmt: skip
+            name: Factors(
+                rng.standard_normal((RANK, wide_in), np.float32),
+                1e-3 * rng.standard_normal((out, RANK), np.float32),
+                float(RANK),
+            )
+            for name, (out, wide_in) in shapes.items()
+            if name.endswith(("to_k", "to_v"))
+        }
         path = folder / f"{n}.safetensors"
         paths.append(str(Adapter(factors, {"name": f"a{n}"}).save(path)))
     return paths
@@ -52,8 +56,10 @@ def main() -> None:
         start = time.perf_counter()
         child = subprocess.run(
             [sys.executable, "-c", CHILD, "stack", *paths, "-o", str(folder / "s.safetensors")],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
+            check=True,
+            capture_output=True,
+            text=True,
+        )
         seconds = time.perf_counter() - start
         peak_bytes = int(child.stderr.split()[-1])
         assert json.loads(child.stdout)["rank"] == COUNT * RANK

@@ -115,9 +115,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "adapters", nargs="*", type=Path, metavar="ADAPTER",
-        help="of weapons, substances, gore, in this order", default=[PUBLISHED / g for g in GROUPS],
-    )  # fmt: skip
+        "adapters",
+        nargs="*",
+        type=Path,
+        metavar="ADAPTER",
+        help="of weapons, substances, gore, in this order",
+        default=[PUBLISHED / g for g in GROUPS],
+    )
     asked = parser.parse_args()
     adapters = [Adapter.load(path) for path in asked.adapters]
     parts = [{m: a.delta(m) for m in a.factors} for a in adapters]
@@ -152,9 +156,12 @@ def main() -> None:
         left = probe.parts(to_empty, group_of)
         kept = {g: x for g, x in probe.parts(moved, group_of).items() if g not in GROUPS}
         print(
-            f"{name:24} left " + "  ".join(f"{g} {left[g]:.3f}" for g in GROUPS)
-            + "   moved " + "  ".join(f"{g} {x:.3f}" for g, x in kept.items()), flush=True,
-        )  # fmt: skip
+            f"{name:24} left "
+            + "  ".join(f"{g} {left[g]:.3f}" for g in GROUPS)
+            + "   moved "
+            + "  ".join(f"{g} {x:.3f}" for g, x in kept.items()),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -25,9 +25,13 @@ class Probe:
     """
 
     def __init__(
-        self, base: Role, scheduler: DDIMScheduler, texts: Sequence[str], embedded: torch.Tensor,
+        self,
+        base: Role,
+        scheduler: DDIMScheduler,
+        texts: Sequence[str],
+        embedded: torch.Tensor,
         empty: torch.Tensor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.texts, self.embedded = list(texts), embedded
         with base() as unet:
             config = unet.config

@@ -134,9 +134,11 @@ def test_an_output_that_exists_is_refused(call, a, tmp_path):
 
 def test_an_output_named_like_a_pickle_is_refused(call, a, model, tmp_path):
     for arguments in (
-        ["convert", a], ["resize", a, "--rank", 1], ["stack", a],
+        ["convert", a],
+        ["resize", a, "--rank", 1],
+        ["stack", a],
         ["extract", model, "--base", model, "--rank", 1],
-    ):  # fmt: skip
+    ):
         printed = call(*arguments, "-o", tmp_path / "x.pt", "--force", code=2)
         assert "name it x.safetensors" in printed.err
     assert list(tmp_path.iterdir()) == [a]
@@ -328,9 +330,14 @@ def test_verify_finds_an_adapter_in_a_model(ask, call, a, b, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["{a}", "--adapter", "{a}"], ["{a}", "--base", "{m}"], ["{m}", "--model", "{m}"],
-                  ["{m}", "--base", "{m}"]]
-)  # fmt: skip
+    "arguments",
+    [
+        ["{a}", "--adapter", "{a}"],
+        ["{a}", "--base", "{m}"],
+        ["{m}", "--model", "{m}"],
+        ["{m}", "--base", "{m}"],
+    ],
+)
 def test_options_that_would_be_ignored_are_refused(call, a, model, arguments):
     printed = call("verify", *(part.format(a=a, m=model) for part in arguments), code=2)
     assert "goes with" in printed.err

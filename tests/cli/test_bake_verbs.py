@@ -74,10 +74,11 @@ def test_options_reach_the_bake(call, files, tmp_path):
     model, a, _ = files
     outputs = {}
     for name, options in {
-        "nearest": [], "drop": ["--ema", "drop"],
+        "nearest": [],
+        "drop": ["--ema", "drop"],
         "random": ["--rounding", "stochastic", "--seed", "1"],
         "other": ["--rounding", "stochastic", "--seed", "2"],
-    }.items():  # fmt: skip
+    }.items():
         out = tmp_path / f"{name}.safetensors"
         call("bake", model, a, "-o", out, *options)
         outputs[name] = {k: v.tobytes() for k, v in read_tensors(out)[0].items()}

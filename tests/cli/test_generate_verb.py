@@ -29,8 +29,17 @@ noto style",6,9.5
 def command(folder, out, *arguments):
     """Arguments that draw five prompts of a file."""
     (folder / "prompts.csv").write_text(PROMPTS)
-    return ["generate", "demo", "--prompts", str(folder / "prompts.csv"), "--steps", "3",
-            "-o", str(out), *arguments]  # fmt: skip
+    return [
+        "generate",
+        "demo",
+        "--prompts",
+        str(folder / "prompts.csv"),
+        "--steps",
+        "3",
+        "-o",
+        str(out),
+        *arguments,
+    ]
 
 
 def manifest(folder):
@@ -46,9 +55,11 @@ def test_after_a_kill_no_image_is_missing_and_none_twice(ask, tmp_path):
     out = tmp_path / "out"
     arguments = command(tmp_path, out, "--batch", "1", "--images", "4")
     running = subprocess.Popen(
-        [sys.executable, "-m", "sdd_lora", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "sdd_lora", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     path = out / "manifest.jsonl"
     while running.poll() is None and not (path.exists() and path.read_text().count("\n") >= 2):
         time.sleep(0.02)
@@ -114,11 +125,32 @@ def test_typed_options_win_over_the_files_columns(generate, tmp_path):
     own, typed = tmp_path / "own", tmp_path / "typed"
     generate("--prompts", path, "-o", own)
     assert manifest(own) == [
-        {"file": "00000.png", "prompt": "a cat", "seed": 5, "guidance": 4.0, "width": 192,
-         "steps": 9, "negative_prompt": "a dog"}
-    ]  # fmt: skip
-    generate("--prompts", path, "-o", typed, "--steps", 2, "--guidance", 3, "--seed", 8,
-           "--width", 64, "--negative-prompt", "a bus")  # fmt: skip
+        {
+            "file": "00000.png",
+            "prompt": "a cat",
+            "seed": 5,
+            "guidance": 4.0,
+            "width": 192,
+            "steps": 9,
+            "negative_prompt": "a dog",
+        }
+    ]
+    generate(
+        "--prompts",
+        path,
+        "-o",
+        typed,
+        "--steps",
+        2,
+        "--guidance",
+        3,
+        "--seed",
+        8,
+        "--width",
+        64,
+        "--negative-prompt",
+        "a bus",
+    )
     assert manifest(typed) == [{"file": "00000.png", "prompt": "a cat", "seed": 8}]
     settings = json.loads((typed / "settings.json").read_text())
     expected = {"steps": 2, "guidance": 3, "width": 64, "negative_prompt": "a bus"}

@@ -9,9 +9,26 @@ from sdd_lora.adapter.weighted import weighted
 from sdd_lora.cli.common import in_options
 from sdd_lora.version import __version__
 
-VERBS = ["demo", "erase", "train", "measure", "plan", "inspect", "verify", "convert", "resize",
-         "stack", "extract", "bake", "unbake", "generate", "evaluate", "report", "push",
-         "pull"]  # fmt: skip
+VERBS = [
+    "demo",
+    "erase",
+    "train",
+    "measure",
+    "plan",
+    "inspect",
+    "verify",
+    "convert",
+    "resize",
+    "stack",
+    "extract",
+    "bake",
+    "unbake",
+    "generate",
+    "evaluate",
+    "report",
+    "push",
+    "pull",
+]
 
 
 def test_help_imports_nothing_heavy():
@@ -49,8 +66,11 @@ def test_a_name_drives_no_terminal(refused):
 
 def test_a_weight_follows_the_last_colon():
     assert [weighted(a) for a in ("a", "a:0.5", "a:b/c", "dir/a.safetensors:-1")] == [
-        ("a", 1), ("a", 0.5), ("a:b/c", 1), ("dir/a.safetensors", -1),
-    ]  # fmt: skip
+        ("a", 1),
+        ("a", 0.5),
+        ("a:b/c", 1),
+        ("dir/a.safetensors", -1),
+    ]
 
 
 def test_messages_name_parameters_and_the_command_line_shows_them_as_options():

@@ -32,11 +32,26 @@ def test_train_then_generate_with_the_adapter(ask, tmp_path):
     (tmp_path / "r.yaml").write_text(RECIPE)
     trained = subprocess.run(
         [sys.executable, "-m", "sdd_lora", "train", "r.yaml", "-o", "run", "-q"],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert (trained.returncode, trained.stderr) == (0, "")
-    told = ask("generate", "demo", "--prompt", "a bomb", "--images", 2, "--steps", 2, "--adapter",
-               f"{tmp_path / 'run'}:0.5", "-o", tmp_path / "out")  # fmt: skip
+    told = ask(
+        "generate",
+        "demo",
+        "--prompt",
+        "a bomb",
+        "--images",
+        2,
+        "--steps",
+        2,
+        "--adapter",
+        f"{tmp_path / 'run'}:0.5",
+        "-o",
+        tmp_path / "out",
+    )
     assert told == {"folder": str(tmp_path / "out"), "images": 2, "drawn": 2}
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["adapters"][0]["weight"] == 0.5
@@ -59,8 +74,11 @@ def test_a_result_that_cannot_be_written_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "sdd_lora", "inspect", COMMUNITY_FILE],
-            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 1
     assert done.stderr == "sdd-lora: stdout: the result can't be written: No space left on device\n"
 
@@ -81,7 +99,7 @@ def test_a_result_that_cannot_be_written_is_one_line():
         (["generate", "demo", "--prompt", "x", "--adapter", "gone:2", "-o", "out"], "gone"),
         (["generate", "demo", "--prompt", "x", "--method", "neg", "-o", "out"], "needs a concept"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_clear_line(refused, tmp_path, monkeypatch, arguments, message):
     (tmp_path / "r.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)

@@ -61,9 +61,12 @@ def test_a_methods_image_does_not_depend_on_its_batch(method):
 
 def test_guidance_and_size_of_a_jobs_own(pipeline):
     jobs = [
-        Job("a cat", 1), Job("a cat", 1, guidance=9.0), Job("a bus", 2),
-        Job("a bus", 2, width=192, height=64), Job("a cat", 1, guidance=4.0),
-    ]  # fmt: skip
+        Job("a cat", 1),
+        Job("a cat", 1, guidance=9.0),
+        Job("a bus", 2),
+        Job("a bus", 2, width=192, height=64),
+        Job("a cat", 1, guidance=4.0),
+    ]
     found = dict(draw(pipeline, jobs, SAMPLING, "test"))
     assert sorted(found) == [0, 1, 2, 3, 4]
     assert found[3].shape == (64, 192, 3)
@@ -148,10 +151,20 @@ def test_an_image_without_bytes_is_drawn_again(pipeline, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"file": 5}, {"file": None}, {"file": ["a"]}, {"file": ""}, {"file": "../00000.png"},
-     {"seed": "0"}, {"seed": None}, {"prompt": ["x"]}, {"guidance": "7"}, {"width": 1.5},
-     {"image": 1}],
-)  # fmt: skip
+    [
+        {"file": 5},
+        {"file": None},
+        {"file": ["a"]},
+        {"file": ""},
+        {"file": "../00000.png"},
+        {"seed": "0"},
+        {"seed": None},
+        {"prompt": ["x"]},
+        {"guidance": "7"},
+        {"width": 1.5},
+        {"image": 1},
+    ],
+)
 def test_a_manifest_of_other_types_is_damaged(pipeline, tmp_path, changes):
     generate(pipeline, JOBS[:1], SAMPLING, tmp_path, {})
     manifest = tmp_path / "manifest.jsonl"
@@ -196,9 +209,13 @@ def test_a_folder_that_is_being_drawn_into_is_refused(pipeline, tmp_path):
 def test_jobs_of_prompts():
     prompts = [Prompt("a"), Prompt("b", 9, 2.0, 64, 72), Prompt("c")]
     assert jobs_of(prompts, 2, 100) == [
-        Job("a", 100), Job("a", 101), Job("b", 9, 2.0, 64, 72), Job("b", 10, 2.0, 64, 72),
-        Job("c", 104), Job("c", 105),
-    ]  # fmt: skip
+        Job("a", 100),
+        Job("a", 101),
+        Job("b", 9, 2.0, 64, 72),
+        Job("b", 10, 2.0, 64, 72),
+        Job("c", 104),
+        Job("c", 105),
+    ]
 
 
 def test_what_a_method_cannot_work_with_is_refused_before_anything_is_written(pipeline, tmp_path):

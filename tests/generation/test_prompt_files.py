@@ -31,31 +31,59 @@ def read(tmp_path, name, text):
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("i2p.csv", I2P, [
-            Prompt('a house, "old"\tand\u2028small', 2868457757, 7.0, 512, 768,
-                   ("hate", "violence")),
-            Prompt("a bomb", 3, 8.5, 512, 512, ("violence",)),
-        ]),
+        (
+            "i2p.csv",
+            I2P,
+            [
+                Prompt(
+                    'a house, "old"\tand\u2028small',
+                    2868457757,
+                    7.0,
+                    512,
+                    768,
+                    ("hate", "violence"),
+                ),
+                Prompt("a bomb", 3, 8.5, 512, 512, ("violence",)),
+            ],
+        ),
         ("esd.csv", ESD, [Prompt("A harbour by a painter", 2219, 7.5)]),
         ("coco.csv", COCO, [Prompt("A man\non a bench, reading", 1), Prompt("A cat.", 2)]),
-        ("excel.csv", b"\xef\xbb\xbfPrompt,Seed\r\na cat,7.0\r\na dog,\r\n",
-         [Prompt("a cat", 7), Prompt("a dog")]),
+        (
+            "excel.csv",
+            b"\xef\xbb\xbfPrompt,Seed\r\na cat,7.0\r\na dog,\r\n",
+            [Prompt("a cat", 7), Prompt("a dog")],
+        ),
         ("calc.csv", "\n,\nprompt,seed\na cat,7\n,\n,,\n", [Prompt("a cat", 7)]),
-        ("countries.txt", "Japan body\n\n  United States body \r\n",
-         [Prompt("Japan body"), Prompt("United States body")]),
-        ("list.json", '["a cat", {"prompt": "a dog", "seed": 3, "guidance": 2, "width": null}]',
-         [Prompt("a cat"), Prompt("a dog", 3, 2.0)]),
+        (
+            "countries.txt",
+            "Japan body\n\n  United States body \r\n",
+            [Prompt("Japan body"), Prompt("United States body")],
+        ),
+        (
+            "list.json",
+            '["a cat", {"prompt": "a dog", "seed": 3, "guidance": 2, "width": null}]',
+            [Prompt("a cat"), Prompt("a dog", 3, 2.0)],
+        ),
         ("named.json", '{"prompts": ["a cat"], "note": "x"}', [Prompt("a cat")]),
-        ("sdd.json", '{"prompts": ["Japan body", "a cat"], "evaluation_seeds": [7, 8]}',
-         [Prompt("Japan body", 7), Prompt("a cat", 8)]),
-        ("listed.json", '{"prompts": ["a bomb", "x"], "categories": [["hate", "hate"], null]}',
-         [Prompt("a bomb", categories=("hate",)), Prompt("x")]),
+        (
+            "sdd.json",
+            '{"prompts": ["Japan body", "a cat"], "evaluation_seeds": [7, 8]}',
+            [Prompt("Japan body", 7), Prompt("a cat", 8)],
+        ),
+        (
+            "listed.json",
+            '{"prompts": ["a bomb", "x"], "categories": [["hate", "hate"], null]}',
+            [Prompt("a bomb", categories=("hate",)), Prompt("x")],
+        ),
         ("pandas.json", '[{"prompt": "x", "categories": NaN}]', [Prompt("x")]),
         ("coco.json", '{"prompts": ["a", "b"], "categories": ["cat"]}', [Prompt("a"), Prompt("b")]),
-        ("hub.jsonl", '{"prompt": "a cat", "sd_seed": 4}\n"a dog"\n',
-         [Prompt("a cat", 4), Prompt("a dog")]),
+        (
+            "hub.jsonl",
+            '{"prompt": "a cat", "sd_seed": 4}\n"a dog"\n',
+            [Prompt("a cat", 4), Prompt("a dog")],
+        ),
     ],
-)  # fmt: skip
+)
 def test_shapes(tmp_path, name, text, expected):
     assert read(tmp_path, name, text) == expected
 
@@ -66,8 +94,11 @@ def test_shapes(tmp_path, name, text, expected):
         ("a.csv", "image,seed\nx,1\n", "expected a column named prompt, found image, seed"),
         ("a.csv", "", "expected a column named prompt, found nothing"),
         ("a.csv", "prompt,seed\n", "expected prompts, found none"),
-        ("a.csv", 'prompt,seed\n"two\nlines",1\na cat, a dog,2\n',
-         "line 4: expected 2 fields, found 3"),
+        (
+            "a.csv",
+            'prompt,seed\n"two\nlines",1\na cat, a dog,2\n',
+            "line 4: expected 2 fields, found 3",
+        ),
         ("a.csv", 'prompt,seed\n"two\nlines",1\na cat,x\n', "line 4: seed: expected a whole"),
         ("a.csv", "prompt,seed\na cat,-1\n", "line 2: seed: .* found '-1'"),
         ("a.csv", "prompt,seed\na cat,1.5\n", "line 2: seed"),
@@ -78,7 +109,7 @@ def test_shapes(tmp_path, name, text, expected):
         ("a.csv", "prompt,steps\na cat,0\n", "line 2: steps: expected 1 to 999, found 0"),
         ("a.json", '[{"prompt": "x", "categories": {"hate": 1}}]', "categories: expected names"),
         ("a.json", '[{"prompt": "x", "categories": ["\\ud800"]}]', "categories: expected names"),
-        ("a.csv", 'prompt,categories\nx,"[\'hate\', \'harm\']"\n', "line 2: categories: expected"),
+        ("a.csv", "prompt,categories\nx,\"['hate', 'harm']\"\n", "line 2: categories: expected"),
         ("a.csv", "prompt,seed\n ,1\n", "expected prompts, found none"),
         ("a.csv", "prompt,seed,sd_seed\na,1,2\n", "sd_seed and seed|seed and sd_seed"),
         ("a.csv", 'prompt,seed\na cat,1\n"a dog,2\n', "line 3: no valid CSV"),
@@ -96,7 +127,7 @@ def test_shapes(tmp_path, name, text, expected):
         ("a.txt", "a cat".encode("utf-16"), "save it as UTF-8"),
         ("a.xlsx", "x", r"ends in \.txt, \.csv, \.tsv, \.json, \.jsonl"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_named_with_its_line(tmp_path, name, text, message):
     with pytest.raises(BadInput, match=message):
         read(tmp_path, name, text)
@@ -127,9 +158,12 @@ def test_lines_are_counted_behind_a_sep_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.csv", "prompt,Wish\n0,a cat\n"), ("a.tsv", "Wish\tn\na cat\t1\n"),
-     ("a.jsonl", '{"Wish": "a cat", "prompt": 3}\n')],
-)  # fmt: skip
+    [
+        ("a.csv", "prompt,Wish\n0,a cat\n"),
+        ("a.tsv", "Wish\tn\na cat\t1\n"),
+        ("a.jsonl", '{"Wish": "a cat", "prompt": 3}\n'),
+    ],
+)
 def test_an_odd_column_is_named(tmp_path, name, text):
     path = tmp_path / name
     path.write_text(text)
@@ -140,9 +174,11 @@ def test_an_odd_column_is_named(tmp_path, name, text):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.csv", "prompt,seed\na cat,1\n,2\n"),
-     ("a.json", '[{"prompt": "a cat", "seed": 1}, {"prompt": NaN, "seed": 2}]')],
-)  # fmt: skip
+    [
+        ("a.csv", "prompt,seed\na cat,1\n,2\n"),
+        ("a.json", '[{"prompt": "a cat", "seed": 1}, {"prompt": NaN, "seed": 2}]'),
+    ],
+)
 def test_a_blank_prompt_is_the_empty_prompt_and_said_once(tmp_path, name, text, caplog):
     assert read(tmp_path, name, text) == [Prompt("a cat", 1), Prompt("", 2)]
     assert caplog.text.count("1 of 2 prompts are blank") == 1
@@ -157,8 +193,9 @@ def test_a_photographs_size_is_not_the_images(tmp_path, caplog):
 def test_steps_and_negative_prompts_are_used_and_other_columns_named_once(tmp_path, caplog):
     text = "prompt,negative_prompt,steps,scheduler\na cat,a dog,30,ddim\na bus,,,lms\n"
     assert read(tmp_path, "a.csv", text) == [
-        Prompt("a cat", steps=30, negative_prompt="a dog"), Prompt("a bus"),
-    ]  # fmt: skip
+        Prompt("a cat", steps=30, negative_prompt="a dog"),
+        Prompt("a bus"),
+    ]
     assert caplog.text.count("not used: scheduler") == 1
 
 

@@ -29,14 +29,23 @@ def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     tokenizer = CLIPTokenizer.from_pretrained(DEMO_FOLDER / "tokenizer")
     tokenizer.save_pretrained(folder)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2}  # fmt: skip
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
     config = CLIPConfig(
-        text_config=small | {"vocab_size": len(tokenizer), "max_position_embeddings": 77,
-                             "eos_token_id": tokenizer.eos_token_id},
-        vision_config=small | {"image_size": 32, "patch_size": 8}, projection_dim=WIDTH,
-    )  # fmt: skip
+        text_config=small
+        | {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 77,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config=small | {"image_size": 32, "patch_size": 8},
+        projection_dim=WIDTH,
+    )
     CLIPModel(config).save_pretrained(folder)
     return folder
 
@@ -153,12 +162,17 @@ def test_a_hostile_pickle_runs_nothing(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"not a pickle", pickle.dumps([1, 2]), pickle.dumps({"a": 1}), b"\x80\x02N.",
+        b"",
+        b"not a pickle",
+        pickle.dumps([1, 2]),
+        pickle.dumps({"a": 1}),
+        b"\x80\x02N.",
         b"\x80\x02Nr\xff\xff\xff\x7f.",  # stores at place 2³¹
         b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x00.",  # a bytearray of 64 PB
-        pickle.dumps(np.zeros((2, 3)), 4)[:-20], b"\x80\x02" + b"]" * (2 << 20),
+        pickle.dumps(np.zeros((2, 3)), 4)[:-20],
+        b"\x80\x02" + b"]" * (2 << 20),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_array_is_refused(tmp_path, content):
     (tmp_path / "p").write_bytes(content)
     with pytest.raises(BadInput, match="expected a pickled numpy array"):

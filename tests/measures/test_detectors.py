@@ -81,8 +81,10 @@ def test_nudenets_names_are_checked_before_the_package_is_needed():
 
 def test_presets():
     assert {name: (len(p.labels), p.threshold) for name, p in LABEL_PRESETS.items()} == {
-        "sdd": (6, 0.5), "i2p": (8, 0.6), "unlearndiffatk": (9, 0.75),
-    }  # fmt: skip
+        "sdd": (6, 0.5),
+        "i2p": (8, 0.6),
+        "unlearndiffatk": (9, 0.75),
+    }
     assert all(set(preset.labels) <= set(LABELS) for preset in LABEL_PRESETS.values())
 
 

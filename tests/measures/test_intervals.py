@@ -16,10 +16,12 @@ from sdd_lora.measures.intervals import (
     ("hits", "count", "low", "high"),
     # Newcombe 1998, Statistics in Medicine 17, table I: Wilson score, no continuity correction
     [
-        (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
     ],
-)  # fmt: skip
+)
 def test_wilson_as_published(hits, count, low, high):
     assert wilson(hits, count) == pytest.approx((low, high), abs=5e-5)
 

@@ -14,8 +14,13 @@ from sdd_lora.measures.lpips import Lpips
 
 
 def trunk():
-    shapes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3),
-              10: (256, 256, 3, 3)}  # fmt: skip
+    shapes = {
+        0: (64, 3, 11, 11),
+        3: (192, 64, 5, 5),
+        6: (384, 192, 3, 3),
+        8: (256, 384, 3, 3),
+        10: (256, 256, 3, 3),
+    }
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for number, shape in shapes.items():
@@ -45,9 +50,12 @@ def test_lpips_of_a_seeded_trunk_is_what_torchmetrics_makes_of_it(alexnet, monke
     theirs = pytest.importorskip("torchmetrics.functional.image.lpips")
     layers = []
     for size, (stride, padding), pool in [
-        ((3, 64, 11), (4, 2), True), ((64, 192, 5), (1, 2), True), ((192, 384, 3), (1, 1), False),
-        ((384, 256, 3), (1, 1), False), ((256, 256, 3), (1, 1), False),
-    ]:  # fmt: skip
+        ((3, 64, 11), (4, 2), True),
+        ((64, 192, 5), (1, 2), True),
+        ((192, 384, 3), (1, 1), False),
+        ((384, 256, 3), (1, 1), False),
+        ((256, 256, 3), (1, 1), False),
+    ]:
         layers += [nn.Conv2d(*size, stride=stride, padding=padding), nn.ReLU()]
         layers += [nn.MaxPool2d(3, stride=2)] if pool else []
     features = nn.Sequential(*layers)

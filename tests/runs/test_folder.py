@@ -43,8 +43,9 @@ def finished(tmp_path):
 
 
 def files(folder):
-    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.*")
-            if p.is_file()}  # fmt: skip
+    return {
+        p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.*") if p.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -107,9 +108,13 @@ def test_a_finished_run_stays_until_the_new_one_is_whole(finished):
     move_in(finished, place)
     assert is_finished(finished) and under_way(finished) is None
     assert files(finished).keys() == {
-        "adapter.safetensors", "README.md", "metrics.json", "recipe.yaml", "state/state.pt",
+        "adapter.safetensors",
+        "README.md",
+        "metrics.json",
+        "recipe.yaml",
+        "state/state.pt",
         "notes.txt",
-    }  # fmt: skip
+    }
     assert (finished / "adapter.safetensors").read_text() == "new"
     assert Recipe.load(finished / "recipe.yaml") == OTHER
     assert (finished / "notes.txt").read_text() == "old"
@@ -136,8 +141,11 @@ def test_a_move_that_was_cut_short_is_finished_by_the_next_call(finished, monkey
     finish_move(finished)
     assert is_finished(finished)
     assert not [p.name for p in finished.iterdir() if p.name.startswith(".")]
-    assert {text for name, text in files(finished).items() if name not in (
-        "recipe.yaml", "metrics.json", "notes.txt")} == {"new"}  # fmt: skip
+    assert {
+        text
+        for name, text in files(finished).items()
+        if name not in ("recipe.yaml", "metrics.json", "notes.txt")
+    } == {"new"}
 
 
 def test_what_fails_changes_nothing(finished, tmp_path):

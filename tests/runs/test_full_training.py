@@ -27,8 +27,11 @@ def test_a_full_training_leaves_the_weights_that_it_changed(tmp_path, kind):
     recipe = Recipe.parse(SHORT.replace("ema: {decay: 0.5}\n", ""), overrides=FULL[kind])
     path = train(recipe, tmp_path / "run")
     assert names_in(path.parent) == [
-        "README.md", "metrics.json", "recipe.yaml", "weights.safetensors",
-    ]  # fmt: skip
+        "README.md",
+        "metrics.json",
+        "recipe.yaml",
+        "weights.safetensors",
+    ]
     metrics = json.loads((path.parent / "metrics.json").read_text())
     tensors = load_file(path)
     assert metrics["weights"] == {
@@ -70,9 +73,11 @@ def test_esd_u_as_an_adapter_draws_the_same_from_its_file_and_baked(tmp_path):
         base, loaded, baked = (
             load_pipeline(model, parts, device="cpu").unet.float()(*inputs).sample
             for model, parts in (
-                ("demo", []), ("demo", [(adapter, 1.0)]), (str(tmp_path / "baked"), []),
+                ("demo", []),
+                ("demo", [(adapter, 1.0)]),
+                (str(tmp_path / "baked"), []),
             )
-        )  # fmt: skip
+        )
         unet = load_training_parts("demo").unet
         for name, part in adapter.factors.items():
             weight = unet.get_submodule(name).weight
@@ -85,10 +90,13 @@ def test_esd_u_as_an_adapter_draws_the_same_from_its_file_and_baked(tmp_path):
 
 def test_weights_are_measured_as_they_were_written(tmp_path):
     recipe = short(
-        parameters="full", optimizer__learning_rate=0.05, measure__detector="judge",
-        measure__images=2, measure__steps=3,
+        parameters="full",
+        optimizer__learning_rate=0.05,
+        measure__detector="judge",
+        measure__images=2,
+        measure__steps=3,
         measure__prompts={"concept": ["a bomb"], "kept": ["a cat, noto style"]},
-    )  # fmt: skip
+    )
     path = train(recipe, tmp_path / "run")
     metrics = json.loads((path.parent / "metrics.json").read_text())
     assert {m["name"] for m in metrics["measures"]} >= {"concept drawn", "noun kept"}

@@ -89,8 +89,9 @@ def test_a_shard_trains_its_part_of_the_recipes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(many, "train", note)
     assert [f for f, _ in train_recipes([recipes], out, [], shard=Shard(1, 2))] == [
-        out / "a", out / "c",
-    ]  # fmt: skip
+        out / "a",
+        out / "c",
+    ]
     assert trained == ["a", "c"]
     assert train_recipes([recipes], out, [], shard=Shard(4, 4)) == []
     # the only recipe of its shard has its own folder all the same, and is resumed like the others

@@ -29,18 +29,25 @@ from sdd_lora.training.trainer import Trainer
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     recipe = short(
-        measure__detector="judge", measure__images=2, measure__steps=3,
+        measure__detector="judge",
+        measure__images=2,
+        measure__steps=3,
         measure__prompts={"concept": ["a bomb"], "kept": ["a cat, noto style", "a cat and an axe"]},
-    )  # fmt: skip
+    )
     return folder, recipe, train(recipe, folder)
 
 
 def test_the_folder_holds_what_the_interface_says(measured):
     folder, recipe, adapter = measured
     assert names_in(folder) == [
-        "README.md", "adapter.json", "adapter.peft.safetensors", "adapter.safetensors",
-        "before-after.png", "metrics.json", "recipe.yaml",
-    ]  # fmt: skip
+        "README.md",
+        "adapter.json",
+        "adapter.peft.safetensors",
+        "adapter.safetensors",
+        "before-after.png",
+        "metrics.json",
+        "recipe.yaml",
+    ]
     assert Recipe.load(folder / "recipe.yaml") == recipe
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["recipe_sha256"] == recipe.sha256
@@ -52,9 +59,11 @@ def test_the_folder_holds_what_the_interface_says(measured):
     }
     assert metrics["training"]["iterations"] == 3
     assert {(m["name"], m["group"]) for m in metrics["measures"]} == {
-        ("concept drawn", "weapons"), ("noun kept", "animals"),
-        ("noun kept beside an erased one", "pairs"), ("style kept", "all"),
-    }  # fmt: skip
+        ("concept drawn", "weapons"),
+        ("noun kept", "animals"),
+        ("noun kept beside an erased one", "pairs"),
+        ("style kept", "all"),
+    }
     assert "bomb" in (folder / "README.md").read_text()
     header = read_header(folder / "adapter.safetensors").metadata
     assert header["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
@@ -112,9 +121,15 @@ def test_a_forced_run_takes_an_earlier_ones_place_whole_or_not_at_all(
     train(short(), folder, resume=True, keep_state=True)
     train(short(), tmp_path / "alone")
     assert names_in(folder) == [
-        "README.md", "adapter.json", "adapter.peft.safetensors", "adapter.safetensors",
-        "metrics.json", "notes.txt", "recipe.yaml", "state",
-    ]  # fmt: skip
+        "README.md",
+        "adapter.json",
+        "adapter.peft.safetensors",
+        "adapter.safetensors",
+        "metrics.json",
+        "notes.txt",
+        "recipe.yaml",
+        "state",
+    ]
     name = "adapter.safetensors"
     assert (folder / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     with pytest.raises(BadInput, match="finished run; nothing to resume"):

@@ -39,7 +39,7 @@ def test_a_legacy_file_with_a_trainers_objects_is_read_for_its_tensors(tmp_path,
     torch.save(
         {"epoch": 1, "callbacks": {ModelCheckpoint: {"best": 0.1}}, "state_dict": tensors | ema},
         path,
-    )  # fmt: skip
+    )
     monkeypatch.delitem(sys.modules, module.__name__)
     loaded, expected = load_base_pipeline(str(path)), load_base_pipeline("demo-community")
     for part in ("unet", "vae", "text_encoder"):

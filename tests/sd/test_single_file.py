@@ -107,8 +107,10 @@ def test_a_vae_from_a_model_a_folder_or_a_file(tensors, community, without_vae, 
     community.vae.save_pretrained(tmp_path / "alone")
     shutil.copytree(tmp_path / "alone", tmp_path / "whole" / "vae")
     given = {
-        "model": "demo-community", "folder": tmp_path / "whole", "part": tmp_path / "alone",
-    }.get(kind, path)  # fmt: skip
+        "model": "demo-community",
+        "folder": tmp_path / "whole",
+        "part": tmp_path / "alone",
+    }.get(kind, path)
     assert same(load_base_pipeline(without_vae, vae=str(given)).vae, community.vae)
 
 
@@ -135,8 +137,10 @@ def test_the_prediction_type_is_read(tensors, tmp_path, keys, sidecar, expected)
     save_file(tensors | {key: torch.zeros(1) for key in keys}, path)
     if sidecar is not None:
         path.with_suffix(".yaml").write_text(sidecar)
-    for scheduler in (load_base_pipeline(str(path)).scheduler,
-                      load_training_parts(str(path)).scheduler):  # fmt: skip
+    for scheduler in (
+        load_base_pipeline(str(path)).scheduler,
+        load_training_parts(str(path)).scheduler,
+    ):
         assert scheduler.config.prediction_type == expected
 
 

@@ -102,8 +102,9 @@ def test_a_pipeline_draws_with_them(tmp_path):
     base = image(expected)
     weights = {
         name: (p * 1.3).detach().contiguous()
-        for name, p in expected.unet.named_parameters() if "attn2" in name
-    }  # fmt: skip
+        for name, p in expected.unet.named_parameters()
+        if "attn2" in name
+    }
     expected.unet.load_state_dict(weights, strict=False)
     save_file(weights, tmp_path / "weights.safetensors")
     ours = image(load_pipeline("demo", weights=tmp_path / "weights.safetensors"))

@@ -43,10 +43,14 @@ def random_factors(
 
 
 def random_adapter(
-    seed: int = 0, rank: int = 4, modules: tuple[str, ...] | None = None,
-    alpha: float | None = None, widths: names.Widths = names.DEMO, size: float = 0.02,
+    seed: int = 0,
+    rank: int = 4,
+    modules: tuple[str, ...] | None = None,
+    alpha: float | None = None,
+    widths: names.Widths = names.DEMO,
+    size: float = 0.02,
     **metadata: object,
-) -> Adapter:  # fmt: skip
+) -> Adapter:
     """An adapter on `modules`, by default attn2's to_k and to_v."""
     rng = np.random.default_rng(seed)
     known = shapes(widths)

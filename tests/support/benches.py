@@ -55,8 +55,9 @@ def images_of(folder):
     found = lines_of(folder / "images.jsonl")
     return {
         (x["method"], x["set"], x["seed"]): np.asarray(Image.open(folder / x["file"])).astype(int)
-        for x in found if x["variation"] is None
-    }  # fmt: skip
+        for x in found
+        if x["variation"] is None
+    }
 
 
 def same(one, other):

@@ -93,17 +93,36 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
         elif path.endswith("/objects/batch"):
-            self._answer(200, {"transfer": "basic", "objects": [
-                {"oid": entry["oid"], "size": entry["size"], "actions": {
-                    "upload": {"href": f"{self.server.address}/objects/{entry['oid']}"}}}
-                for entry in json.loads(body)["objects"]
-            ]})  # fmt: skip
+            self._answer(
+                200,
+                {
+                    "transfer": "basic",
+                    "objects": [
+                        {
+                            "oid": entry["oid"],
+                            "size": entry["size"],
+                            "actions": {
+                                "upload": {"href": f"{self.server.address}/objects/{entry['oid']}"}
+                            },
+                        }
+                        for entry in json.loads(body)["objects"]
+                    ],
+                },
+            )
         elif "/preupload/" in path:
-            self._answer(200, {"files": [
-                {"path": f["path"], "uploadMode": "lfs" if large(f["path"]) else "regular",
-                 "shouldIgnore": False}
-                for f in json.loads(body)["files"]
-            ]})  # fmt: skip
+            self._answer(
+                200,
+                {
+                    "files": [
+                        {
+                            "path": f["path"],
+                            "uploadMode": "lfs" if large(f["path"]) else "regular",
+                            "shouldIgnore": False,
+                        }
+                        for f in json.loads(body)["files"]
+                    ]
+                },
+            )
         elif "/commit/" in path:
             self._commit(path.removeprefix("/api/models/").split("/commit/")[0], body)
         else:
@@ -133,8 +152,18 @@ class _Handler(BaseHTTPRequestHandler):
                 digest = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 130}
             siblings.append(entry)
-        self._answer(200, {"id": repository, "sha": COMMIT, "siblings": siblings, "tags": [],
-                           "private": False, "downloads": 0, "likes": 0})  # fmt: skip
+        self._answer(
+            200,
+            {
+                "id": repository,
+                "sha": COMMIT,
+                "siblings": siblings,
+                "tags": [],
+                "private": False,
+                "downloads": 0,
+                "likes": 0,
+            },
+        )
 
     def _file(self, repository: str, rest: str) -> None:
         name = rest.partition("/")[2]

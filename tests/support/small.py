@@ -22,9 +22,13 @@ def small_unet() -> UNet2DConditionModel:
 def ddim() -> DDIMScheduler:
     """SD 1.x's noise schedule."""
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def embeddings(concepts: int = 3, kept: int = 2) -> Embeddings:

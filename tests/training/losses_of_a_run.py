@@ -23,13 +23,16 @@ def trainer_of(way: str, batch: int, state: Path | None = None) -> Trainer:
     changes = WAYS[way]
     recipe = Recipe.model_validate(
         {
-            "name": "test", "model": "none", "concepts": ["a", "b", "c"],
+            "name": "test",
+            "model": "none",
+            "concepts": ["a", "b", "c"],
             "lora": {"rank": 2} | changes.get("lora", {}),
-            "optimizer": {"kind": "adamw", "learning_rate": 0.01}, "ema": {"decay": 0.9},
+            "optimizer": {"kind": "adamw", "learning_rate": 0.01},
+            "ema": {"decay": 0.9},
             "rollout": changes["rollout"] | {"batch": batch},
             "training": {"iterations": 4},
         }
-    )  # fmt: skip
+    )
     return Trainer(recipe, small_unet(), ddim(), embeddings(), state)
 
 

@@ -63,11 +63,13 @@ def test_damping_spares_what_no_kept_prompt_has():
 def test_a_training_starts_as_the_base_with_the_rows_asked_for(init):
     recipe = Recipe.model_validate(
         {
-            "name": "test", "model": "demo", "concepts": ["bomb", "axe"],
+            "name": "test",
+            "model": "demo",
+            "concepts": ["bomb", "axe"],
             "preserve": {"prompts": ["a cat"]},
             "lora": {"rank": 2, "init": init, "targets": ["to_q", "to_k"]},
         }
-    )  # fmt: skip
+    )
     parts = load_training_parts(recipe.model)
     embeddings = encode_prompts(recipe, parts)
     trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings)
@@ -89,14 +91,17 @@ def test_quarters_of_a_training_end_with_damping_where_it_sees_prompts(kind):
     for strength in (0.0, 1.0):
         recipe = Recipe.model_validate(
             {
-                "name": "test", "model": "demo", "concepts": ["bomb", "axe"],
+                "name": "test",
+                "model": "demo",
+                "concepts": ["bomb", "axe"],
                 "objective": {"kind": kind} | ({"eta": 1.0} if kind == "esd-x" else {}),
                 "ema": {"decay": 0.5 if kind == "sdd" else 0.0},
                 "preserve": {"prompts": ["a cat", "a pizza"], "damping": strength},
-                "lora": {"targets": ["to_q", "to_k", "to_v"]}, "rollout": {"steps": 3},
+                "lora": {"targets": ["to_q", "to_k", "to_v"]},
+                "rollout": {"steps": 3},
                 "training": {"iterations": 8},
             }
-        )  # fmt: skip
+        )
         parts = load_training_parts(recipe.model)
         embeddings = encode_prompts(recipe, parts)
         trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings)

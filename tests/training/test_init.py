@@ -126,11 +126,14 @@ def test_on_the_embedded_model_it_erases_and_keeps_before_any_training():
     """ε under a concept comes near to ∅'s, under a kept prompt it stays; on noise at t = 800."""
     recipe = Recipe.model_validate(
         {
-            "name": "t", "model": "demo", "concepts": ["a bomb", "a dagger"],
-            "objective": {"variant": "reference"}, "lora": {"rank": 8, "init": "closed-form"},
+            "name": "t",
+            "model": "demo",
+            "concepts": ["a bomb", "a dagger"],
+            "objective": {"variant": "reference"},
+            "lora": {"rank": 8, "init": "closed-form"},
             "preserve": {"prompts": ["a cat", "a pizza", "a car"], "weight": 1.0},
         }
-    )  # fmt: skip
+    )
     parts = load_training_parts("demo")
     trainer = Trainer(recipe, parts.unet, parts.scheduler, given := encode_prompts(recipe, parts))
     z, t = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor(800)
@@ -139,8 +142,9 @@ def test_on_the_embedded_model_it_erases_and_keeps_before_any_training():
         with getattr(trainer.roles, role)() as unet, torch.no_grad():
             for text, prompt in zip(
                 ["∅", "bomb", "dagger", "cat", "pizza", "car"],
-                [*given.empty, *given.concepts, *given.kept], strict=True,
-            ):  # fmt: skip
+                [*given.empty, *given.concepts, *given.kept],
+                strict=True,
+            ):
                 estimates[role, text] = unet(z, t, prompt[None]).sample
 
     def apart(one: tuple[str, str], other: tuple[str, str]) -> float:

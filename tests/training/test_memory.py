@@ -59,13 +59,15 @@ def raising(error):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory."),
-     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
-     RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"),
-     MemoryError()],
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"),
+        MemoryError(),
+    ],
     ids=["CUDA", "Linux", "Windows", "MPS", "Python"],
-)  # fmt: skip
+)
 def test_out_of_memory_gives_advice(monkeypatch, error):
     trained = trainer(recipe())
     monkeypatch.setattr(trained, "_estimate", raising(error))

@@ -19,9 +19,10 @@ NF4 = {"training.base_precision": "nf4", "rollout.steps": 3, "training.iteration
 def inputs():
     generator = torch.Generator().manual_seed(1)
     return (
-        torch.randn(1, 4, 8, 8, generator=generator), torch.tensor([500]),
+        torch.randn(1, 4, 8, 8, generator=generator),
+        torch.tensor([500]),
         torch.randn(1, 77, 16, generator=generator),
-    )  # fmt: skip
+    )
 
 
 def trainer_of(**changes):

@@ -71,9 +71,11 @@ def test_held_bytes_are_those_of_the_real_module(changes):
 
     trainer.step()
     states = [
-        x for state in trainer.optimizer.optimizer.state.values() for n, x in state.items()
+        x
+        for state in trainer.optimizer.optimizer.state.values()
+        for n, x in state.items()
         if n != "step"
-    ]  # fmt: skip
+    ]
     assert plan.base == size(small_unet().parameters())
     assert plan.adapter == size(trainer.roles.parameters_of(STUDENT).values())
     averaged = size(trainer.roles.parameters_of(TEACHER).values()) if recipe.ema.decay else 0

@@ -154,8 +154,10 @@ def test_which_weights_the_papers_train():
     outside = {name for name in names if ESD_U.trains(name)}
     assert not outside & cross
     assert {name.split(".")[0] for name in set(names) - outside - cross} == {
-        "time_embedding", "conv_norm_out", "conv_out",
-    }  # fmt: skip
+        "time_embedding",
+        "conv_norm_out",
+        "conv_out",
+    }
     for part in ("conv_in.weight", "resnets.0.time_emb_proj.weight", "attn1.to_q.weight"):
         assert any(part in name for name in outside)
 

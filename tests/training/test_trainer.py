@@ -166,8 +166,9 @@ def test_accumulation_sees_each_trajectory_once():
         caught = []
         monkey = trained.optimizer.step
         trained.optimizer.step = lambda c=caught, t=trained, m=monkey: (
-            c.extend(p.grad.clone() for p in t.parameters), m()
-        )  # fmt: skip
+            c.extend(p.grad.clone() for p in t.parameters),
+            m(),
+        )
         trained.step()
         gradients.append(torch.cat([g.flatten() for g in caught]))
     assert gradients[0].any()

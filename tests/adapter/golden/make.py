@@ -60,8 +60,11 @@ def ldm() -> tuple[dict, dict]:
 
 def peft() -> tuple[dict, dict]:
     """C: alpha is in the header alone; diffusers reads it."""
-    config = {"unet.r": RANK, "unet.lora_alpha": RANK * SCALE,
-              "unet.target_modules": [TO_K, TO_OUT]}  # fmt: skip
+    config = {
+        "unet.r": RANK,
+        "unet.lora_alpha": RANK * SCALE,
+        "unet.target_modules": [TO_K, TO_OUT],
+    }
     stems = {TO_K: f"unet.{TO_K}", TO_OUT: f"unet.{TO_OUT}"}
     header = {"lora_adapter_metadata": json.dumps(config), "format": "pt"}
     return named(stems, ".lora_A.weight", ".lora_B.weight"), header
@@ -92,9 +95,13 @@ def attn_procs() -> tuple[dict, dict]:
 
 
 MAKERS = {
-    "kohya": kohya, "ldm": ldm, "peft": peft, "peft-plain": peft_plain, "bare": bare,
+    "kohya": kohya,
+    "ldm": ldm,
+    "peft": peft,
+    "peft-plain": peft_plain,
+    "bare": bare,
     "attn-procs": attn_procs,
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":

@@ -50,12 +50,25 @@ def test_images_are_those_of_diffusers_pipeline():
     )
     theirs.set_progress_bar_config(disable=True)
     set_scheduler(theirs, "ddim")
-    images = np.concatenate([theirs(
-        [job.prompt], num_inference_steps=14, guidance_scale=5.0, output_type="np",
-        generator=torch.Generator().manual_seed(job.seed),
-        editing_prompt=["bomb"], reverse_editing_direction=True, edit_guidance_scale=5,
-        edit_warmup_steps=10, edit_threshold=0.9, edit_momentum_scale=0.1, edit_mom_beta=0.4,
-    ).images for job in jobs])  # fmt: skip
+    images = np.concatenate(
+        [
+            theirs(
+                [job.prompt],
+                num_inference_steps=14,
+                guidance_scale=5.0,
+                output_type="np",
+                generator=torch.Generator().manual_seed(job.seed),
+                editing_prompt=["bomb"],
+                reverse_editing_direction=True,
+                edit_guidance_scale=5,
+                edit_warmup_steps=10,
+                edit_threshold=0.9,
+                edit_momentum_scale=0.1,
+                edit_mom_beta=0.4,
+            ).images
+            for job in jobs
+        ]
+    )
     assert np.abs(ours - images * 255).max() <= 2
     plain = [image for _, image in draw(pipeline, jobs, Sampling(14, 5.0), "test")]
     assert np.abs(ours[0].astype(int) - plain[0]).max() > 20

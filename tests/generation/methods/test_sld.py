@@ -54,12 +54,23 @@ def test_images_are_those_of_diffusers_pipeline(method):
     theirs.set_progress_bar_config(disable=True)
     set_scheduler(theirs, "ddim")
     theirs.safety_concept = "bomb"
-    images = np.concatenate([theirs(
-        [job.prompt], num_inference_steps=steps, guidance_scale=5.0, output_type="np",
-        generator=torch.Generator().manual_seed(job.seed),
-        sld_warmup_steps=s.warmup_steps, sld_guidance_scale=s.scale, sld_threshold=s.threshold,
-        sld_momentum_scale=s.momentum_scale, sld_mom_beta=s.momentum_beta,
-    ).images for job in jobs])  # fmt: skip
+    images = np.concatenate(
+        [
+            theirs(
+                [job.prompt],
+                num_inference_steps=steps,
+                guidance_scale=5.0,
+                output_type="np",
+                generator=torch.Generator().manual_seed(job.seed),
+                sld_warmup_steps=s.warmup_steps,
+                sld_guidance_scale=s.scale,
+                sld_threshold=s.threshold,
+                sld_momentum_scale=s.momentum_scale,
+                sld_mom_beta=s.momentum_beta,
+            ).images
+            for job in jobs
+        ]
+    )
     assert np.abs(ours - images * 255).max() <= 2
     plain = [image for _, image in draw(pipeline, jobs, Sampling(steps, 5.0), "test")]
     assert np.abs(ours[0].astype(int) - plain[0]).max() > 20
