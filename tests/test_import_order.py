@@ -15,7 +15,7 @@ HOUSE = """
 version
 errors
 progress
-io: atomic cache distributed pictures plugins sniff strict_yaml jsonl safetensors
+io: atomic cache distributed pictures plugins text sniff strict_yaml jsonl safetensors
 io: download torch_pickle torch_zip
 sd1
 recipe: sections presets other_trainers recipe reference

@@ -129,7 +129,9 @@ def test_the_layer_that_reads_prompts_is_taken_over(tmp_path):
 def test_a_list_of_prompts_that_is_no_text_is_told(tmp_path):
     path = write(tmp_path, changed(CONFIG, "prompts_file", "latin.yaml"))
     (tmp_path / "latin.yaml").write_bytes(b"- target: caf\xe9\n")
-    with pytest.raises(BadInput, match=r"latin.yaml: can't read LECO's list"):
+    with pytest.raises(
+        BadInput, match=r"latin.yaml: expected LECO.s list of prompts, found no UTF-8"
+    ):
         Recipe.load(path)
 
 

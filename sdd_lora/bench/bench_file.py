@@ -26,6 +26,7 @@ from sdd_lora.bench.sections import (
 from sdd_lora.errors import BadInput
 from sdd_lora.io.plugins import is_plugin
 from sdd_lora.io.strict_yaml import Real, Section, Text, parse_strictly, put
+from sdd_lora.io.text import read_text
 from sdd_lora.recipe import Recipe
 
 #: fields of a bench that all its images depend on
@@ -163,12 +164,7 @@ class Bench(Section):
         """Read a bench; `quick` applies its `quick` section, `overrides` maps dotted names to
         values. Raises BadInput with every problem and its line."""
         path = Path(path)
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"{path}: expected a bench (YAML text), can't read it: {error}"
-            ) from error
+        text = read_text(path, "a bench (YAML text)")
         return cls.parse(text, str(path), path.parent, quick=quick, overrides=overrides)
 
     @classmethod

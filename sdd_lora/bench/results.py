@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, model_validator
 
 from sdd_lora.errors import BadInput
+from sdd_lora.io.text import read_text
 from sdd_lora.measures.base import FrozenModel, Interval, MeasureInfo
 
 RESULTS, IMAGES, BENCH = "results.json", "images.jsonl", "bench.yaml"
@@ -209,11 +210,8 @@ class Results(FrozenModel):
         """Read a bench's results. Raises BadInput where they are missing or broken."""
         path = folder / RESULTS
         try:
-            return cls.model_validate_json(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"{path}: expected the results of `sdd-lora evaluate`, can't read them: {error}"
-            ) from error
+            text = read_text(path, "the results of `sdd-lora evaluate`")
+            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))

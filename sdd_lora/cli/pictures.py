@@ -270,6 +270,16 @@ def _check_numbers(guidance: float, jobs: "Sequence[Job]") -> None:
         raise BadInput(f"seeds: expected less than 2^63, found {highest}")
 
 
+_OwnRows = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A row of your own: an adapter (file, run's folder, hub id), a UNet's weights, a "
+        "folder of pictures, or code as file.py:function or module:function. Repeatable.",
+        metavar="NAME=WHAT",
+    ),
+]
+
+
 @verb("evaluate", loads_model=True)
 def evaluate(
     bench: Annotated[Path, typer.Argument(help="A bench file.", metavar="BENCH")],
@@ -281,15 +291,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Only these of the bench's methods; commas between them, or repeated."),
     ] = None,
-    row: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--row",
-            help="A row of your own: an adapter (file, run's folder, hub id), a UNet's weights, a "
-            "folder of pictures, or code as file.py:function or module:function. Repeatable.",
-            metavar="NAME=WHAT",
-        ),
-    ] = None,
+    row: _OwnRows = None,
     limit: Annotated[
         int | None,
         typer.Option(help="At most so many erased, and so many kept, images a row.", min=1),

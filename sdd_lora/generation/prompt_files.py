@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd_lora.errors import BadInput
+from sdd_lora.io.text import read_text
 from sdd_lora.progress import warn
 
 #: field → the columns that hold it, in the hub's I2P and in lists made for ESD and SDD
@@ -91,12 +92,7 @@ def read_prompts(path: Path, column: str | None = None) -> list[Prompt]:
     if reader is None:
         known = ", ".join(_READERS)
         raise BadInput(f"{path}: expected a file of prompts that ends in {known}")
-    try:
-        text = path.read_text("utf-8-sig")
-    except OSError as error:
-        raise BadInput(f"{path}: expected a file of prompts, can't read it: {error}") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: {error}; save it as UTF-8") from error
+    text = read_text(path, "a file of prompts")
     unused: dict[str, None] = {}
     prompts = []
     for where, entry in reader(text, str(path), column):

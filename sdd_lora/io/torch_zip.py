@@ -123,10 +123,10 @@ def require_torch_zip(path: Path) -> None:
     """Raises BadInput for a zip that is cut short or an archive of other files; pickles pass."""
     with _BoundedFile(str(path)) as file, _damage_in_words(path):
         if file.read(2) == b"PK":
-            _description_of(_entries(file, path))
+            _description_of(_zip_entries(file, path))
 
 
-def _entries(file: io.FileIO, path: Path) -> dict[str, zipfile.ZipInfo]:
+def _zip_entries(file: io.FileIO, path: Path) -> dict[str, zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(file) as archive:
             found = archive.infolist()
@@ -146,7 +146,7 @@ def _entries(file: io.FileIO, path: Path) -> dict[str, zipfile.ZipInfo]:
 
 def _read_archive(path: Path) -> PickleHeader:
     with _BoundedFile(str(path)) as file:
-        entries = _entries(file, path)
+        entries = _zip_entries(file, path)
         description = _description_of(entries)
         root = description.filename.removesuffix("data.pkl")
         size = file.seek(0, 2)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.strict_yaml import read_yaml
+from sdd_lora.io.text import read_text
 
 _PRECISIONS = {
     "fp32": "fp32",
@@ -215,10 +216,7 @@ def _of_leco(config: _LecoConfig, path: Path) -> Translated:
     model, network, train = config.pretrained_model, config.network, config.train or _LecoTrain()
     _refuse(f"{path}: pretrained_model", v2=model.v2)
     prompts_path = _beside(path, config.prompts_file)
-    try:
-        text = prompts_path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{prompts_path}: can't read LECO's list of prompts: {error}") from error
+    text = read_text(prompts_path, "LECO's list of prompts")
     content = read_yaml(text, str(prompts_path)).value
     found = _of_prompts(_prompts(content, prompts_path), str(prompts_path))
     save = config.save or _LecoSave()

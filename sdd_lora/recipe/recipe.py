@@ -20,6 +20,7 @@ from sdd_lora.io.strict_yaml import (
     put,
     write_yaml,
 )
+from sdd_lora.io.text import read_text
 from sdd_lora.progress import warn
 from sdd_lora.recipe.other_trainers import translated
 from sdd_lora.recipe.presets import IMPLIED, PRESETS
@@ -239,12 +240,7 @@ class Recipe(LaterFields):
         Raises BadInput with every problem and its line.
         """
         path = Path(path)
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"{path}: expected a recipe (YAML text), can't read it: {error}"
-            ) from error
+        text = read_text(path, "a recipe (YAML text)")
         where = str(path)
         if (other := translated(text, path)) is not None:
             text, where = yaml.safe_dump(other.fields), f"{path}, read as a recipe"
@@ -329,8 +325,5 @@ def _find_adapter(fields: dict[str, Any], folder: Path) -> None:
 
 
 def _lines(path: Path, key: str) -> list[str]:
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{key}: {path}: can't read the list, one a line: {error}") from error
+    lines = read_text(path, f"a list for {key}, one a line").split("\n")
     return [line.strip() for line in lines if line.strip()]
