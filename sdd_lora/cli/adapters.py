@@ -150,7 +150,7 @@ def convert(
 
     if resolve and base is None:
         raise BadInput("--resolve goes with --base: the MODEL to make the adapter for")
-    adapter = Adapter.load(file)
+    adapter = _with_preview_beside(Adapter.load(file), Path(file))
     if output.is_dir() and to != "peft":
         output /= re.sub(r"[^\w.+-]+", "-", adapter.name) + ".safetensors"
     check_outputs(force, output)
@@ -160,6 +160,29 @@ def convert(
         adapter = adapter_on(made_for(adapter, base, resolve=resolve), base)
     written = write(adapter, output, to, dtype or stored_dtype(file))
     return Result(written, line(written))
+
+
+def _with_preview_beside(adapter: "Adapter", source: Path) -> "Adapter":
+    """The adapter with the picture that lies beside its file, if it carries none itself."""
+    from PIL import Image
+
+    from sdd_lora.adapter.adapter import Adapter, adapter_file
+    from sdd_lora.adapter.metadata import THUMBNAIL_KEY
+    from sdd_lora.adapter.thumbnail import preview_path, with_thumbnail
+    from sdd_lora.io.pictures import reading
+    from sdd_lora.progress import warn
+
+    if not source.exists() or THUMBNAIL_KEY in adapter.metadata.header:
+        return adapter
+    picture = preview_path(adapter_file(source))
+    if not picture.is_file():
+        return adapter
+    try:
+        with reading(picture, "no picture"), Image.open(picture) as shown:
+            return Adapter(adapter.factors, with_thumbnail(adapter.metadata, shown))
+    except BadInput as error:
+        warn(f"{adapter.name}: without the preview beside it: {error}")
+        return adapter
 
 
 @verb("resize")

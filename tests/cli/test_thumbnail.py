@@ -69,3 +69,15 @@ def test_a_programs_folder_gets_file_label_and_preview_by_the_adapters_name(
         assert picture.size == (300, 300)
     inspected = ask("inspect", loras / "no-bombs.safetensors")["files"][0]
     assert inspected["thumbnail"] and THUMBNAIL_KEY not in str(inspected["metadata"])
+
+
+def test_a_preview_beside_the_file_is_taken_along(call, ask, tmp_path):
+    file = random_adapter().save(tmp_path / "a.safetensors")
+    Image.new("RGB", (64, 32), (200, 30, 30)).save(tmp_path / "a.preview.png")
+    ask("convert", file, "-o", tmp_path / "b.safetensors")
+    assert thumbnail_of(Adapter.load(tmp_path / "b.safetensors").metadata).size == (64, 32)
+    with Image.open(tmp_path / "b.preview.png") as picture:
+        assert picture.size == (64, 32)
+    (tmp_path / "a.preview.png").write_bytes(b"no picture")
+    told = call("convert", file, "-o", tmp_path / "c.safetensors").err
+    assert "without the preview beside it" in told and (tmp_path / "c.safetensors").exists()
