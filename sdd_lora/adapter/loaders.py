@@ -29,7 +29,7 @@ class LoaderVerdict:
 def verdicts(description: AdapterDescription) -> list[LoaderVerdict]:
     """One verdict a loader."""
     if description.format == "portable":
-        why = "no file for one model; sdd-lora convert it with --base MODEL"
+        why = "made for every model; sdd-lora convert --base MODEL makes the file for yours"
         return [LoaderVerdict(loader, False, why) for loader in _OBJECTIONS]
     found = []
     for loader, objections in _OBJECTIONS.items():

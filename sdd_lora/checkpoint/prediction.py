@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from sdd_lora.checkpoint.history import HISTORY_KEY
 from sdd_lora.checkpoint.layout import Checkpoint
 from sdd_lora.io.atomic import atomic_output
 from sdd_lora.progress import warn
@@ -33,6 +34,8 @@ _FEW_STEP_SAMPLERS = ("LCMScheduler", "TCDScheduler")
 _FEW_STEP_WORDS = re.compile(
     r"(?<![a-z])(lcm|turbo|lightning|hyper(-?sd)?|tcd|dmd2?)(?![a-z])", re.IGNORECASE
 )
+#: where A1111's merger, ModelSpec and `bake` keep the names of what went into a file
+_INGREDIENT_KEYS = ("sd_merge_models", "sd_merge_recipe", "modelspec.merged_from", HISTORY_KEY)
 _METADATA_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 
 
@@ -73,6 +76,9 @@ def prediction_of(checkpoint: Checkpoint) -> Prediction:
     kind = configured or marked or next(filter(None, named), None)
     title = header.metadata.get("modelspec.title", "")
     sign = few_step_name(path.stem) or few_step_name(title)
+    merged = " ".join(header.metadata.get(key, "") for key in _INGREDIENT_KEYS)
+    if not sign and (found := _FEW_STEP_WORDS.search(merged)):
+        sign = f"record of what was merged into it ({found[0]})"
     return Prediction(kind, True if "ztsnr" in keys else None, guided, sign)
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from support import checkpoint_models as models
+from support.adapter_making import random_adapter
 
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.describe import require_sd1
@@ -70,6 +71,28 @@ def test_a_model_for_few_steps_is_known_by_its_sampler(tmp_path):
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({"_class_name": "LCMScheduler"}))
     assert require_sd1(folder).prediction.few_steps == "scheduler LCMScheduler"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sign"),
+    [
+        ({"sd_merge_models": '{"4f1c": {"name": "dream_8LCM.safetensors"}}'}, "LCM"),
+        ({"sd_merge_recipe": '{"type": "webui", "custom_name": "sd turbo mix"}'}, "turbo"),
+        ({"modelspec.merged_from": "sd-v1-5, hyper-sd"}, "hyper-sd"),
+        ({"sd_merge_models": '{"4f1c": {"name": "hyperrealistic.safetensors"}}'}, ""),
+    ],
+)
+def test_a_model_for_few_steps_is_known_by_what_was_merged_into_it(tmp_path, metadata, sign):
+    path = models.write(tmp_path / "m.safetensors", models.ldm_tensors(), metadata)
+    told = f"record of what was merged into it ({sign})" if sign else ""
+    assert require_sd1(path).prediction.few_steps == told
+
+
+def test_a_model_for_few_steps_is_known_by_the_adapter_that_was_baked_into_it(tmp_path):
+    lcm = random_adapter(name="lcm-lora-sdv1-5")
+    bake("demo-community", [lcm], out=tmp_path / "m.safetensors")
+    sign = require_sd1(tmp_path / "m.safetensors").prediction.few_steps
+    assert sign == "record of what was merged into it (lcm)"
 
 
 def test_a_config_that_can_not_be_read_is_warned_of(tmp_path, caplog):
