@@ -5,6 +5,7 @@ HOUSE lists rooms, and files within rooms, bottom to top: a file may import what
 """
 
 import ast
+import re
 from pathlib import Path
 
 import sdd_lora
@@ -137,6 +138,50 @@ def is_verb(name: str, there: list[str]) -> bool:
     """Whether a name is a verb's of the command line, and of one function that it calls."""
     in_cli = [module.startswith("cli.") for module in there]
     return sorted(in_cli) == [False, True] and not name.startswith("_")
+
+
+#: an option of the command line, and a whole command, which a person types in either case
+OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]+|-[a-z])\b")
+COMMAND = re.compile(r"`sdd-lora [^`]+`")
+#: command lines themselves, and the journal's, which names a command in full
+SPEAKS_OF_OPTIONS = ("cli.", "__main__", "comfyui", "checkpoint.journal")
+
+
+class Texts(ast.NodeVisitor):
+    """The strings of a file, as its source has them, but for its docstrings."""
+
+    def __init__(self, source: str) -> None:
+        self.found: list[str] = []
+        self.visit(ast.parse(source))
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if not isinstance(node.value, ast.Constant):
+            self.visit(node.value)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        self.found.append(ast.unparse(node))
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        self.found.append(ast.unparse(node))
+
+
+def options_named(source: str) -> list[str]:
+    return [text for text in Texts(source).found if OPTION.search(COMMAND.sub("", text))]
+
+
+def test_messages_name_parameters_which_the_command_line_shows_as_its_options():
+    said = {
+        module_of(path): named
+        for path in files()
+        if not module_of(path).startswith(SPEAKS_OF_OPTIONS)
+        and (named := options_named(path.read_text("utf-8")))
+    }
+    assert said == {}
+
+
+def test_the_test_sees_an_option_in_a_message():
+    assert options_named('raise BadInput(f"{x}: choose another, "\n f"with -o {y}")') != []
+    assert options_named('"""--keep"""\nf"add `keep=True`; `sdd-lora stack {x} -o OUT` does"') == []
 
 
 def test_the_test_sees_a_wrong_import(tmp_path):

@@ -114,7 +114,7 @@ def test_lecos_config_becomes_its_own_objective(tmp_path, caplog):
 def test_a_list_of_prompts_wants_a_model(tmp_path):
     path = tmp_path / "prompts.yaml"
     path.write_text("# a list alone\n" + yaml.safe_dump(PROMPTS))
-    with pytest.raises(BadInput, match=r"prompts.yaml: .*add --set model=MODEL"):
+    with pytest.raises(BadInput, match=r'prompts.yaml: .*add `overrides\["model"\]=MODEL`'):
         Recipe.load(path)
     recipe = Recipe.load(path, {"model": "demo", "lora.rank": 2})
     assert (recipe.name, recipe.model, recipe.lora.rank) == ("prompts", "demo", 2)

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from support.recipe_reference import README, renewed
 
+from sdd_lora.cli.common import parse_overrides
 from sdd_lora.errors import BadInput
-from sdd_lora.io.strict_yaml import parse_override
 from sdd_lora.recipe import Lora, Recipe, RolloutSettings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -287,7 +287,7 @@ def test_values_of_another_type_or_size_are_bad_input(lines, field):
 
 def test_numbers_may_be_written_as_people_do():
     text = "optimizer: {learning_rate: 1e-3}\nlora: {alpha: 2}\nobjective: {guidance_scale: .5}\n"
-    recipe = Recipe.parse(MINIMAL + text, overrides=dict([parse_override("ema.decay=9e-1")]))
+    recipe = Recipe.parse(MINIMAL + text, overrides=parse_overrides(["ema.decay=9e-1"]))
     assert (recipe.optimizer.learning_rate, recipe.lora.alpha) == (1e-3, 2.0)
     assert (recipe.objective.guidance_scale, recipe.ema.decay) == (0.5, 0.9)
     named = Recipe.parse("name: mine\nmodel: demo\nconcepts: ['1:30', '010', '1e-3', 'no']\n")
@@ -316,7 +316,7 @@ def test_hostile_yaml_is_bad_input_on_one_line(key, value):
     assert all(len(line) < 400 for line in str(caught.value).splitlines())
     if "&" not in value:
         with pytest.raises(BadInput):
-            Recipe.parse(MINIMAL, overrides=dict([parse_override(f"{key}={value}")]))
+            Recipe.parse(MINIMAL, overrides=parse_overrides([f"{key}={value}"]))
 
 
 def test_a_key_that_stands_twice_is_bad_input():
@@ -370,10 +370,10 @@ def test_every_recipe_that_ships_is_valid(path):
 
 
 def test_overrides_are_read_as_yaml():
-    assert parse_override("ema.decay=0.9") == ("ema.decay", 0.9)
-    assert parse_override("lora.targets=[to_q]") == ("lora.targets", ["to_q"])
+    written = ["ema.decay=0.9", "lora.targets=[to_q]"]
+    assert parse_overrides(written) == {"ema.decay": 0.9, "lora.targets": ["to_q"]}
     with pytest.raises(BadInput, match="expected name=value"):
-        parse_override("ema.decay")
+        parse_overrides(["ema.decay"])
 
 
 def test_a_prediction_is_stored_only_where_it_is_given():

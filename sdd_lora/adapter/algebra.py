@@ -32,7 +32,7 @@ def stack(adapters: AdaptersLike, name: str | None = None) -> Adapter:
     if len({adapter.is_portable for adapter, _ in parts}) > 1:
         raise BadInput(
             "portable adapters and those for one model: make the portable ones for that model "
-            "first, with sdd-lora convert FILE --base MODEL"
+            "first (adapter_on, or `sdd-lora convert FILE --base MODEL`)"
         )
     collected: dict[str, list[Factors]] = {}
     for adapter, weight in parts:

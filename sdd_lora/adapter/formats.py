@@ -369,11 +369,11 @@ def _refuse_other_kind(factors: Mapping[str, Factors], format: str) -> None:
     portable = names.EMBEDDINGS in factors
     if portable and format != "portable":
         raise BadInput(
-            f"a portable adapter is of no model, and {format} is a format for one; expected "
-            "sdd-lora convert FILE --base MODEL"
+            f"a portable adapter is of no model, and {format} is a format for one; make it one "
+            "model's first (adapter_on, or `sdd-lora convert FILE --base MODEL`)"
         )
     if format == "portable" and not portable:
-        raise BadInput("an adapter for one model can't be made portable; sdd-lora erase makes such")
+        raise BadInput("an adapter for one model can't be made portable; erase makes such")
 
 
 def _refuse_outside_attention(factors: Mapping[str, Factors]) -> None:

@@ -12,8 +12,8 @@ from sdd_lora.adapter import formats
 from sdd_lora.adapter.alphas import PEFT_CONFIG_FILE, PEFT_METADATA_KEY, PEFT_MODEL_FILE
 from sdd_lora.adapter.inspect import AdapterDescription
 
-_TO_KOHYA = "convert it with --to kohya"
-_TO_PEFT_FOLDER = "convert it with --to peft onto a folder's name"
+_TO_KOHYA = "convert it to kohya"
+_TO_PEFT_FOLDER = "convert it to peft, onto a folder's name"
 _LACKING_IN_SD_SCRIPTS = ("conv_in", "conv_out", "time_embedding")
 
 
@@ -29,7 +29,7 @@ class LoaderVerdict:
 def verdicts(description: AdapterDescription) -> list[LoaderVerdict]:
     """One verdict a loader."""
     if description.format == "portable":
-        why = "made for every model; sdd-lora convert --base MODEL makes the file for yours"
+        why = "made for every model; `sdd-lora convert --base MODEL` makes the file for yours"
         return [LoaderVerdict(loader, False, why) for loader in _OBJECTIONS]
     found = []
     for loader, objections in _OBJECTIONS.items():

@@ -284,7 +284,7 @@ def _quicken(fields: dict[str, Any]) -> None:
     so. What has not the shape for that is left for the field's own check."""
     quick = fields.get("quick")
     if not isinstance(quick, dict):
-        raise BadInput("--quick: this bench has no `quick` section that says what to leave out")
+        raise BadInput("`quick=True`: this bench has no `quick` section saying what to leave out")
     fields["name"] = f"{fields.get('name')}-quick"
     if isinstance(changes := quick.get("bench"), dict):
         put(fields, changes)
@@ -306,7 +306,7 @@ def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:
     there = bench.every_method
     if unknown := [m for m in methods if m not in there]:
         raise BadInput(
-            f"--methods {', '.join(unknown)}: not in this bench; expected some of "
+            f"`methods={', '.join(unknown)}`: not in this bench; expected some of "
             f"{', '.join(dict.fromkeys(there))}"
         )
     variations = {}
@@ -316,7 +316,7 @@ def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:
     wanted = [m for m in bench.methods if m in methods]
     if not wanted:
         raise BadInput(
-            f"--methods {', '.join(methods)}: in variations or attacks only; expected one of the "
+            f"`methods={', '.join(methods)}`: in variations or attacks only; expected one of the "
             f"table's rows too: {', '.join(bench.methods)}"
         )
     choice = bench.choice

@@ -236,10 +236,10 @@ def claim(folder: Path, bench: Bench) -> None:
         if found.sha256_of_images != bench.sha256_of_images:
             raise BadInput(
                 f"{folder}: holds images of another bench, or of another number of them "
-                f"({found.name}); choose another folder with -o"
+                f"({found.name}); choose another folder"
             )
     elif others:
-        raise BadInput(f"{folder}: holds something else; choose another folder with -o")
+        raise BadInput(f"{folder}: holds something else; choose another folder")
     write_text(path, bench.to_yaml())
 
 

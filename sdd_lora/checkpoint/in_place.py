@@ -68,7 +68,7 @@ def _require_changeable(plan: BakePlan) -> None:
     if stale:
         raise BadInput(
             f"{stale[0]}: another copy of the weights, which isn't edited in place; "
-            "remove it, or bake to a new folder (-o)"
+            "remove it, or bake to a new folder, `out=DIR`"
         )
     for file in plan.files:
         require_sole(file.path, plan.checkpoint.path)

@@ -122,7 +122,7 @@ def require_sole(path: Path, model: Path) -> None:
     if elsewhere or path.is_symlink() or path.stat().st_nlink > 1:
         raise BadInput(
             f"{path}: is linked from elsewhere too, and would change there as well; choose a new "
-            "output (-o), or copy it first"
+            "output, `out=PATH`, or copy it first"
         )
 
 

@@ -66,7 +66,7 @@ class UndoFile:
 
         self.path = Path(path)
         self.header = read_header(self.path)
-        where = f"{path}: expected an undo file, as `sdd-lora bake --undo` writes them"
+        where = f"{path}: expected an undo file, as bake writes it with `undo=FILE`"
         text = self.header.metadata.get(UNDO_KEY)
         if text is None:
             raise BadInput(where)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,6 +191,19 @@ def verb(
         return run
 
     return decorate
+
+
+def parse_overrides(changes: Sequence[str] | None) -> dict[str, Any]:
+    """["ema.decay=0.99"], as --set takes them → {"ema.decay": 0.99}; values are read as YAML."""
+    from sdd_lora.io.strict_yaml import read_yaml
+
+    overrides = {}
+    for text in changes or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise BadInput(f"--set {text}: expected name=value, such as training.iterations=300")
+        overrides[name] = read_yaml(value, f"--set {name}").value
+    return overrides
 
 
 def is_main_process() -> bool:

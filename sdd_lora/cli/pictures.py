@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from sdd_lora.cli.common import Changes, Model, Precision, Result, is_main_process, verb
+from sdd_lora.cli.common import (
+    Changes,
+    Model,
+    Precision,
+    Result,
+    is_main_process,
+    parse_overrides,
+    verb,
+)
 from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
 from sdd_lora.progress import warn
@@ -325,12 +333,11 @@ def evaluate(
         sdd-lora report bench
     """
     from sdd_lora.bench.bench_file import Bench, chosen, limited
-    from sdd_lora.io.strict_yaml import parse_override
 
-    drawing = [] if precision is None else [f"sampling.precision={precision}"]
-    overrides = dict(map(parse_override, [*(changes or []), *drawing]))
+    drawing = {} if precision is None else {"sampling.precision": precision}
     own = dict(map(_own_row, row or []))
-    overrides |= {f"{kind}.{name}": what for name, (kind, what) in own.items()}
+    rows = {f"{kind}.{name}": what for name, (kind, what) in own.items()}
+    overrides = parse_overrides(changes) | drawing | rows
     wanted = limited(Bench.load(bench, quick=quick, overrides=overrides), limit)
     if taken := [name for name in own if name in wanted.every_method]:
         raise BadInput(f"--row {taken[0]}: a row of the bench; choose another name")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sdd_lora.cli.common import Changes, Recipes, Result, verb
+from sdd_lora.cli.common import Changes, Recipes, Result, parse_overrides, verb
 from sdd_lora.cli.tables import table
 from sdd_lora.errors import BadInput
 
@@ -61,12 +61,11 @@ def plan(
 
         sdd-lora plan recipes/sd15 --set training.precision=fp32 --json
     """
-    from sdd_lora.io.strict_yaml import parse_override
     from sdd_lora.recipe import Recipe
     from sdd_lora.runs.many import recipe_files
 
     most = None if within is None else _bytes_of(within)
-    overrides = dict(map(parse_override, changes or []))
+    overrides = parse_overrides(changes)
     read = [Recipe.load(path, overrides) for path in recipe_files(recipes)]
     counted: dict[str, Counted] = {}
     plans = []
@@ -218,14 +217,16 @@ def _plans_table(plans: list[dict[str, Any]]) -> str:
 
 
 def _fit_text(as_it_is: int, savings: list["Saving"], most: int, fits: bool) -> str:
-    from sdd_lora.io.strict_yaml import as_options
-
     goal = f"{_gb(most)} GB ({_gb(_RESERVED)} of them for the context)"
     if not savings:
         return f"fits {goal} as it is" if fits else f"does not fit {goal}, and nothing takes less"
     rows = [["as it is", _gb(as_it_is), ""]]
     for saving in savings:
-        rows.append([as_options(saving.changes), _gb(saving.plan.total), saving.costs])
+        options = [
+            f"--set {name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in saving.changes.items()
+        ]
+        rows.append([" ".join(options), _gb(saving.plan.total), saving.costs])
     verdict = "fits {} with these:" if fits else "does not fit {} even with these:"
     return f"{verdict.format(goal)}\n{table(['change', 'peak GB', 'costs'], rows)}"
 

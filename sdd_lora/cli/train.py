@@ -16,6 +16,7 @@ from sdd_lora.cli.common import (
     ShardOption,
     WeightedAdapters,
     is_main_process,
+    parse_overrides,
     verb,
 )
 from sdd_lora.cli.tables import measures_table, runs_table
@@ -67,17 +68,17 @@ def demo(
     from sdd_lora.runs.folder import PICTURE
     from sdd_lora.runs.many import packaged_recipe, train_recipes
 
-    changes = [f"training.seed={seed}"]
+    overrides: dict[str, Any] = {"training.seed": seed}
     if quick:
-        changes += ["training.iterations=4", "measure.images=2"]
+        overrides |= {"training.iterations": 4, "measure.images": 2}
     if images is not None:
-        changes.append(f"measure.images={images}")
+        overrides["measure.images"] = images
     if precision is not None:
-        changes.append(f"measure.precision={precision}")
+        overrides["measure.precision"] = precision
     path = packaged_recipe(f"demo/{recipe}")
     folder = output or Path("runs") / f"demo-{recipe}"
     speaker = is_main_process()
-    ((folder, metrics),) = train_recipes([path], folder, changes, resume=resume, force=force)
+    ((folder, metrics),) = train_recipes([path], folder, overrides, resume, force=force)
     if not speaker:
         raise typer.Exit
     text = (
@@ -180,10 +181,10 @@ def train(
         failed[str(folder)] = str(error)
         warn(f"{folder}: failed: {error}\ngoing on with the other recipes")
 
-    set_by_option = [] if prediction is None else [f"prediction={prediction}"]
-    every = [*(changes or []), *set_by_option]
+    set_by_option = {} if prediction is None else {"prediction": prediction}
+    overrides = parse_overrides(changes) | set_by_option
     finished = train_recipes(
-        recipes, output, every, resume, keep_state, force, part, on_failure=note
+        recipes, output, overrides, resume, keep_state, force, part, on_failure=note
     )
     if not speaker:
         raise typer.Exit
@@ -229,13 +230,12 @@ def measure(
     from sdd_lora.adapter.adapter import Adapter, adapter_file
     from sdd_lora.adapter.algebra import stack
     from sdd_lora.adapter.weighted import weighted
-    from sdd_lora.io.strict_yaml import parse_override
     from sdd_lora.recipe import Recipe
     from sdd_lora.runs import measure as runs
     from sdd_lora.runs.folder import ADAPTER, PEFT_TWIN
 
-    chosen = [] if precision is None else [f"measure.precision={precision}"]
-    settings = Recipe.load(recipe, dict(map(parse_override, [*(changes or []), *chosen])))
+    chosen = {} if precision is None else {"measure.precision": precision}
+    settings = Recipe.load(recipe, parse_overrides(changes) | chosen)
     named = [weighted(adapter) for adapter in adapters]
     for path, _ in named:
         source = adapter_file(path).resolve()

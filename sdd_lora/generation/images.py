@@ -96,7 +96,7 @@ def draw(
         )
     if black:
         precision = precision_of(pipeline.unet.dtype)
-        advice = "" if precision == "fp32" else "; try --precision fp32"
+        advice = "" if precision == "fp32" else "; try `precision='fp32'`"
         warn(f"{black} of {len(jobs)} images are all black, in {precision}{advice}")
 
 

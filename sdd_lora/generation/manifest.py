@@ -119,7 +119,7 @@ def take_settings(
     if precision not in (None, before):
         raise BadInput(
             f"{folder}: holds images drawn in {before}, the others would be drawn in {precision}; "
-            f"go on with --precision {before}, or choose another folder"
+            f"go on with `precision={before!r}`, or choose another folder"
         )
     wanted.pop(_PRECISION, None)
     changed = [k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k)]

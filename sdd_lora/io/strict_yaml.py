@@ -178,22 +178,6 @@ def parse_strictly(
         raise BadInput(f"{where}: fields within fields too deep, or within themselves") from None
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """ "ema.decay=0.99" → ("ema.decay", 0.99); the value is read as YAML."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise BadInput(f"--set {text}: expected name=value, such as training.iterations=300")
-    return name, read_yaml(value, f"--set {name}").value
-
-
-def as_options(changes: dict[str, Any]) -> str:
-    """{"ema.warmup": True} → "--set ema.warmup=true", as `parse_override` reads it."""
-    return " ".join(
-        f"--set {name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in changes.items()
-    )
-
-
 def at(fields: Any, path: Sequence[str]) -> Any:
     """What stands at a path of fields within fields; None where there is no such field."""
     for key in path:

@@ -268,8 +268,7 @@ def _of_prompts(prompts: list[_LecoPrompt], where: str) -> Translated:
             if text.strip():
                 raise BadInput(
                     f"{place}: {name}: {text!r}: a concept is trained towards the empty prompt; "
-                    f"expected {name}: ''. sdd-lora erase WORD --into WORD puts another in its "
-                    "place"
+                    f"expected {name}: ''. erase puts another in its place, with `into=WORD`"
                 )
         scales.add(scale)
     if len(scales) > 1:

@@ -245,7 +245,7 @@ class Recipe(LaterFields):
         if (other := translated(text, path)) is not None:
             text, where = yaml.safe_dump(other.fields), f"{path}, read as a recipe"
             if "model" not in other.fields | (overrides or {}):
-                raise BadInput(f"{path}: LECO's list of prompts: add --set model=MODEL")
+                raise BadInput(f'{path}: LECO\'s list of prompts: add `overrides["model"]=MODEL`')
             for difference in other.differences:
                 warn(f"{path}: {difference}")
         return cls.parse(text, where=where, folder=path.parent, overrides=overrides)

@@ -6,7 +6,6 @@ from typing import Any
 
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.distributed import Shard, processes
-from sdd_lora.io.strict_yaml import parse_override
 from sdd_lora.progress import say
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs.folder import (
@@ -26,7 +25,7 @@ from sdd_lora.sd.model import TrainingParts, load_training_parts
 def train_recipes(
     paths: Sequence[Path],
     output: Path | None,
-    changes: Sequence[str],
+    overrides: dict[str, Any] | None = None,
     resume: bool = False,
     keep_state: bool = False,
     force: bool = False,
@@ -40,7 +39,7 @@ def train_recipes(
     trains its part of them alone. `on_failure` is told the folder of a recipe that failed, one of
     several in one process, and the others go on; else the failure is raised.
     """
-    everything = _recipes_and_folders(paths, output, changes)
+    everything = _recipes_and_folders(paths, output, overrides)
     several = len(everything) > 1
     asked = everything if shard is None else shard.take(everything)
     state = processes()
@@ -101,10 +100,9 @@ def packaged_recipe(name: str) -> Path:
 
 
 def _recipes_and_folders(
-    paths: Sequence[Path], output: Path | None, changes: Sequence[str]
+    paths: Sequence[Path], output: Path | None, overrides: dict[str, Any] | None
 ) -> list[tuple[Recipe, Path]]:
     """Each recipe, and the folder of its run."""
-    overrides = dict(map(parse_override, changes))
     recipes = [Recipe.load(path, overrides) for path in recipe_files(paths)]
     names = [recipe.name for recipe in recipes]
     if len(set(names)) < len(names):

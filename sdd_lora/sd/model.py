@@ -112,9 +112,9 @@ def text_fingerprint(encoder: CLIPTextModel) -> str:
 def another_encoder(name: str, model: str) -> str:
     """What is said of a portable adapter on a MODEL with another text encoder."""
     return (
-        f"{name}: made with another text encoder than {model}'s, so it may miss; sdd-lora stack "
-        f"{name}.safetensors --model {model} -o OUT makes it anew from its words, as --resolve of "
-        "bake and convert does"
+        f"{name}: made with another text encoder than {model}'s, so it may miss; solve (`sdd-lora "
+        f"stack {name}.safetensors --model {model} -o OUT`) makes it anew from its words, as "
+        "`resolve=True` does where it is baked or converted"
     )
 
 

@@ -184,10 +184,10 @@ def test_methods_are_chosen_by_name():
     few = chosen(parsed(), ["neg"])
     assert few.methods == ["neg"]
     with pytest.raises(
-        BadInput, match="--methods sdd: not in this bench; expected some of sd, neg"
+        BadInput, match="`methods=sdd`: not in this bench; expected some of sd, neg"
     ):
         chosen(parsed(), ["sdd"])
     more = parsed(**varied("weight", 0, 2, methods=("stack",)))
-    with pytest.raises(BadInput, match="--methods stack: in variations or attacks only"):
+    with pytest.raises(BadInput, match="`methods=stack`: in variations or attacks only"):
         chosen(more, ["stack"])
     assert limited(parsed(), 2).seeds.kept == 2 and limited(parsed(), None) == parsed()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from estimates import Probe, noun_of, of_one_thing
 
-from sdd_lora.io.strict_yaml import parse_override
+from sdd_lora.cli.common import parse_overrides
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.sd.prompts import embed
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="N=V")
     parser.add_argument("--every", type=int, default=40, help="iterations")
     asked = parser.parse_args()
-    recipe = Recipe.load(asked.recipe, dict(parse_override(text) for text in asked.overrides))
+    recipe = Recipe.load(asked.recipe, parse_overrides(asked.overrides))
     parts = load_training_parts(recipe.model)
     trainer = Trainer(recipe, parts.unet, parts.scheduler, encode_prompts(recipe, parts))
 

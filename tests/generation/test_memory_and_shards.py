@@ -99,18 +99,20 @@ def test_a_manifest_of_more_than_99999_images_keeps_the_jobs_order(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "manifest.jsonl").write_text("".join(map(as_line, reversed(entries))))
     merge_parts(tmp_path)
-    assert list(map(json.loads, (tmp_path / "manifest.jsonl").open())) == entries
+    assert [
+        json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()
+    ] == entries
 
 
 def test_a_folder_of_one_precision_is_not_completed_in_another(pipeline, tmp_path):
     generate(pipeline, JOBS[:1], SAMPLING, tmp_path, {})
     assert "precision" not in json.loads((tmp_path / "settings.json").read_text())
     half = load_pipeline("demo", dtype=torch.bfloat16)
-    with pytest.raises(BadInput, match=r"drawn in fp32.*would be drawn in bf16.*--precision fp32"):
+    with pytest.raises(BadInput, match=r"drawn in fp32.*be drawn in bf16.*`precision='fp32'`"):
         generate(half, JOBS[:2], SAMPLING, tmp_path, {})
     generate(half, JOBS[:1], SAMPLING, tmp_path / "half", {})
     assert is_drawn(tmp_path / "half", JOBS[:1], SAMPLING, {})
-    with pytest.raises(BadInput, match="--precision bf16"):
+    with pytest.raises(BadInput, match="`precision='bf16'`"):
         generate(pipeline, JOBS[:2], SAMPLING, tmp_path / "half", {})
 
 

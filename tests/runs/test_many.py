@@ -18,8 +18,8 @@ from sdd_lora.training.trainer import Trainer
 def test_recipes_share_a_base_and_leave_it_as_it_was(tmp_path):
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
-    together = dict(train_recipes([tmp_path], tmp_path / "together", []))
-    ((_, alone),) = train_recipes([tmp_path / "two.yaml"], tmp_path / "alone", [])
+    together = dict(train_recipes([tmp_path], tmp_path / "together"))
+    ((_, alone),) = train_recipes([tmp_path / "two.yaml"], tmp_path / "alone")
     second = together[tmp_path / "together" / "two"]
     assert second["adapter"]["sha256"] == alone["adapter"]["sha256"]
 
@@ -27,7 +27,7 @@ def test_recipes_share_a_base_and_leave_it_as_it_was(tmp_path):
 def test_a_matrix_stopped_half_way_goes_on_over_one_base(tmp_path, monkeypatch):
     for name in ("one", "three", "two"):
         (tmp_path / f"{name}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
-    whole = train_recipes([tmp_path], tmp_path / "whole", [])
+    whole = train_recipes([tmp_path], tmp_path / "whole")
 
     def adapter(run):
         return run[1]["adapter"]["sha256"]
@@ -46,14 +46,14 @@ def test_a_matrix_stopped_half_way_goes_on_over_one_base(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "step", stopped)
     with pytest.raises(KeyboardInterrupt, match="iteration 2 of 3"):
-        train_recipes([tmp_path], tmp_path / "out", [])
+        train_recipes([tmp_path], tmp_path / "out")
     monkeypatch.setattr(Trainer, "step", step)
     assert loads == ["demo"] and not (tmp_path / "out" / "two").exists()
     first = (tmp_path / "out" / "one" / "adapter.safetensors").stat().st_mtime_ns
     with pytest.raises(BadInput, match=r"recipe\.yaml: belongs to another recipe"):
-        train_recipes([tmp_path], tmp_path / "out", ["training.seed=1"], resume=True)
+        train_recipes([tmp_path], tmp_path / "out", {"training.seed": 1}, resume=True)
     (tmp_path / "out" / "one" / "state").mkdir()  # as --keep-state leaves it
-    resumed = train_recipes([tmp_path], tmp_path / "out", [], resume=True)
+    resumed = train_recipes([tmp_path], tmp_path / "out", resume=True)
     assert [folder.name for folder, _ in resumed] == ["one", "three", "two"]
     assert list(map(adapter, resumed)) == list(map(adapter, whole))
     assert (tmp_path / "out" / "one" / "adapter.safetensors").stat().st_mtime_ns == first
@@ -63,14 +63,14 @@ def test_names_that_two_recipes_share_are_told(tmp_path):
     for file, name in (("a", "one"), ("b", "two"), ("c", "two")):
         (tmp_path / f"{file}.yaml").write_text(SHORT.replace("name: short", f"name: {name}"))
     with pytest.raises(BadInput, match=r"share a folder: two$"):
-        train_recipes([tmp_path], tmp_path / "out", [])
+        train_recipes([tmp_path], tmp_path / "out")
 
 
 def test_nothing_is_trained_before_all_recipes_are_read(tmp_path):
     (tmp_path / "a.yaml").write_text(SHORT)
     (tmp_path / "b.yaml").write_text("name: b\n")
     with pytest.raises(BadInput, match=r"b\.yaml"):
-        train_recipes([tmp_path], tmp_path / "out", [])
+        train_recipes([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -88,15 +88,15 @@ def test_a_shard_trains_its_part_of_the_recipes(tmp_path, monkeypatch):
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
 
     monkeypatch.setattr(many, "train", note)
-    assert [f for f, _ in train_recipes([recipes], out, [], shard=Shard(1, 2))] == [
+    assert [f for f, _ in train_recipes([recipes], out, shard=Shard(1, 2))] == [
         out / "a",
         out / "c",
     ]
     assert trained == ["a", "c"]
-    assert train_recipes([recipes], out, [], shard=Shard(4, 4)) == []
+    assert train_recipes([recipes], out, shard=Shard(4, 4)) == []
     # the only recipe of its shard has its own folder all the same, and is resumed like the others
-    train_recipes([recipes], out, [], shard=Shard(2, 2))
-    train_recipes([recipes], out, [], shard=Shard(2, 2), resume=True)
+    train_recipes([recipes], out, shard=Shard(2, 2))
+    train_recipes([recipes], out, shard=Shard(2, 2), resume=True)
     assert trained == ["a", "c", "b"] and (out / "b" / "metrics.json").exists()
 
 
@@ -119,7 +119,7 @@ def test_a_recipe_that_fails_stops_no_other_and_is_told_at_the_end(tmp_path, mon
     assert done.exit_code == 1 and f"{out / 'b'}: failed: the loss is nan" in done.stderr
     assert str(out / "c") in done.stdout and f"failed: {out / 'b'};" in done.stdout
     with pytest.raises(SddLoraError, match="nan"):
-        train_recipes([recipes / "b.yaml"], out / "alone", [])
+        train_recipes([recipes / "b.yaml"], out / "alone")
 
 
 def test_a_shard_without_recipes_says_so(tmp_path):
