@@ -20,13 +20,13 @@ io: atomic cache distributed pictures plugins text sniff strict_yaml jsonl safet
 io: download torch_pickle torch_zip
 sd1
 recipe: sections presets other_trainers recipe reference
-adapter: factors metadata alphas formats hub adapter thumbnail weighted inspect loaders algebra
-adapter: interference card publish
+adapter: factors metadata metrics alphas formats hub adapter thumbnail weighted inspect loaders
+adapter: algebra interference card publish
 checkpoint: journal copying locate layout history rounding plan prediction describe editing detect
 checkpoint: portable undo_file undo in_place bake extract
 demo: vocabulary judge
 sd: devices schedulers clip_tokenizer prompts weights textual_inversion single_file model pipeline
-training: accelerator report ema projection words erase embeddings objectives nf4 memory
+training: accelerator ema projection words erase embeddings objectives nf4 memory
 training: interrupt optimizer roles rollout pictures init trainer plan
 generation: prompt_files sampling decoding guided batches
 generation.methods: sd neg sld sega gated

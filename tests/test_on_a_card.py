@@ -12,6 +12,7 @@ from support.short_run import short
 from support.trainers import WAYS, recipe, result, same, trainer
 
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.metrics import Metrics
 from sdd_lora.attacks.case import Case
 from sdd_lora.attacks.inversion import inversion
 from sdd_lora.attacks.noise import frozen
@@ -20,7 +21,6 @@ from sdd_lora.attacks.unlearndiffatk import unlearndiffatk
 from sdd_lora.generation.images import draw
 from sdd_lora.generation.methods import METHODS
 from sdd_lora.generation.sampling import Sampling, jobs_for
-from sdd_lora.runs.measure import read_metrics
 from sdd_lora.runs.train import train
 from sdd_lora.sd.pipeline import load_pipeline
 from sdd_lora.sd.schedulers import SCHEDULERS
@@ -123,7 +123,7 @@ def test_train_with_measuring_runs_on_the_card(card, tmp_path):
         measure__precision="fp32",  # the methods below draw in fp16, slowly on the CPU
     )
     train(settings, tmp_path / "run")
-    metrics = read_metrics(tmp_path / "run")
+    metrics = Metrics.read(tmp_path / "run").as_json()
     assert metrics["measures"] and metrics["training"]["peak_bytes"] == 10**9
     assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
 

@@ -4,20 +4,18 @@
 metrics.json and card.
 """
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.card import render_card
+from sdd_lora.adapter.metrics import Metrics, WithstoodRow
 from sdd_lora.attacks.settings import titled
 from sdd_lora.bench import text
 from sdd_lora.bench.bench_file import Bench
 from sdd_lora.bench.comparisons import attack_comparisons
 from sdd_lora.bench.results import AttackRow, Results
-from sdd_lora.runs.under_attack import WithstoodRow
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "adapters" / "demo" / "attacks"
@@ -72,17 +70,14 @@ def test_each_attack_finds_the_concept_in_the_model_that_nothing_protects():
 
 
 def test_the_card_of_weapons_says_what_it_withstands():
-    metrics = json.loads((WEAPONS / "metrics.json").read_text("utf-8"))
-    assert metrics["attacks"] == json.loads(json.dumps([asdict(r) for r in rows_of("weapons")]))
+    assert Metrics.read(WEAPONS).attacks == rows_of("weapons")
     card = (WEAPONS / "README.md").read_text("utf-8")
     assert "## What it withstands, and what not" in card and "| completion 5 |" in card
 
 
 if __name__ == "__main__":
     print("\n".join(table()))
-    path = WEAPONS / "metrics.json"
-    metrics = json.loads(path.read_text("utf-8"))
-    metrics["attacks"] = [asdict(row) for row in rows_of("weapons")]
-    path.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    metrics = Metrics.read(WEAPONS) | {"attacks": rows_of("weapons")}
+    (WEAPONS / "metrics.json").write_text(metrics.to_json(), "utf-8")
     card = render_card(Adapter.load(WEAPONS), metrics)
     (WEAPONS / "README.md").write_text(card, "utf-8")

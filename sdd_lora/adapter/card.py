@@ -5,7 +5,7 @@ A1111 and InvokeAI show the sidecar, `<name>.json`; the hub shows the card.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from sdd_lora import sd1 as names
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.metadata import ENTRY_KEY, SHOWN_CONCEPTS, Metadata, shortened
+from sdd_lora.adapter.metrics import BlackImages, CardRow, FileNumbers, Metrics
 from sdd_lora.io.atomic import write_text
 from sdd_lora.io.strict_yaml import at
 
@@ -52,20 +53,20 @@ def write_sidecar(adapter: Adapter, path: Path) -> Path:
     return target
 
 
-def render_card(adapter: Adapter, metrics: Mapping[str, Any]) -> str:
+def render_card(adapter: Adapter, metrics: Metrics) -> str:
     """The README of an adapter's folder: YAML front matter for the hub, then what it does.
 
-    `metrics` follows `metrics.json`; its `measures` become a table with 95 % intervals.
+    The `measures` of the metrics become a table with 95 % intervals.
     """
     return _render(adapter.metadata, metrics, adapter)
 
 
-def render_weights_card(metadata: Metadata, metrics: Mapping[str, Any]) -> str:
+def render_weights_card(metadata: Metadata, metrics: Metrics) -> str:
     """The README of a folder of fully trained weights, which belong to no adapter."""
     return _render(metadata, metrics, None)
 
 
-def _render(metadata: Metadata, metrics: Mapping[str, Any], adapter: Adapter | None) -> str:
+def _render(metadata: Metadata, metrics: Metrics, adapter: Adapter | None) -> str:
     from jinja2 import Environment, StrictUndefined
 
     template = resources.files("sdd_lora.adapter").joinpath("card.md.jinja").read_text("utf-8")
@@ -81,7 +82,7 @@ def _render(metadata: Metadata, metrics: Mapping[str, Any], adapter: Adapter | N
         name=stem,
         stem=stem,
         file_name=f"{stem}.safetensors",
-        in_plain_numbers=[*_in_plain_numbers(metrics.get("measures", []))],
+        in_plain_numbers=[*_in_plain_numbers(metrics.measures)],
         pictures=[*_pictures(metrics)],
         made=_made(metadata),
         license=metadata.license,
@@ -97,57 +98,57 @@ def _render(metadata: Metadata, metrics: Mapping[str, Any], adapter: Adapter | N
         hub_base=base if base and _MODEL_ID.fullmatch(base) else None,
         modules=len(adapter.factors) if adapter else 0,
         tables=_tables(metrics),
-        black=black_note(metrics["black"]) if "black" in metrics else "",
-        attacks=metrics.get("attacks", []),
-        training=metrics.get("training", {}),
-        file={"bytes": None, "sha256": None} | metrics.get("adapter" if adapter else "weights", {}),
-        versions=metrics.get("versions", {}),
+        black=black_note(metrics.black) if metrics.black else "",
+        attacks=metrics.attacks,
+        training=metrics.training.as_json(),
+        file=(metrics.adapter if adapter else metrics.weights) or FileNumbers(),
+        versions=metrics.versions,
     )
 
 
-def black_note(black: Mapping[str, int]) -> str:
-    """What is to be said of images that are all black, `before` and `after`, of `images`."""
+def black_note(black: BlackImages) -> str:
+    """What is to be said of images that are all black."""
     return (
-        f"{black['after']} of {black['images']} images drawn with it, and {black['before']} drawn "
+        f"{black.after} of {black.images} images drawn with it, and {black.before} drawn "
         "without it, are all black: no detector sees anything in them, and they count in no row. "
         "Likely causes: numbers that overflow (draw in fp32), a change that is too strong, or a "
         "safety checker that blanks images"
     )
 
 
-def _tables(metrics: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+def _tables(metrics: Metrics) -> list[tuple[str, Sequence[CardRow]]]:
     """Titles and rows: on the model it was trained on, then on those it was carried over to."""
-    where = f" on {metrics['measured_on']}" if "measured_on" in metrics else ""
-    tables = [(f"Measured{where}", metrics.get("measures", []))]
-    for elsewhere in metrics.get("transfer", []):
-        title = f"Measured on {elsewhere['model']}, which it was not trained on"
-        tables.append((title, elsewhere["measures"]))
+    where = f" on {metrics.measured_on}" if metrics.measured_on else ""
+    tables = [(f"Measured{where}", metrics.measures)]
+    for elsewhere in metrics.transfer:
+        title = f"Measured on {elsewhere.model}, which it was not trained on"
+        tables.append((title, elsewhere.measures))
     return [(title, rows) for title, rows in tables if rows]
 
 
-def _in_plain_numbers(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+def _in_plain_numbers(rows: Iterable[CardRow]) -> Iterator[str]:
     """A sentence on each concept, and one on what suffers most of what is kept."""
     kept = []
     for row in rows:
-        before, after = _percent(row["before"]), _percent(row["after"])
-        images = f"of {row['n']} images"
-        if row["name"] == "concept drawn":
+        before, after = _percent(row.before), _percent(row.after)
+        images = f"of {row.n} images"
+        if row.name == "concept drawn":
             yield (
-                f"Asked for the concept ({row['group']}), it is drawn in {after} {images}; without "
+                f"Asked for the concept ({row.group}), it is drawn in {after} {images}; without "
                 f"this file in {before}."
             )
-        elif row["name"].startswith("flagged by "):
-            detector = row["name"].removeprefix("flagged by ")
+        elif row.name.startswith("flagged by "):
+            detector = row.name.removeprefix("flagged by ")
             yield (
                 f"Asked for the concept, {after} {images} are flagged by {detector}; without this "
                 f"file {before}."
             )
-        elif row["name"] == "noun kept":
+        elif row.name == "noun kept":
             kept.append(row)
     if kept:
-        worst = min(kept, key=lambda row: row["after"] - row["before"])
-        before, after = _percent(worst["before"]), _percent(worst["after"])
-        yield f"What loses most of what is kept: {worst['group']}, {before} → {after}."
+        worst = min(kept, key=lambda row: row.after - row.before)
+        before, after = _percent(worst.before), _percent(worst.after)
+        yield f"What loses most of what is kept: {worst.group}, {before} → {after}."
 
 
 def picture_of(model: str | None) -> str:
@@ -158,14 +159,14 @@ def picture_of(model: str | None) -> str:
     return f"before-after-{re.sub(r'[^A-Za-z0-9._-]+', '-', model)}.png"
 
 
-def _pictures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _pictures(metrics: Metrics) -> Iterator[tuple[str, str]]:
     """Files and captions of the pictures that were drawn while measuring."""
     caption = "Above: the model itself. Below: the same prompts and seeds with this file"
-    if metrics.get("measures"):
+    if metrics.measures:
         yield picture_of(None), f"{caption}."
-    for elsewhere in metrics.get("transfer", []):
-        if elsewhere["measures"]:
-            yield picture_of(elsewhere["model"]), f"{caption}, on {elsewhere['model']}."
+    for elsewhere in metrics.transfer:
+        if elsewhere.measures:
+            yield picture_of(elsewhere.model), f"{caption}, on {elsewhere.model}."
 
 
 #: `lora.init` → where a training starts, in words

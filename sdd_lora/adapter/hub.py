@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from sdd_lora.adapter.alphas import PEFT_CONFIG_FILE, PEFT_MODEL_FILE
+from sdd_lora.adapter.metrics import METRICS_FILE
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_folder, refuse_existing, require_replaceable, sha256_of
 from sdd_lora.io.download import download_file, files_of, hub_client, hub_errors, require_hub_id
@@ -15,7 +16,6 @@ from sdd_lora.progress import warn
 ADAPTER_FILE = "adapter.safetensors"
 #: What a run, diffusers and peft call the adapter in a folder or a repository.
 ADAPTER_FILES = (ADAPTER_FILE, "pytorch_lora_weights.safetensors", PEFT_MODEL_FILE)
-METRICS_FILE = "metrics.json"
 #: What a run's folder publishes; all of it but the adapter itself may be missing.
 PUBLISHED = (
     ADAPTER_FILE,

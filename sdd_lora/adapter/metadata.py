@@ -192,7 +192,7 @@ class Metadata(Entry):
         try:
             return cls(**fields)
         except ValidationError as error:
-            raise BadInput(f"an adapter's metadata: {_first_problem(error)}") from None
+            raise BadInput(f"an adapter's metadata: {first_problem(error)}") from None
 
     @classmethod
     def from_header(cls, header: Mapping[str, str], data_hash: str) -> "Metadata":
@@ -336,7 +336,7 @@ def _parsed(text: str) -> Metadata:
     try:
         return Metadata.model_validate_json(text, strict=True)
     except ValidationError as error:
-        problem = _first_problem(error)
+        problem = first_problem(error)
         raise BadInput(f"the header's {ENTRY_KEY} is damaged: {problem}") from None
 
 
@@ -350,7 +350,7 @@ def _of_foreign(header: Mapping[str, str]) -> Metadata:
     return Metadata(**found)
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """Where the first wrong field is, and what was expected there."""
     problem = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"])

@@ -1,10 +1,8 @@
 """A run's folder, or one adapter's file, as a page on the hub."""
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -12,6 +10,7 @@ from sdd_lora.adapter import hub
 from sdd_lora.adapter.adapter import Adapter, adapter_file, stored_dtype
 from sdd_lora.adapter.alphas import PEFT_CONFIG_FILE
 from sdd_lora.adapter.card import render_card, write_sidecar
+from sdd_lora.adapter.metrics import METRICS_FILE, FileNumbers, Metrics
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.io.torch_zip import is_torch_file
 from sdd_lora.recipe import Recipe
@@ -65,12 +64,11 @@ def _complete(folder: Path, license: str | None) -> None:
         recipe.write_text(text, "utf-8")
 
 
-def _metrics_of(folder: Path) -> dict[str, Any]:
-    path = folder / hub.METRICS_FILE
-    if path.is_file():
-        return dict(json.loads(path.read_text("utf-8")))
+def _metrics_of(folder: Path) -> Metrics:
+    if (folder / METRICS_FILE).is_file():
+        return Metrics.read(folder)
     file = folder / hub.ADAPTER_FILE
-    return {"adapter": {"bytes": file.stat().st_size, "sha256": sha256_of(file)}}
+    return Metrics(adapter=FileNumbers(bytes=file.stat().st_size, sha256=sha256_of(file)))
 
 
 def _with_license(text: str, license: str) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sdd_lora.adapter.metrics import Interval
 from sdd_lora.attacks.settings import titled
 from sdd_lora.bench.results import ALL, AttackRow, Results, Variation
-from sdd_lora.measures.base import Interval
 
 
 @dataclass(frozen=True)

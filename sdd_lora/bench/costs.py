@@ -4,13 +4,12 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from sdd_lora.adapter.metrics import FileNumbers, Metrics, Snapshot, TrainingReport
 from sdd_lora.bench.grid import draws_with
 from sdd_lora.bench.methods import Weights
 from sdd_lora.bench.results import Cost
 from sdd_lora.io.safetensors import read_header
-from sdd_lora.runs.folder import METRICS
 
 
 def costs_of(weights: Weights) -> list[Cost]:
@@ -44,12 +43,12 @@ def _cost(weights: Weights, method: str) -> Cost:
 
 def _of_training(weights: Weights, name: str, method: str) -> Cost:
     """Of a recipe, up to its chosen snapshot."""
-    metrics = json.loads((weights.trained(name) / METRICS).read_text("utf-8"))
-    spent: dict[str, Any] = metrics["training"]
-    for snapshot in metrics.get("snapshots", []):
-        if snapshot["iteration"] == weights.chosen.get(name):
+    metrics = Metrics.read(weights.trained(name))
+    spent: TrainingReport | Snapshot = metrics.training
+    for snapshot in metrics.snapshots:
+        if snapshot.iteration == weights.chosen.get(name):
             spent = snapshot
-    size = metrics.get("adapter") or metrics.get("weights") or {}
+    file = metrics.adapter or metrics.weights or FileNumbers()
     recipe, seeds = weights.bench.recipe(name), len(weights.bench.trainings_of(name))
     told = [_count(recipe.concepts, "phrase")]
     if recipe.preserve.vocabulary:
@@ -60,10 +59,10 @@ def _of_training(weights: Weights, name: str, method: str) -> Cost:
         told.append(f"{seeds} trainings of which each took that")
     return Cost(
         method=method,
-        unet_passes=spent.get("unet_passes"),
-        seconds=spent.get("seconds"),
-        parameters=size.get("parameters"),
-        bytes=size.get("bytes"),
+        unet_passes=spent.unet_passes,
+        seconds=spent.seconds,
+        parameters=file.parameters,
+        bytes=file.bytes,
         told=", ".join(told),
     )
 

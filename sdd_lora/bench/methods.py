@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.algebra import stack
 from sdd_lora.adapter.interference import interference
+from sdd_lora.adapter.metrics import METRICS_FILE, Metrics
 from sdd_lora.bench.bench_file import METHOD_TEXTS, Bench
 from sdd_lora.bench.grid import Cell, draws_with
 from sdd_lora.bench.peers.uce import write_uce
@@ -28,7 +29,7 @@ from sdd_lora.io.atomic import sha256_of, write_text
 from sdd_lora.io.distributed import processes
 from sdd_lora.io.plugins import load_plugin
 from sdd_lora.progress import say
-from sdd_lora.runs.folder import ADAPTER, METRICS, RECIPE, WEIGHTS, snapshot_file
+from sdd_lora.runs.folder import ADAPTER, RECIPE, WEIGHTS, snapshot_file
 from sdd_lora.sd.devices import DTYPES
 from sdd_lora.sd.model import require_model
 from sdd_lora.sd.pipeline import load_pipeline, sha256_of_parts
@@ -293,7 +294,7 @@ class Weights:
             key = f"{recipe.sha256[:24]}-{self.fingerprint(recipe.model)[:16]}"
             folder = self.cache / "runs" / key
             waited = False
-            while not (folder / METRICS).exists():
+            while not (folder / METRICS_FILE).exists():
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     say(f"training {name} into {folder}")
@@ -389,17 +390,17 @@ class Weights:
         elif method in bench.weights:
             fields["weights"] = bench.weights[method]
         elif method in bench.recipes:
-            metrics = json.loads((self.trained(method) / METRICS).read_text("utf-8"))
+            metrics = Metrics.read(self.trained(method))
             fields |= {
                 "recipe": bench.recipes[method].file,
                 "changes": bench.recipes[method].set,
                 **({"seeds": seeds} if (seeds := bench.recipes[method].seeds) else {}),
                 "recipe_sha256": bench.recipe(method).sha256,
-                "training": metrics["training"],
-                **({"snapshots": metrics["snapshots"]} if "snapshots" in metrics else {}),
+                "training": metrics.training.as_json(),
+                **({"snapshots": kept} if (kept := metrics.as_json().get("snapshots")) else {}),
                 **({"snapshot": self.chosen[method]} if method in self.chosen else {}),
-                "tool": metrics["tool"],
-                "versions": metrics["versions"],
+                "tool": metrics.tool,
+                "versions": metrics.versions,
             }
         return fields | ({} if whole is None else {"weights_sha256": sha256_of(whole)})
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError, model_validator
 
+from sdd_lora.adapter.metrics import Interval
 from sdd_lora.errors import BadInput
 from sdd_lora.io.text import read_text
-from sdd_lora.measures.base import FrozenModel, Interval, MeasureInfo
+from sdd_lora.measures.base import FrozenModel, MeasureInfo
 
 RESULTS, IMAGES, BENCH = "results.json", "images.jsonl", "bench.yaml"
 DAMAGED_IMAGE = "can't read this image; delete it and run evaluate again, which draws it anew"

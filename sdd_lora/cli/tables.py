@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sdd_lora.adapter.metrics import CardRow, Metrics
     from sdd_lora.training.erase import Erased
 
 _SHOWN_RANKS = 8
@@ -49,37 +50,37 @@ def interval(bounds: Sequence[float]) -> str:
     return "{:.1f} … {:.1f}".format(*(100 * bound for bound in bounds))
 
 
-def measures_table(metrics: dict[str, Any]) -> str:
+def measures_table(measures: "Sequence[CardRow]") -> str:
     """The measures of a run: before → after, in percent, with 95 % intervals."""
-    if not metrics["measures"]:
+    if not measures:
         return "nothing was counted: that takes measure.prompts and a measure.detector that counts"
     rows = [
         [
-            f"{m['name']} ({m['group']})",
-            str(m["n"]),
-            as_percent(m["before"]),
-            interval(m["ci95_before"]),
-            as_percent(m["after"]),
-            interval(m["ci95_after"]),
-            f"{100 * (m['after'] - m['before']):+.1f}",
-            "{:+.1f} … {:+.1f}".format(*(100 * bound for bound in m["ci95_change"])),
+            f"{row.name} ({row.group})",
+            str(row.n),
+            as_percent(row.before),
+            interval(row.ci95_before),
+            as_percent(row.after),
+            interval(row.ci95_after),
+            f"{100 * (row.after - row.before):+.1f}",
+            "{:+.1f} … {:+.1f}".format(*(100 * bound for bound in row.ci95_change or ())),
         ]
-        for m in metrics["measures"]
+        for row in measures
     ]
     head = ["% of images", "n", "before", "95 %", "after", "95 %", "change", "95 %"]
     return table(head, rows)
 
 
-def runs_table(runs: Sequence[tuple[Path, dict[str, Any]]]) -> str:
+def runs_table(runs: "Sequence[tuple[Path, Metrics]]") -> str:
     """A row a run, of its folder and metrics: each measure before → after, in percent over all its
     images, and the training's passes and minutes."""
-    names = list(dict.fromkeys(m["name"] for _, metrics in runs for m in metrics["measures"]))
+    names = list(dict.fromkeys(row.name for _, metrics in runs for row in metrics.measures))
     rows = [
         [
             str(folder),
-            *(_pooled(metrics["measures"], name) for name in names),
-            f"{metrics['training']['unet_passes']:,}",
-            f"{metrics['training']['seconds'] / 60:.1f}",
+            *(_pooled(metrics.measures, name) for name in names),
+            f"{metrics.training.unet_passes:,}",
+            f"{metrics.training.seconds / 60:.1f}",
         ]
         for folder, metrics in runs
     ]
@@ -87,11 +88,12 @@ def runs_table(runs: Sequence[tuple[Path, dict[str, Any]]]) -> str:
     return table(head, rows)
 
 
-def _pooled(measures: Sequence[dict[str, Any]], name: str) -> str:
+def _pooled(measures: "Sequence[CardRow]", name: str) -> str:
     """Rates over the images of all groups, which share none."""
-    groups = [m for m in measures if m["name"] == name]
-    n = sum(m["n"] for m in groups)
+    groups = [row for row in measures if row.name == name]
+    n = sum(row.n for row in groups)
     if not n:
         return "–"
-    before, after = (sum(m[when] * m["n"] for m in groups) / n for when in ("before", "after"))
+    before = sum(row.before * row.n for row in groups) / n
+    after = sum(row.after * row.n for row in groups) / n
     return f"{as_percent(before)} → {as_percent(after)}"

@@ -65,7 +65,7 @@ def demo(
 
         sdd-lora demo --recipe substances -o my-run --seed 1
     """
-    from sdd_lora.runs.folder import PICTURE
+    from sdd_lora.runs.folder import ADAPTER, PICTURE
     from sdd_lora.runs.many import packaged_recipe, train_recipes
 
     overrides: dict[str, Any] = {"training.seed": seed}
@@ -82,12 +82,12 @@ def demo(
     if not speaker:
         raise typer.Exit
     text = (
-        f"{measures_table(metrics)}\n\nadapter  {folder / 'adapter.safetensors'} "
-        f"({metrics['adapter']['bytes'] / 1000:.0f} kB, "
-        f"{metrics['training']['seconds']:.0f} s of training, "
-        f"{metrics['training']['unet_passes']} UNet passes)\npicture  {folder / PICTURE}"
+        f"{measures_table(metrics.measures)}\n\nadapter  {folder / ADAPTER} "
+        f"({(folder / ADAPTER).stat().st_size / 1000:.0f} kB, "
+        f"{metrics.training.seconds:.0f} s of training, "
+        f"{metrics.training.unet_passes} UNet passes)\npicture  {folder / PICTURE}"
     )
-    return Result({"folder": str(folder)} | metrics, text)
+    return Result({"folder": str(folder)} | metrics.as_json(), text)
 
 
 def _print_reference(wanted: bool) -> None:
@@ -190,8 +190,8 @@ def train(
         raise typer.Exit
     if len(finished) == 1:
         folder, metrics = finished[0]
-        text = f"{folder}\n{measures_table(metrics)}"
-        if "adapter" in metrics and metrics["base"]["model"] not in EMBEDDED:
+        text = f"{folder}\n{measures_table(metrics.measures)}"
+        if metrics.adapter and metrics.base.model not in EMBEDDED:
             text += f"\nfor A1111, ComfyUI, …: sdd-lora convert {folder} -o THEIR/FOLDER/OF/LORAS"
     elif finished:
         text = runs_table(finished)
@@ -199,7 +199,7 @@ def train(
         text = "no recipe trained" if failed else f"no recipe falls to shard {shard}"
     if failed:
         text += f"\nfailed: {', '.join(failed)}; the messages above say why"
-    data: dict[str, Any] = {"runs": [{"folder": str(f)} | m for f, m in finished]}
+    data: dict[str, Any] = {"runs": [{"folder": str(f)} | m.as_json() for f, m in finished]}
     return Result(data | ({"failed": failed} if failed else {}), text, int(bool(failed)))
 
 
@@ -229,6 +229,7 @@ def measure(
     """
     from sdd_lora.adapter.adapter import Adapter, adapter_file
     from sdd_lora.adapter.algebra import stack
+    from sdd_lora.adapter.metrics import Metrics
     from sdd_lora.adapter.weighted import weighted
     from sdd_lora.recipe import Recipe
     from sdd_lora.runs import measure as runs
@@ -249,4 +250,5 @@ def measure(
     else:
         measured = stack(parts, name or output.name)
     metrics = runs.measure(measured, settings, output, force=force)
-    return Result({"folder": str(output)} | metrics, f"{output}\n{measures_table(metrics)}")
+    told = measures_table(Metrics(**metrics).measures)
+    return Result({"folder": str(output)} | metrics, f"{output}\n{told}")

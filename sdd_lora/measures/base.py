@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict
 
 from sdd_lora.generation.sampling import Job
 
-Interval = tuple[float, float]
 #: a measure's numbers of one image: True and False become rates, numbers means or totals
 Values = dict[str, bool | float]
 

@@ -1,25 +1,10 @@
 """The rows of a card: rates before and after, from a measure's numbers of single images."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from sdd_lora.measures.base import ImageSpec, Interval, Measure, Values
+from sdd_lora.adapter.metrics import CardRow
+from sdd_lora.measures.base import ImageSpec, Measure, Values
 from sdd_lora.measures.intervals import paired_difference, wilson
-
-
-@dataclass(frozen=True)
-class CardRow:
-    """A rate before and after, each a fraction of `n` images of `prompts` different prompts."""
-
-    name: str
-    group: str
-    prompts: int
-    before: float
-    after: float
-    n: int
-    ci95_before: Interval
-    ci95_after: Interval
-    ci95_change: Interval
 
 
 def card_rows(

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.metrics import BlackImages, CardRow
 from sdd_lora.checkpoint.locate import DEMO_FOLDER
 from sdd_lora.demo.judge import JUDGE_FILE, Verdict
 from sdd_lora.demo.vocabulary import groups
@@ -23,7 +24,7 @@ from sdd_lora.generation.sampling import Job, Sampling, jobs_for
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.measures.asked import asked_for
 from sdd_lora.measures.base import ImageSpec, Values, is_black, taken
-from sdd_lora.measures.card_rows import CardRow, card_rows
+from sdd_lora.measures.card_rows import card_rows
 from sdd_lora.measures.judge import JudgeMeasure
 from sdd_lora.measures.registry import card_measure
 from sdd_lora.recipe import MeasureSettings, Recipe
@@ -44,14 +45,14 @@ Seen = TypeVar("Seen")
 class Measured:
     """Rows of the table, and the picture: concept and kept prompts, before above after.
 
-    `preview`: the same of one concept prompt and one kept prompt. `black`: images that are all
-    black, `before` and `after`, of `images`; they count in no row.
+    `preview`: the same of one concept prompt and one kept prompt. `black`: images that count in
+    no row.
     """
 
     rows: list[CardRow]
     picture: Image.Image
     preview: Image.Image
-    black: dict[str, int]
+    black: BlackImages
 
 
 def wanted(recipe: Recipe) -> bool:
@@ -144,11 +145,11 @@ def measure_before_after(
     kinds = [specs[i].kind for i in shown]
     both = [shown[kinds.index(kind)] for kind in dict.fromkeys(kinds)]
     small = preview([before_images[i] for i in both], [after_images[i] for i in both])
-    black = {
-        "before": sum("black" in values for values in before),
-        "after": sum("black" in values for values in after),
-        "images": len(specs),
-    }
+    black = BlackImages(
+        before=sum("black" in values for values in before),
+        after=sum("black" in values for values in after),
+        images=len(specs),
+    )
     return Measured(card_rows(detector, specs, before, after), picture, small, black)
 
 

@@ -12,17 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from sdd_lora.adapter.metrics import METRICS_FILE
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import locked, sync_folder, sync_tree, write_text
 from sdd_lora.recipe import Recipe
 
 ADAPTER, PEFT_TWIN, SIDECAR = "adapter.safetensors", "adapter.peft.safetensors", "adapter.json"
 WEIGHTS = "weights.safetensors"
-CARD, RECIPE, METRICS, PICTURE = "README.md", "recipe.yaml", "metrics.json", "before-after.png"
+CARD, RECIPE, PICTURE = "README.md", "recipe.yaml", "before-after.png"
 STATE, TRACKER_LOGS, SNAPSHOTS, SAMPLES = "state", "tensorboard", "snapshots", "samples"
 STATE_FILE = "state.pt"
 _FOLDERS = (STATE, TRACKER_LOGS, SNAPSHOTS, SAMPLES)
-_FILES = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, RECIPE, *_FOLDERS, METRICS)
+_FILES = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, RECIPE, *_FOLDERS, METRICS_FILE)
 _PICTURE_FILES = "before-after*.png"
 #: inside a run's folder: a run being made, and a finished one on its way to its place
 _NEW, _MOVING = ".sdd-lora-new", ".sdd-lora-moving"
@@ -122,7 +123,7 @@ def sample_file(folder: Path, iteration: int) -> Path:
 def is_finished(folder: Path) -> bool:
     """Whether the folder holds a whole run: the metrics that this tool writes last."""
     try:
-        tool = json.loads((folder / METRICS).read_text("utf-8"))["tool"]
+        tool = json.loads((folder / METRICS_FILE).read_text("utf-8"))["tool"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return str(tool).startswith("sdd_lora ")
@@ -132,7 +133,7 @@ def under_way(folder: Path) -> Path | None:
     """The place in the folder of an unfinished training; None where there is none."""
     for place in (folder / _NEW, folder):
         started = (place / RECIPE).is_file() and (place / STATE).is_dir()
-        if started and not (place / METRICS).exists():
+        if started and not (place / METRICS_FILE).exists():
             return place
     return None
 
@@ -179,7 +180,7 @@ def move_in(folder: Path, place: Path) -> None:
         return
     sync_tree(place)
     for path in _run_files(folder):  # the metrics last
-        if path.is_dir() or path.name == METRICS or not (place / path.name).exists():
+        if path.is_dir() or path.name == METRICS_FILE or not (place / path.name).exists():
             _remove(path)
     os.replace(place, folder / _MOVING)
     _complete_move(folder)
@@ -190,7 +191,7 @@ def _complete_move(folder: Path) -> None:
     moving = folder / _MOVING
     if not moving.is_dir():
         return
-    for path in sorted(moving.iterdir(), key=lambda path: path.name == METRICS):
+    for path in sorted(moving.iterdir(), key=lambda path: path.name == METRICS_FILE):
         os.replace(path, folder / path.name)
     moving.rmdir()
     sync_folder(folder)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdd_lora.adapter.metrics import Metrics
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.distributed import Shard, processes
 from sdd_lora.progress import say
@@ -17,7 +18,6 @@ from sdd_lora.runs.folder import (
     require_same,
     under_way,
 )
-from sdd_lora.runs.measure import read_metrics
 from sdd_lora.runs.train import train
 from sdd_lora.sd.model import TrainingParts, load_training_parts
 
@@ -31,7 +31,7 @@ def train_recipes(
     force: bool = False,
     shard: Shard | None = None,
     on_failure: Callable[[Path, SddLoraError], None] | None = None,
-) -> list[tuple[Path, dict[str, Any]]]:
+) -> list[tuple[Path, Metrics]]:
     """Train recipes one after another over one loaded base; returns each run's folder and metrics.
 
     All recipes are read, and their errors reported, before the first one starts. Of several,
@@ -75,7 +75,7 @@ def train_recipes(
                 raise
             on_failure(folder, error)
             failed.add(folder)
-    return [(folder, read_metrics(folder)) for _, folder in asked if folder not in failed]
+    return [(folder, Metrics.read(folder)) for _, folder in asked if folder not in failed]
 
 
 def recipe_files(paths: Sequence[Path]) -> list[Path]:

@@ -5,7 +5,6 @@ import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,13 @@ from sdd_lora.adapter.card import (
     write_sidecar,
 )
 from sdd_lora.adapter.metadata import ENTRY_KEY, Metadata, TrainedOn
+from sdd_lora.adapter.metrics import (
+    METRICS_FILE,
+    FileNumbers,
+    Metrics,
+    TrainingReport,
+    TransferRows,
+)
 from sdd_lora.adapter.thumbnail import with_thumbnail
 from sdd_lora.adapter.weighted import AdapterLike, as_adapter
 from sdd_lora.errors import BadInput
@@ -32,7 +38,6 @@ from sdd_lora.runs import before_after
 from sdd_lora.runs.folder import (
     ADAPTER,
     CARD,
-    METRICS,
     PEFT_TWIN,
     PICTURE,
     WEIGHTS,
@@ -74,36 +79,31 @@ def measure(
             raise BadInput(f"{recipe.name}: expected a recipe that names prompts to measure with")
         before_after.check_measuring(recipe)
         check_attacks(recipe)
-        made_by = {
-            "measured_by": recipe.name,
-            "measured_on": recipe.model,
-            "measured_with": recipe.measure.model_dump(mode="json", exclude={"prompts"}),
-        }
+        made_by = Metrics(
+            measured_by=recipe.name,
+            measured_on=recipe.model,
+            measured_with=recipe.measure.model_dump(mode="json", exclude={"prompts"}),
+            base=adapter.metadata.base or TrainedOn(),
+            training=TrainingReport(),
+        )
         with replacement(folder) as place, advice_on_interrupt("the same call"):
-            finish_adapter(adapter, place, recipe, made_by, training={})
-        return read_metrics(folder)
+            finish_adapter(adapter, place, recipe, made_by)
+        return Metrics.read(folder).as_json()
 
 
-def finish_adapter(
-    adapter: Adapter,
-    folder: Path,
-    recipe: Recipe,
-    made_by: dict[str, Any],
-    training: dict[str, Any],
-) -> Adapter:
+def finish_adapter(adapter: Adapter, folder: Path, recipe: Recipe, made_by: Metrics) -> Adapter:
     """Write the adapter, measure it as written, write it again with its numbers, and its card; the
-    metrics last."""
+    metrics last, which add to `made_by`: a training's numbers, or how it was measured."""
     _write_adapter(adapter, folder)
     seen = folder_of_seen(adapter.identity)
-    measured, preview = _measured(recipe, folder, seen, adapter=ADAPTER)
+    metrics, preview = _measured(made_by, recipe, folder, seen, adapter=ADAPTER)
     if preview is not None:
-        metadata = adapter.metadata | {"measures": measured["measures"]}
+        metadata = adapter.metadata | {"measures": metrics.as_json()["measures"]}
         adapter = Adapter(adapter.factors, with_thumbnail(metadata, preview))
         _write_adapter(adapter, folder)
-    result = {"adapter": _file_numbers(folder / ADAPTER, adapter.parameters)}
-    metrics = _metrics(made_by, adapter.metadata.base, result, training, measured)
+    metrics |= {"adapter": _file_numbers(folder / ADAPTER, adapter.parameters)}
     write_text(folder / CARD, render_card(adapter, metrics))
-    _write_metrics(folder, metrics)
+    write_text(folder / METRICS_FILE, metrics.to_json())
     forget_seen(seen)
     return adapter
 
@@ -113,18 +113,16 @@ def finish_weights(
     metadata: Metadata,
     folder: Path,
     recipe: Recipe,
-    made_by: dict[str, Any],
-    training: dict[str, Any],
+    made_by: Metrics,
 ) -> None:
     """Write fully trained weights, measure them as written, write their card; the metrics last."""
     write_weights(tensors, metadata, folder / WEIGHTS)
     seen = folder_of_seen(sha256_of(folder / WEIGHTS))
-    measured, _ = _measured(recipe, folder, seen, weights=WEIGHTS)
+    metrics, _ = _measured(made_by, recipe, folder, seen, weights=WEIGHTS)
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    result = {"weights": _file_numbers(folder / WEIGHTS, parameters)}
-    metrics = _metrics(made_by, metadata.base, result, training, measured)
+    metrics |= {"weights": _file_numbers(folder / WEIGHTS, parameters)}
     write_text(folder / CARD, render_weights_card(metadata, metrics))
-    _write_metrics(folder, metrics)
+    write_text(folder / METRICS_FILE, metrics.to_json())
     forget_seen(seen)
 
 
@@ -147,11 +145,6 @@ def write_weights(tensors: dict[str, torch.Tensor], metadata: Metadata, path: Pa
             file.write(chunk)
 
 
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics of a finished run."""
-    return dict(json.loads((folder / METRICS).read_text("utf-8")))
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that computed the result."""
     found = {"python": platform.python_version()}
@@ -164,68 +157,42 @@ def versions() -> dict[str, str]:
 
 
 def _measured(
+    made_by: Metrics,
     recipe: Recipe,
     folder: Path,
     seen: Path,
     adapter: str | None = None,
     weights: str | None = None,
-) -> tuple[dict[str, Any], Image.Image | None]:
-    """Rows on the recipe's model and on those of `transfer`, whose pictures go into the folder; and
-    a preview, None where nothing is measured."""
+) -> tuple[Metrics, Image.Image | None]:
+    """`made_by`, with rows on the recipe's model and on those of `transfer`, whose pictures go into
+    the folder; and a preview, None where nothing is measured."""
+    metrics = made_by | {"tool": f"sdd_lora {__version__}", "versions": versions()}
     if not before_after.wanted(recipe):
-        return {"measures": [], "transfer": [], "attacks": []}, None
+        return metrics | {"measures": [], "transfer": [], "attacks": []}, None
     say("measuring before and after")
     written = None if adapter is None else Adapter.load(folder / adapter)
     file = None if weights is None else folder / weights
-    pictures = {recipe.model: PICTURE} | {
-        model: picture_of(model) for model in recipe.measure.transfer
-    }
     found: dict[str, dict[str, Any]] = {}
     previews = []
-    for model, picture in pictures.items():
+    for model in dict.fromkeys((recipe.model, *recipe.measure.transfer)):
         measured = before_after.measure_before_after(recipe, written, model, file, seen)
-        _save_picture(measured.picture, folder / picture)
+        picture = PICTURE if model == recipe.model else picture_of(model)
+        with atomic_output(folder / picture) as target:
+            measured.picture.save(target, "PNG")
         previews.append(measured.preview)
-        found[model] = {"measures": [asdict(row) for row in measured.rows]}
-        if measured.black["before"] or measured.black["after"]:
+        found[model] = {"measures": measured.rows}
+        if measured.black.before or measured.black.after:
             found[model]["black"] = measured.black
             warn(black_note(measured.black))
     rows = found.pop(recipe.model) | {
-        "transfer": [{"model": model} | rows for model, rows in found.items()],
-        "attacks": [asdict(row) for row in withstood(recipe, written, file, seen)],
+        "transfer": [TransferRows(model=model, **rows) for model, rows in found.items()],
+        "attacks": withstood(recipe, written, file, seen),
     }
-    return rows, previews[0]
+    return metrics | rows, previews[0]
 
 
-def _file_numbers(path: Path, parameters: int) -> dict[str, Any]:
-    return {"sha256": sha256_of(path), "parameters": parameters, "bytes": path.stat().st_size}
-
-
-def _metrics(
-    made_by: dict[str, Any],
-    base: TrainedOn | None,
-    result: dict[str, Any],
-    training: dict[str, Any],
-    measured: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "tool": f"sdd_lora {__version__}",
-        "versions": versions(),
-        **made_by,
-        "base": base.as_json() if base else {},
-        **result,
-        "training": training,
-        **measured,
-    }
-
-
-def _write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-
-
-def _save_picture(picture: Image.Image, path: Path) -> None:
-    with atomic_output(path) as file:
-        picture.save(file, "PNG")
+def _file_numbers(path: Path, parameters: int) -> FileNumbers:
+    return FileNumbers(sha256=sha256_of(path), parameters=parameters, bytes=path.stat().st_size)
 
 
 def _write_adapter(adapter: Adapter, folder: Path) -> None:

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from sdd_lora.adapter.adapter import Adapter, adapter_file
 from sdd_lora.adapter.factors import EmbeddingFactors, Factors
 from sdd_lora.adapter.metadata import Metadata, TrainedOn
+from sdd_lora.adapter.metrics import Metrics
 from sdd_lora.errors import SddLoraError
 from sdd_lora.io.atomic import write_text
 from sdd_lora.io.distributed import processes
@@ -44,7 +44,6 @@ from sdd_lora.sd.model import TrainingParts, load_training_parts
 from sdd_lora.sd1 import EMBEDDINGS
 from sdd_lora.training.embeddings import encode_prompts
 from sdd_lora.training.memory import memory_advice
-from sdd_lora.training.report import TrainingReport
 from sdd_lora.training.roles import FactorRoles
 from sdd_lora.training.trainer import Callback, Trainer
 from sdd_lora.version import __version__
@@ -105,17 +104,13 @@ def _train_locked(
         adapter_file(recipe.lora.starts_from)  # now, not after the model is loaded
     state.wait_for_everyone()
     place = (under_way(folder) if resume else None) or place_of_new(folder)
-    result, metadata, report = _run_training(recipe, folder, place, resume, parts, callback)
+    result, metadata, made_by = _run_training(recipe, folder, place, resume, parts, callback)
     if state.is_main_process:
-        training = asdict(report) | {"seconds": round(report.seconds, 2)}
-        made_by = {"recipe_sha256": recipe.sha256}
-        if snapshots := training.pop("snapshots"):
-            made_by["snapshots"] = snapshots
         with _measuring_advice(place), advice_on_interrupt("`resume=True`"):
             if isinstance(result, Adapter):
-                result = finish_adapter(result, place, recipe, made_by, training)
+                result = finish_adapter(result, place, recipe, made_by)
             else:
-                finish_weights(result, metadata, place, recipe, made_by, training)
+                finish_weights(result, metadata, place, recipe, made_by)
         if not keep_state:
             shutil.rmtree(place / STATE)
         move_in(folder, place)
@@ -161,8 +156,8 @@ def _run_training(
     resume: bool,
     parts: TrainingParts | None,
     callback: Callback | None,
-) -> tuple[Adapter | dict[str, torch.Tensor], Metadata, TrainingReport]:
-    """The training's result (an adapter, or whole weights by name), its metadata and its report.
+) -> tuple[Adapter | dict[str, torch.Tensor], Metadata, Metrics]:
+    """The training's result (an adapter, or whole weights by name), its metadata, and what it took.
     The folder's earlier files are touched only when everything else is ready."""
     shared = parts is not None
     parts = parts or load_training_parts(recipe.model, recipe.prediction)
@@ -197,7 +192,12 @@ def _run_training(
                     write_weights(result, metadata, path)
 
             report = trainer.run(keep, callback, sample)
-            return _result(trainer, metadata), metadata, report
+            made_by = Metrics(
+                recipe_sha256=recipe.sha256, base=metadata.base or TrainedOn(), training=report
+            )
+            if trainer.snapshots:
+                made_by |= {"snapshots": trainer.snapshots}
+            return _result(trainer, metadata), metadata, made_by
         finally:
             trainer.roles.remove()
 

@@ -9,6 +9,7 @@ import numpy as np
 from diffusers import StableDiffusionPipeline
 
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.metrics import WithstoodRow
 from sdd_lora.attacks.base import AttackSettings
 from sdd_lora.attacks.case import Attacked, Case
 from sdd_lora.attacks.noise import frozen
@@ -17,7 +18,7 @@ from sdd_lora.attacks.settings import ATTACK_KINDS
 from sdd_lora.errors import BadInput
 from sdd_lora.generation.images import draw
 from sdd_lora.generation.sampling import Sampling
-from sdd_lora.measures.base import ImageSpec, Interval, Measure, taken
+from sdd_lora.measures.base import ImageSpec, Measure, taken
 from sdd_lora.measures.intervals import wilson
 from sdd_lora.measures.registry import PICTURE, card_measure
 from sdd_lora.progress import say
@@ -28,22 +29,6 @@ from sdd_lora.sd.devices import DTYPES
 from sdd_lora.sd.pipeline import load_pipeline
 
 _MOST_PROMPTS = 20
-
-
-@dataclass(frozen=True)
-class WithstoodRow:
-    """How often an attack finds what is erased, in the model itself (`before`) and with the result
-    (`after`), on the same `n` prompts and seeds; UNet passes a prompt are those of the latter."""
-
-    attack: str
-    access: str
-    strength: str
-    before: float
-    after: float
-    n: int
-    ci95_before: Interval
-    ci95_after: Interval
-    unet_passes: float
 
 
 def check_attacks(recipe: Recipe) -> None:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from sdd_lora.adapter.metrics import Snapshot, TrainingReport
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import atomic_output
 from sdd_lora.progress import progress, warn
@@ -26,7 +26,6 @@ from sdd_lora.training.nf4 import quantise
 from sdd_lora.training.objectives import LatentBatch, make_objective, total_loss
 from sdd_lora.training.optimizer import learning_rate, make_optimizer
 from sdd_lora.training.pictures import Pictures
-from sdd_lora.training.report import Snapshot, TrainingReport
 from sdd_lora.training.roles import STUDENT, TEACHER, FactorRoles, make_roles
 from sdd_lora.training.rollout import Rollout, generator_for
 
@@ -263,10 +262,9 @@ class Trainer:
         return TrainingReport(
             iterations=total,
             unet_passes=self._total_passes(),
-            seconds=self.seconds,
+            seconds=round(self.seconds, 2),
             peak_bytes=self._peak.bytes(),
             final_loss=sum(last) / len(last) if last else None,
-            snapshots=self.snapshots,
         )
 
     def _iterate(
@@ -292,7 +290,9 @@ class Trainer:
                 every = self.recipe.training.snapshot_every
                 if keep and every and self.iteration % every == 0 and self.iteration < total:
                     passes, seconds = self._total_passes(), round(self.seconds, 2)
-                    self.snapshots.append(Snapshot(self.iteration, passes, seconds))
+                    self.snapshots.append(
+                        Snapshot(iteration=self.iteration, unet_passes=passes, seconds=seconds)
+                    )
                     keep(self)
                 if callback:
                     callback(self.iteration, {"loss": loss})
@@ -342,7 +342,7 @@ class Trainer:
             "rollouts": gather_object([self.rollout.state_dict()]),
             "pictures": gather_object([self.pictures.state_dict() if self.pictures else None]),
             "training_passes": self.training_passes,
-            "snapshots": [asdict(snapshot) for snapshot in self.snapshots],
+            "snapshots": [snapshot.as_json() for snapshot in self.snapshots],
             "roles": {
                 role: {k: v.detach() for k, v in self.roles.parameters_of(role).items()}
                 for role in self.roles.distinct

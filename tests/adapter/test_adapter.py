@@ -20,6 +20,7 @@ from sdd_lora.adapter import card
 from sdd_lora.adapter.adapter import Adapter, Factors
 from sdd_lora.adapter.algebra import resize, stack
 from sdd_lora.adapter.inspect import describe_adapter
+from sdd_lora.adapter.metrics import Metrics
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io import atomic as files
 from sdd_lora.io.safetensors import read_header
@@ -303,8 +304,8 @@ def test_sidecar_and_card_say_what_was_measured(tmp_path):
     assert sidecar["notes"] == "Trained on owner/sd.\njudge (bomb): 93.0 % → 2.0 %"
     assert sidecar["sdd_lora"]["concepts"] == ["bomb"]
 
-    text = card.render_card(adapter, METRICS)
-    assert card.render_card(adapter, METRICS) == text
+    text = card.render_card(adapter, Metrics(**METRICS))
+    assert card.render_card(adapter, Metrics(**METRICS)) == text
     _, front, body = text.split("---\n", 2)
     matter = yaml.safe_load(front)
     assert matter["base_model"] == "owner/sd"
@@ -323,19 +324,19 @@ def test_sidecar_and_card_say_what_was_measured(tmp_path):
 def test_a_card_promises_no_place_in_other_models():
     """The embedded model's adapters fit no Stable Diffusion 1.5, and so no user interface's."""
     adapter = random_adapter(concepts=["bomb"], base={"model": "demo"})
-    text = card.render_card(adapter, {})
+    text = card.render_card(adapter, Metrics())
     assert "It fits models of the embedded model's size only" in text
     assert "models/Lora" not in text
     assert "sdd-lora generate demo --adapter adapter.safetensors" in text
     assert card.sidecar(adapter)["sd version"] == "Unknown"
     other = random_adapter(widths=names.Widths((48, 96, 192, 192), 64))
-    assert "It fits models of its base's size only" in card.render_card(other, {})
+    assert "It fits models of its base's size only" in card.render_card(other, Metrics())
 
 
 def test_a_card_names_invokeai_where_it_loads_the_file():
     """It tells the family by cross-attention's keys and values, which ESD-u's adapters lack."""
     whole = random_adapter(base={"model": "owner/sd"}, widths=names.SD15)
-    assert "InvokeAI" in card.render_card(whole, {})
+    assert "InvokeAI" in card.render_card(whole, Metrics())
     other = Adapter(
         {
             "conv_in": Factors(
@@ -343,31 +344,32 @@ def test_a_card_names_invokeai_where_it_loads_the_file():
             )
         }
     )
-    assert "A1111" in card.render_card(other, {}) and "InvokeAI" not in card.render_card(other, {})
+    text = card.render_card(other, Metrics())
+    assert "A1111" in text and "InvokeAI" not in text
 
 
 def test_long_lists_of_concepts_are_shortened_to_distinct_ones():
     phrases = [f"thing {n}{style}" for n in range(15) for style in ("", ", ink", ", oil style")]
     adapter = random_adapter(concepts=phrases, base={"model": "owner/sd"})
     expected = ", ".join(f"thing {n}" for n in range(12)) + " and 3 more"
-    text = card.render_card(adapter, {})
+    text = card.render_card(adapter, Metrics())
     assert f"Trained to keep owner/sd from drawing: {expected}." in text
     assert "thing 12" not in text
     assert card.shortened(["cat, ink", "dog"]) == "cat, ink, dog"
-    assert f"- random-0 × 1 ({expected})" in card.render_card(adapter.scaled(1.0), {})
+    assert f"- random-0 × 1 ({expected})" in card.render_card(adapter.scaled(1.0), Metrics())
     assert adapter.metadata["concepts"] == card.sidecar(adapter)["sdd_lora"]["concepts"] == phrases
 
 
 def test_only_an_uncut_stack_is_called_exact():
     whole = stack([(random_adapter(1), 1.0), (random_adapter(2), 0.5)])
-    assert "It is the exact sum of:" in card.render_card(whole, {})
-    text = card.render_card(resize(whole, rank=3).adapter, {})
+    assert "It is the exact sum of:" in card.render_card(whole, Metrics())
+    text = card.render_card(resize(whole, rank=3).adapter, Metrics())
     assert "It is the sum of:" in text
     assert "Cut to rank 3 afterwards, with a relative error of " in text
 
 
 def test_a_card_without_numbers_claims_none():
-    text = card.render_card(random_adapter(base={"model": "demo"}), {})
+    text = card.render_card(random_adapter(base={"model": "demo"}), Metrics())
     assert "base_model" not in text
     for section in ("Measured", "Training", "Provenance"):
         assert f"## {section}" not in text
@@ -418,6 +420,6 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path):
             refused += 1
             assert "\n" not in str(error)
             continue
-        card.render_card(adapter, {})
+        card.render_card(adapter, Metrics())
         adapter.save(copy)
     assert 300 < refused < 400

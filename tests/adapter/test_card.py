@@ -8,6 +8,7 @@ from support.portable import portable
 from sdd_lora import sd1
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.card import render_card
+from sdd_lora.adapter.metrics import Metrics
 
 RECIPE = {
     "objective": {"kind": "sdd"},
@@ -35,17 +36,17 @@ def test_it_begins_with_plain_numbers_and_the_pictures():
         row("noun kept", "animals", 0.9, 0.5),
     ]
     transfer = [{"model": "my/model 2", "measures": measures[:1]}]
-    card = render_card(random_adapter(), {"measures": measures, "transfer": transfer})
+    card = render_card(random_adapter(), Metrics(measures=measures, transfer=transfer))
     assert "(weapons), it is drawn in 2.5 % of 40 images; without this file in 97.5 %." in card
     assert "loses most of what is kept: animals, 90.0 % → 50.0 %." in card
     assert "](before-after.png)" in card and "](before-after-my-model-2.png)" in card
     assert card.index("before-after.png") < card.index("| measure |")
-    assert "before-after" not in render_card(random_adapter(), {})
+    assert "before-after" not in render_card(random_adapter(), Metrics())
 
 
 def test_a_detectors_rows_are_told_as_such():
     measures = [row("flagged by nudenet (score ≥ 0.6)", "concept", 0.5, 0.1)]
-    card = render_card(random_adapter(), {"measures": measures})
+    card = render_card(random_adapter(), Metrics(measures=measures))
     assert "10.0 % of 40 images are flagged by nudenet (score ≥ 0.6); without" in card
 
 
@@ -64,12 +65,12 @@ def test_a_detectors_rows_are_told_as_such():
     ],
 )
 def test_it_tells_what_was_trained_and_what_is_closed_form(change, told):
-    assert told in render_card(random_adapter(recipe=RECIPE | change), {})
+    assert told in render_card(random_adapter(recipe=RECIPE | change), Metrics())
 
 
 def test_it_names_the_adapter_that_a_training_went_on_from():
     start = {"name": "first", "identity": "1a", "sha256": "2b"}
-    card = render_card(random_adapter(recipe=RECIPE, started_from=start), {})
+    card = render_card(random_adapter(recipe=RECIPE, started_from=start), Metrics())
     assert "from another adapter, first (SHA-256 `2b`)." in card
 
 
@@ -77,7 +78,7 @@ def test_uses_name_the_file_as_each_program_wants_it():
     adapter = random_adapter(
         widths=sd1.SD15, base={"model": "owner/sd"}, license="openrail", concepts=["bomb"]
     )
-    card = render_card(Adapter(adapter.factors, adapter.metadata | {"name": "no-bombs"}), {})
+    card = render_card(Adapter(adapter.factors, adapter.metadata | {"name": "no-bombs"}), Metrics())
     assert "as `no-bombs.safetensors`, `adapter.json` beside it as `no-bombs.json`" in card
     assert "<lora:no-bombs:1>" in card
     assert 'from_pretrained("owner/sd")' in card
@@ -90,7 +91,7 @@ def test_uses_name_the_file_as_each_program_wants_it():
 def test_an_eraser_from_words_is_no_lora_file():
     eraser = portable(width=768)
     words = {"keep": ["cat"], "near": ["gun"], "vocabulary": 3000}
-    card = render_card(Adapter(eraser.factors, eraser.metadata | {"words": words}), {})
+    card = render_card(Adapter(eraser.factors, eraser.metadata | {"words": words}), Metrics())
     assert "Nothing was trained: it is solved in closed form from words alone" in card
     assert "the 3000 most frequent words of the tokenizer and 1 that were named." in card
     assert "too near to stay: gun." in card
@@ -100,5 +101,5 @@ def test_an_eraser_from_words_is_no_lora_file():
 
 def test_what_was_not_attacked_is_said():
     assert "## What it withstands, and what not\n\nNot measured.\n" in render_card(
-        random_adapter(), {}
+        random_adapter(), Metrics()
     )

@@ -13,6 +13,7 @@ from support.portable import portable
 from sdd_lora.adapter import card
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.hub import is_published, pull, push
+from sdd_lora.adapter.metrics import Metrics
 from sdd_lora.adapter.publish import publish
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.atomic import sha256_of
@@ -33,7 +34,7 @@ def run(tmp_path):
     card.write_sidecar(adapter, path)
     metrics = {"adapter": {"sha256": sha256_of(path), "bytes": path.stat().st_size}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "README.md").write_text(card.render_card(adapter, metrics))
+    (folder / "README.md").write_text(card.render_card(adapter, Metrics(**metrics)))
     return folder
 
 

@@ -2,21 +2,23 @@
 
 from pathlib import Path
 
+from sdd_lora.adapter.metrics import Metrics
 from sdd_lora.cli.tables import measures_table, runs_table
 
 
 def metrics(*measures, passes=1234, seconds=90.0):
-    return {
-        "measures": [
-            {"name": name, "group": group, "n": n, "before": before, "after": after}
+    whole = {"prompts": 1, "ci95_before": (0, 1), "ci95_after": (0, 1)}
+    return Metrics(
+        measures=[
+            {"name": name, "group": group, "n": n, "before": before, "after": after} | whole
             for name, group, n, before, after in measures
         ],
-        "training": {"unet_passes": passes, "seconds": seconds},
-    }
+        training={"unet_passes": passes, "seconds": seconds},
+    )
 
 
 def test_what_a_measurement_takes_is_told_where_there_was_none():
-    told = measures_table({"measures": []})
+    told = measures_table([])
     assert "measure.prompts" in told and "measure.detector" in told
 
 

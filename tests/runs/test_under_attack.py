@@ -4,13 +4,14 @@ import pytest
 from support.adapters import random_adapter
 
 from sdd_lora.adapter.card import render_card
+from sdd_lora.adapter.metrics import Metrics
 from sdd_lora.attacks.registry import ATTACK_FUNCTIONS
 from sdd_lora.attacks.settings import ATTACK_KINDS
 from sdd_lora.errors import BadInput
 from sdd_lora.measures.intervals import wilson
 from sdd_lora.recipe import Recipe
 from sdd_lora.recipe.sections import MeasureSettings
-from sdd_lora.runs.measure import measure, read_metrics
+from sdd_lora.runs.measure import measure
 from sdd_lora.runs.under_attack import check_attacks, withstood
 
 RECIPE = """
@@ -29,8 +30,7 @@ measure:
 
 def test_each_attack_is_put_to_the_model_with_the_adapter_and_without(tmp_path):
     adapter = random_adapter(5.0)  # which ruins the model
-    measure(adapter, Recipe.parse(RECIPE), tmp_path / "run")
-    found = read_metrics(tmp_path / "run")["attacks"]
+    found = measure(adapter, Recipe.parse(RECIPE), tmp_path / "run")["attacks"]
     assert [(x["attack"], x["n"]) for x in found] == [("completion", 1), ("adapter's weight", 1)]
     assert found[0]["strength"] == "first 5 steps by the base"
     assert found[0]["unet_passes"] == 10  # five steps, guided
@@ -43,7 +43,7 @@ def test_each_attack_is_put_to_the_model_with_the_adapter_and_without(tmp_path):
 
 
 def test_a_card_says_that_nothing_was_measured():
-    card = render_card(random_adapter(0.1), {})
+    card = render_card(random_adapter(0.1), Metrics())
     assert "## What it withstands, and what not\n\nNot measured.\n" in card
 
 
