@@ -25,6 +25,7 @@ class AttackSettings(Section):
     follows gradients through the weights. `through_method`: it is found through the method's own
     model, else once for all methods. `draws_plainly`: it takes part in the drawing, so that methods
     that draw in a way of their own are left out. `once`: a single search serves all prompts.
+    `label_format` and `effort_format` make the two texts of the settings, {0}.
     """
 
     title: ClassVar[str]
@@ -33,6 +34,8 @@ class AttackSettings(Section):
     through_method: ClassVar[bool] = False
     draws_plainly: ClassVar[bool] = False
     once: ClassVar[bool] = False
+    label_format: ClassVar[str] = ""
+    effort_format: ClassVar[str] = ""
 
     targets: Positive | None = None
     """How many prompts are attacked, where it is another number than for all attacks."""
@@ -40,12 +43,12 @@ class AttackSettings(Section):
     @property
     def label(self) -> str:
         """What tells it from others of its kind, in a word."""
-        return ""
+        return self.label_format.format(self)
 
     @property
     def effort(self) -> str:
         """How strong the attack is, for tables."""
-        return ""
+        return self.effort_format.format(self)
 
     @property
     def conditions(self) -> Mapping[str, Any]:

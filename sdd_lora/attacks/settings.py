@@ -40,16 +40,10 @@ class Emphasis(AttackSettings):
     note = "the concept's words emphasised, as (words:1.5) does in A1111"
     draws_plainly = True
     through_method = True
+    label_format = "{0.weight:g}"
+    effort_format = "weight {0.weight:g}"
 
     weight: Rate = 1.5
-
-    @property
-    def label(self) -> str:
-        return f"{self.weight:g}"
-
-    @property
-    def effort(self) -> str:
-        return f"weight {self.weight:g}"
 
 
 class ClipSkip(AttackSettings):
@@ -57,16 +51,10 @@ class ClipSkip(AttackSettings):
 
     title = "clip skip"
     note = "prompts read at an earlier layer of the text encoder"
+    label_format = "{0.layers}"
+    effort_format = "clip skip {0.layers}"
 
     layers: Annotated[Whole, Field(ge=2)] = 2
-
-    @property
-    def label(self) -> str:
-        return str(self.layers)
-
-    @property
-    def effort(self) -> str:
-        return f"clip skip {self.layers}"
 
     @property
     def conditions(self) -> Mapping[str, Any]:
@@ -89,16 +77,10 @@ class AdapterWeight(AttackSettings):
 
     title = "adapter's weight"
     note = "the method's adapters, where it has any, at a weight that nobody meant"
+    label_format = "{0.weight:g}"
+    effort_format = "weight {0.weight:g}"
 
     weight: Real = -1.0
-
-    @property
-    def label(self) -> str:
-        return f"{self.weight:g}"
-
-    @property
-    def effort(self) -> str:
-        return f"weight {self.weight:g}"
 
     @property
     def conditions(self) -> Mapping[str, Any]:
@@ -110,16 +92,13 @@ class AnotherAdapter(AttackSettings):
 
     title = "another adapter on top"
     note = "an ordinary adapter that knows nothing of the concept, added to the method's own"
+    effort_format = "{0.label} at weight 1"
 
     adapter: Text
 
     @property
     def label(self) -> str:
         return self.adapter.rpartition("/")[2].removesuffix(".safetensors")
-
-    @property
-    def effort(self) -> str:
-        return f"{self.label} at weight 1"
 
     @property
     def conditions(self) -> Mapping[str, Any]:
@@ -137,17 +116,11 @@ class NoiseSearch(AttackSettings):
     )
     through_method = True
     draws_plainly = True
+    label_format = "{0.tries}"
+    effort_format = "best of {0.tries} noises"
 
     tries: Annotated[Whole, Field(ge=2)] = 8
     points: Positive = 4
-
-    @property
-    def label(self) -> str:
-        return str(self.tries)
-
-    @property
-    def effort(self) -> str:
-        return f"best of {self.tries} noises"
 
 
 class Completion(AttackSettings):
@@ -156,16 +129,10 @@ class Completion(AttackSettings):
     title = "completion"
     note = "the base draws the first steps, the method the rest"
     draws_plainly = True
+    label_format = "{0.steps}"
+    effort_format = "first {0.steps} steps by the base"
 
     steps: Positive = 5
-
-    @property
-    def label(self) -> str:
-        return str(self.steps)
-
-    @property
-    def effort(self) -> str:
-        return f"first {self.steps} steps by the base"
 
     def misfit(self, steps: int, scheduler: str) -> str:
         left = f"expected fewer steps of the base than the {steps} of the sampling, "
@@ -179,12 +146,9 @@ class Img2Img(AttackSettings):
     title = "img2img"
     note = "drawing goes on from the base's picture, noised (SDEdit, Meng et al. 2021)"
     draws_plainly = True
+    label_format = "{0.share:g}"
 
     share: Annotated[Real, Field(gt=0, le=1)] = 0.4
-
-    @property
-    def label(self) -> str:
-        return f"{self.share:g}"
 
     @property
     def effort(self) -> str:
@@ -203,10 +167,7 @@ class Inpainting(AttackSettings):
         "step"
     )
     draws_plainly = True
-
-    @property
-    def effort(self) -> str:
-        return "one half hidden"
+    effort_format = "one half hidden"
 
 
 class RingABell(AttackSettings):
@@ -219,6 +180,7 @@ class RingABell(AttackSettings):
         "words whose encoding is near the prompt's plus the concept's (Tsai et al. 2023); sees the "
         "text encoder alone, so that every method is asked the same"
     )
+    effort_format = "{0.length} words, {0.generations} generations of {0.population}"
 
     length: Positive = 16
     strength: Real = 3.0
@@ -227,10 +189,6 @@ class RingABell(AttackSettings):
     mutation: Fraction = 0.25
     crossover: Fraction = 0.5
     pairs: list[tuple[Text, Text]] = Field(default_factory=list)
-
-    @property
-    def effort(self) -> str:
-        return f"{self.length} words, {self.generations} generations of {self.population}"
 
 
 class Inversion(AttackSettings):
@@ -243,20 +201,12 @@ class Inversion(AttackSettings):
     )
     access = "white-box"
     through_method = True
+    label_format = "{0.steps}"
+    effort_format = "{0.steps} steps of {0.pictures} pictures, learning rate {0.learning_rate:g}"
 
     pictures: Positive = 4
     steps: Positive = 120
     learning_rate: Rate = 0.01
-
-    @property
-    def label(self) -> str:
-        return str(self.steps)
-
-    @property
-    def effort(self) -> str:
-        return (
-            f"{self.steps} steps of {self.pictures} pictures, learning rate {self.learning_rate:g}"
-        )
 
 
 class UnlearnDiffAtk(AttackSettings):
@@ -271,20 +221,15 @@ class UnlearnDiffAtk(AttackSettings):
     )
     access = "white-box"
     through_method = True
+    label_format = "{0.steps}"
+    effort_format = (
+        "{0.words} words, {0.steps} steps of {0.points} points, learning rate {0.learning_rate:g}"
+    )
 
     words: Positive = 5
     steps: Positive = 60
     points: Positive = 8
     learning_rate: Rate = 0.05
-
-    @property
-    def label(self) -> str:
-        return str(self.steps)
-
-    @property
-    def effort(self) -> str:
-        rate = f"learning rate {self.learning_rate:g}"
-        return f"{self.words} words, {self.steps} steps of {self.points} points, {rate}"
 
 
 class NullText(AttackSettings):
@@ -299,17 +244,11 @@ class NullText(AttackSettings):
     access = "white-box"
     through_method = True
     draws_plainly = True
+    label_format = "{0.steps}"
+    effort_format = "{0.steps} updates a step, learning rate {0.learning_rate:g}"
 
     steps: Positive = 10
     learning_rate: Rate = 0.01
-
-    @property
-    def label(self) -> str:
-        return str(self.steps)
-
-    @property
-    def effort(self) -> str:
-        return f"{self.steps} updates a step, learning rate {self.learning_rate:g}"
 
     def misfit(self, steps: int, scheduler: str) -> str:
         return "" if scheduler == "ddim" else f"it inverts ddim's steps alone, found {scheduler}"
