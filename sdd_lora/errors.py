@@ -1,5 +1,10 @@
 """What can go wrong, as one clear line: where, what was expected, what was found, what to do."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class SddLoraError(Exception):
     """Something failed; the command line prints the message and exits with `exit_code`."""
@@ -15,3 +20,10 @@ class BadInput(SddLoraError):
 
 class Busy(BadInput):
     """Another process holds the file or folder."""
+
+
+def first_problem(error: "ValidationError") -> str:
+    """Where the first wrong field is, and what was expected there."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg']}" if where else problem["msg"]

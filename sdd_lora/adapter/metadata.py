@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from sdd_lora.errors import BadInput
+from sdd_lora.errors import BadInput, first_problem
 
 ENTRY_KEY = "sdd_lora"
 THUMBNAIL_KEY = "modelspec.thumbnail"
@@ -348,10 +348,3 @@ def _of_foreign(header: Mapping[str, str]) -> Metadata:
         found["base"] = {"model": base}
     found |= {key: header.get(f"modelspec.{key}") or None for key in _MODELSPEC_FIELDS}
     return Metadata(**found)
-
-
-def first_problem(error: ValidationError) -> str:
-    """Where the first wrong field is, and what was expected there."""
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"{where}: {problem['msg']}" if where else problem["msg"]

@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import JsonValue, ValidationError
 
-from sdd_lora.adapter.metadata import Entry, TrainedOn, first_problem
-from sdd_lora.errors import BadInput
+from sdd_lora.adapter.metadata import Entry, TrainedOn
+from sdd_lora.errors import BadInput, first_problem
+from sdd_lora.io.text import read_text
 
 METRICS_FILE = "metrics.json"
 Interval = tuple[float, float]
@@ -111,11 +112,7 @@ class Metrics(Entry):
         """The metrics of a run's folder. Raises BadInput where they are missing or damaged."""
         path = folder / METRICS_FILE
         try:
-            return cls.model_validate_json(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"{path}: expected the numbers of a run, can't read them: {error}"
-            ) from error
+            return cls.model_validate_json(read_text(path, "the numbers of a run"))
         except ValidationError as error:
             raise BadInput(f"{path}: the file is damaged: {first_problem(error)}") from None
 

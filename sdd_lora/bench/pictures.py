@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from sdd_lora.attacks.settings import titled
 from sdd_lora.bench.bench_file import ATTACK_VARIATION
 from sdd_lora.bench.results import DAMAGED_IMAGE, IMAGES, ImageRecord, Results, Variation
-from sdd_lora.errors import BadInput
+from sdd_lora.errors import BadInput, first_problem
 from sdd_lora.io.pictures import reading
 from sdd_lora.progress import say
 
@@ -140,8 +140,7 @@ def read_records(folder: Path) -> list[ImageRecord]:
         lines = path.read_text("utf-8").split("\n")  # prompts may hold U+2028, U+0085 …
         return [ImageRecord.model_validate_json(line) for line in lines if line]
     except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        problem = first_problem(error)
     except (OSError, UnicodeDecodeError) as error:
         problem = str(error)
     raise BadInput(

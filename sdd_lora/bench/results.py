@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, model_validator
 
 from sdd_lora.adapter.metrics import Interval
-from sdd_lora.errors import BadInput
+from sdd_lora.errors import BadInput, first_problem
 from sdd_lora.io.text import read_text
 from sdd_lora.measures.base import FrozenModel, MeasureInfo
 
@@ -214,11 +214,8 @@ class Results(FrozenModel):
             text = read_text(path, "the results of `sdd-lora evaluate`")
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
-            raise BadInput(
-                f"{path}: damaged, or of another version: {name}: {first['msg']}"
-            ) from None
+            problem = first_problem(error)
+            raise BadInput(f"{path}: damaged, or of another version: {problem}") from None
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"

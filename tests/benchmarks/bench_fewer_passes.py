@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sdd_lora import Adapter, train
+from sdd_lora.adapter.metrics import Metrics
 from sdd_lora.demo.judge import Verdict, load_judge
 from sdd_lora.measures.asked import asked_for
 from sdd_lora.measures.base import ImageSpec
@@ -24,7 +25,7 @@ from sdd_lora.measures.intervals import paired_difference, wilson
 from sdd_lora.measures.judge import verdicts_on
 from sdd_lora.recipe import MeasurePrompts, MeasureSettings, Recipe
 from sdd_lora.runs import before_after
-from sdd_lora.runs.folder import METRICS, is_finished, under_way
+from sdd_lora.runs.folder import is_finished, under_way
 from sdd_lora.sd.pipeline import load_pipeline
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo" / "weapons-phrases.yaml"
@@ -154,11 +155,11 @@ def main() -> None:
         drawn, kept, passes, seconds = [], [], 0, 0.0
         for seed in range(asked.seeds):
             run = run_of(asked.output, way, seed, asked.iterations)
-            took = json.loads((run / METRICS).read_text("utf-8"))["training"]
+            took = Metrics.read(run).training
             judged = verdicts(asked.output, run.name, recipe, specs, Adapter.load(run))
             more_drawn, more_kept = outcomes(judged)
             drawn, kept = drawn + more_drawn, kept + more_kept
-            passes, seconds = passes + took["unet_passes"], seconds + took["seconds"]
+            passes, seconds = passes + took.unet_passes, seconds + took.seconds
         first = first or {"drawn": drawn, "kept": kept, "passes": passes, "seconds": seconds}
         print(
             f"{way}: {passes / asked.seeds:.0f} passes ({passes / first['passes']:.3f}), "
