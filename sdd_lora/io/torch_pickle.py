@@ -33,7 +33,7 @@ _TYPED_STORAGES = {f"torch.{storage}": code for storage, _, code in _DTYPES}
 _TORCH_DTYPES = {f"torch.{dtype}": code for _, dtype, code in _DTYPES}
 _UNTYPED_STORAGE = "torch.storage.UntypedStorage"
 #: ways to construct something, or to read what lies elsewhere, that torch doesn't use
-_REFUSED_OPCODES = ("PERSID", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "FROZENSET")
+_REFUSED_OPCODES = ("PERSID", "DICT", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "FROZENSET")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Call:
 
     function: str
 
+    def append(self, *_: Any) -> None:
+        """Leave out what the pickle would fill it with."""
+
+    extend = __setitem__ = append
+
     @property
     def is_array(self) -> bool:
         """Whether it is an array, or a tensor of a kind that isn't read here."""
@@ -72,6 +77,14 @@ class Call:
     def is_scalar(self) -> bool:
         """Whether it is one of numpy's numbers."""
         return self.function.startswith("numpy.") and self.function.endswith(".scalar")
+
+
+class _Fields(dict[str | int, Any]):
+    """A dictionary whose keys are text and numbers; entries under others are left out, unhashed."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, str | int):
+            super().__setitem__(key, value)
 
 
 #: in Python, as C's has no handlers to take away; typeshed knows little of it
@@ -120,37 +133,8 @@ class _InertUnpickler(_Unpickler):  # type: ignore[misc]
     def load_build(self) -> None:
         self.stack.pop()  # an object's state; dictionaries' attributes (`_metadata`) aren't tensors
 
-    def load_empty_set(self) -> None:
-        self.append([])  # hashing a hostile item (tuples in tuples in …) would overflow the stack
-
-    def load_dict(self) -> None:
-        items = self.pop_mark()
-        self.stack.append({})
-        self._set(items)
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set([key, value])
-
-    def load_setitems(self) -> None:
-        self._set(self.pop_mark())
-
-    def load_append(self) -> None:
-        self._extend([self.stack.pop()])
-
-    def load_appends(self) -> None:
-        self._extend(self.pop_mark())
-
-    def _set(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, dict):
-            pairs = zip(items[::2], items[1::2], strict=True)
-            target.update((key, value) for key, value in pairs if isinstance(key, str | int))
-
-    def _extend(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, list):
-            target.extend(items)
+    def load_empty_dictionary(self) -> None:
+        self.append(_Fields())
 
     dispatch = {
         ord(opcode.code): _Unpickler.dispatch[ord(opcode.code)]
@@ -161,13 +145,10 @@ class _InertUnpickler(_Unpickler):  # type: ignore[misc]
         pickle.NEWOBJ[0]: load_reduce,
         pickle.NEWOBJ_EX[0]: load_newobj_ex,
         pickle.BUILD[0]: load_build,
-        pickle.EMPTY_SET[0]: load_empty_set,
-        pickle.ADDITEMS[0]: load_appends,
-        pickle.DICT[0]: load_dict,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.APPEND[0]: load_append,
-        pickle.APPENDS[0]: load_appends,
+        pickle.EMPTY_DICT[0]: load_empty_dictionary,
+        # a set is a list: hashing a hostile item (tuples in tuples in …) would overflow the stack
+        pickle.EMPTY_SET[0]: _Unpickler.load_empty_list,
+        pickle.ADDITEMS[0]: _Unpickler.load_appends,
     }
 
 
@@ -276,8 +257,11 @@ def _tensor_with_attributes(function: Any, _type: Any, arguments: Any, _state: A
     return _call(function, arguments)
 
 
-def _dictionary(pairs: Any = ()) -> dict[Any, Any]:
-    return {key: value for key, value in pairs if isinstance(key, str | int)}
+def _dictionary(pairs: Any = ()) -> _Fields:
+    fields = _Fields()
+    for key, value in pairs:
+        fields[key] = value
+    return fields
 
 
 #: what makes a tensor or a dictionary in torch's files → how it is read
