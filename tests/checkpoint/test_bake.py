@@ -246,24 +246,6 @@ def test_baking_twice_is_refused_by_identity_stack_and_weights(tmp_path):
     bake(bare, [(a, 1.0)], out=tmp_path / "aa.safetensors")  # nothing to know it by
 
 
-def test_presence_by_weights(tmp_path):
-    source = models.write(tmp_path / "m.safetensors", models.ldm_tensors())
-    a, b = models.adapter(name="a", size=0.05), models.adapter(seed=1, name="b", size=0.05)
-    bake(source, [(a, 0.7)], out=tmp_path / "a.safetensors")
-    inside = find_adapter(tmp_path / "a.safetensors", a, source)
-    assert inside.strength == pytest.approx(0.7, abs=1e-3)
-    assert inside.share == pytest.approx(1, abs=1e-3)
-    assert abs(find_adapter(tmp_path / "a.safetensors", b, source).strength) < 0.1
-
-
-@pytest.mark.parametrize("text", ["[", "{}", '[{"adapters": 3}]', "[" * 100_000, "[1]"])
-def test_a_damaged_history_is_one_clear_line(tmp_path, text):
-    source = models.write(tmp_path / "m.safetensors", models.ldm_tensors(), {HISTORY_KEY: text})
-    with pytest.raises(BadInput, match="can't be read") as error:
-        bake(source, [(models.adapter(), 1.0)], out=tmp_path / "o.safetensors")
-    assert "\n" not in str(error.value)
-
-
 # Legacy files
 
 

@@ -16,6 +16,7 @@ from sdd_lora.checkpoint.history import (
     decode_history,
     encode_history,
 )
+from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import read_tensors
 
 A, B, C = (models.adapter(seed=seed, size=0.05, name="abc"[seed]) for seed in range(3))
@@ -43,6 +44,22 @@ def test_bakes_of_other_files_of_a_folder_are_not_forgotten(tmp_path):
     for adapter in (A, text, both, B):
         assert find_adapter(tmp_path / "3", adapter).present
     assert history_of_model(source) == ()
+
+
+def test_presence_by_weights(tmp_path, source):
+    bake(source, [(A, 0.7)], out=tmp_path / "a.safetensors")
+    inside = find_adapter(tmp_path / "a.safetensors", A, source)
+    assert inside.strength == pytest.approx(0.7, abs=1e-3)
+    assert inside.share == pytest.approx(1, abs=1e-3)
+    assert abs(find_adapter(tmp_path / "a.safetensors", B, source).strength) < 0.1
+
+
+@pytest.mark.parametrize("text", ["[", "{}", '[{"adapters": 3}]', "[" * 100_000, "[1]"])
+def test_a_damaged_history_is_one_clear_line(tmp_path, text):
+    source = models.write(tmp_path / "m.safetensors", models.ldm_tensors(), {HISTORY_KEY: text})
+    with pytest.raises(BadInput, match="can't be read") as error:
+        bake(source, [(A, 1.0)], out=tmp_path / "o.safetensors")
+    assert "\n" not in str(error.value)
 
 
 def test_a_part_of_a_stack_is_expected_at_its_own_weight(tmp_path, source):
