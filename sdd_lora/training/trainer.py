@@ -71,15 +71,16 @@ class Trainer:
         self.started_from = None
         if isinstance(self.roles, FactorRoles):
             self.started_from = initialise(self.roles, recipe, self.objective, self.embeddings)
-        size = unet.config.sample_size
+        size, training = unet.config.sample_size, recipe.training
+        samples = recipe.rollout.batch * self.accelerator.num_processes
         self.rollout = Rollout(
             self.roles.teacher,
             scheduler,
             recipe.rollout,
             self.objective,
             (unet.config.in_channels, size, size),
-            recipe.training.seed,
-            self._batch * self.accelerator.num_processes * recipe.training.gradient_accumulation,
+            training.seed,
+            samples * training.gradient_accumulation,
             device,
         )
         self.training_passes = 0
@@ -128,12 +129,9 @@ class Trainer:
     def _sample_indices(self, part: int) -> list[int]:
         """Global indices of this process's trajectories within the iteration."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        first = (part * world + rank) * self._batch
-        return list(range(first, first + self._batch))
-
-    @property
-    def _batch(self) -> int:
-        return self.recipe.rollout.batch
+        batch = self.recipe.rollout.batch
+        first = (part * world + rank) * batch
+        return list(range(first, first + batch))
 
     def _roll_out(self, samples: list[int]) -> LatentBatch:
         prompts = self.objective.rollout_prompts(self.embeddings)
