@@ -133,13 +133,6 @@ def from_ldm(path: str) -> str:
     return _replace_head(path, _FROM_LDM)
 
 
-def checkpoint_key(name: str) -> str:
-    """Where an LDM single file keeps the weight of a module."""
-    if name.startswith(TEXT_PREFIX):
-        return f"{LDM_TEXT_PREFIX}{name.removeprefix(TEXT_PREFIX)}.weight"
-    return f"{LDM_UNET_PREFIX}{to_ldm(name)}.weight"
-
-
 def ema_keys(key: str) -> tuple[str, str]:
     """The two spellings under which an LDM file may hold the EMA copy of a UNet key.
 
@@ -147,12 +140,6 @@ def ema_keys(key: str) -> tuple[str, str]:
     """
     short = key.removeprefix(LDM_UNET_PREFIX).replace(".", "")
     return f"model_ema.diffusion_model{short}", f"model_ema.{short}"
-
-
-def cross_attention_shapes(widths: Widths = SD15) -> dict[str, Shape]:
-    """The 64 matrices' names → (out, in)."""
-    shapes = unet_shapes(widths)
-    return {name: shapes[name] for name in CROSS_ATTENTION}
 
 
 def unet_shapes(widths: Widths = SD15, in_channels: int = 4) -> dict[str, Shape]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from support import checkpoint_models as models
 
 from sdd_lora import sd1 as names
 
@@ -44,7 +45,7 @@ def test_ldm_names_agree_with_diffusers_own_conversion():
 
 
 def test_there_are_64_matrices_of_16_places():
-    shapes = names.cross_attention_shapes()
+    shapes = models.cross_attention_shapes()
     assert len(names.PLACES) == 16
     assert len(shapes) == 64
     per_rank = dict.fromkeys(names.ATTENTION_LEAVES, 0)
@@ -66,7 +67,7 @@ def test_one_module_in_every_scheme():
     assert names.attn_procs_stem(name) == (
         "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_out_lora"
     )
-    key = names.checkpoint_key(name)
+    key = models.checkpoint_key(name)
     assert key == (
         "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_out.0.weight"
     )

@@ -72,7 +72,6 @@ class ModelDescription:
     in_channels: int
     unet_widths: tuple[int, ...]
     context_width: int
-    unet_files: tuple[Path, ...]
     has_ema: bool
     unread: tuple[str, ...]
     prediction: Prediction
@@ -160,7 +159,6 @@ def _describe_model(checkpoint: Checkpoint) -> ModelDescription:
         in_channels=conv_in[1] if len(conv_in) == 4 else 0,
         unet_widths=widths.blocks if widths else (),
         context_width=widths.context if widths else 0,
-        unet_files=tuple(dict.fromkeys(at.file for s in unets for at in s.locations.values())),
         has_ema=any(weights.is_ema for weights in unets),
         unread=tuple(path.relative_to(checkpoint.path).as_posix() for path in checkpoint.unread),
         prediction=prediction_of(checkpoint),

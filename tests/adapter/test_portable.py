@@ -36,7 +36,7 @@ def test_every_module_that_reads_embeddings_gets_its_own_delta():
     adapter, rng = portable(), np.random.default_rng(1)
     weights = {
         name: rng.standard_normal(shape).astype(np.float32)
-        for name, shape in sd1.cross_attention_shapes(sd1.DEMO).items()
+        for name, shape in models.cross_attention_shapes(sd1.DEMO).items()
     }
     ordinary = adapter.on(weights.__getitem__)
     assert len(ordinary.factors) == 32 and ordinary.identity == adapter.identity

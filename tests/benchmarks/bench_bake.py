@@ -40,7 +40,7 @@ from sdd_lora import Adapter
 from sdd_lora import sd1 as names
 tensors, adapter = load_file(sys.argv[1]), Adapter.load(sys.argv[2])
 for module in adapter.factors:
-    key = names.checkpoint_key(module)
+    key = f"{names.LDM_UNET_PREFIX}{names.to_ldm(module)}.weight"
     for k in (key, names.ema_keys(key)[0]):
         tensors[k] = (tensors[k].float() + adapter.delta(module)).to(tensors[k].dtype)
 save_file(tensors, sys.argv[3])

@@ -32,7 +32,8 @@ except SystemExit as end:
 
 def make(folder: Path) -> list[str]:
     rng = np.random.default_rng(0)
-    shapes = names.cross_attention_shapes()
+    whole = names.unet_shapes()
+    shapes = {name: whole[name] for name in names.CROSS_ATTENTION}
     paths = []
     for n in range(COUNT):
         factors = {

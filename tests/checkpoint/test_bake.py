@@ -22,7 +22,7 @@ from sdd_lora.checkpoint.undo import unbake
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import read_header, read_tensors
 
-LDM_K0 = names.checkpoint_key(models.K0)
+LDM_K0 = models.checkpoint_key(models.K0)
 
 
 def tensors_of(path):
@@ -60,7 +60,7 @@ def require_exact(source, output, adapters, keys_of):
 
 def ldm_keys(ema=None):
     def keys_of(module):
-        key = names.checkpoint_key(module)
+        key = models.checkpoint_key(module)
         return [key] if ema is None or names.is_text(module) else [key, names.ema_keys(key)[ema]]
 
     return keys_of
@@ -163,7 +163,7 @@ def test_two_ema_copies_in_one_file_are_both_edited(tmp_path):
         source,
         tmp_path / "o.safetensors",
         adapters,
-        lambda module: [(key := names.checkpoint_key(module)), *names.ema_keys(key)],
+        lambda module: [(key := models.checkpoint_key(module)), *names.ema_keys(key)],
     )
     assert len(set(report.copies)) == 3
     report = bake(source, adapters, out=tmp_path / "d.safetensors", ema="drop")

@@ -91,7 +91,7 @@ def test_an_adapter_is_read_whatever_its_name(tmp_path):
 )
 def test_wrapped_names_are_edited_and_stay(tmp_path, wrapper, layout):
     """Of a model saved inside DataParallel or torch.compile."""
-    key = sd1.checkpoint_key(models.K0) if layout == "ldm" else f"{models.K0}.weight"
+    key = models.checkpoint_key(models.K0) if layout == "ldm" else f"{models.K0}.weight"
     tensors = models.ldm_tensors(ema=True) if layout == "ldm" else models.states()["unet"]
     wrapped = {wrapper + name: value for name, value in tensors.items()}
     if layout == "folder":
@@ -131,7 +131,7 @@ def test_a_quantised_model_is_named(tmp_path):
     """bitsandbytes' NF4: packed bytes, and the state of the quantisation beside them."""
     tensors = models.ldm_tensors()
     for module in sd1.CROSS_ATTENTION:
-        key = sd1.checkpoint_key(module)
+        key = models.checkpoint_key(module)
         tensors[key] = np.zeros((tensors[key].size // 2, 1), np.uint8)
         tensors[f"{key}.absmax"] = np.zeros(8, np.float32)
         tensors[f"{key}.quant_state.bitsandbytes__nf4"] = np.zeros(8, np.uint8)

@@ -13,7 +13,7 @@ from sdd_lora.checkpoint.undo import unbake
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.safetensors import read_tensors
 
-LDM_K0 = names.checkpoint_key(models.K0)
+LDM_K0 = models.checkpoint_key(models.K0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from sdd_lora.checkpoint.detect import cross_attention_norms
 from sdd_lora.checkpoint.plan import misfits_of
 from sdd_lora.errors import BadInput
 
-K0 = sd1.checkpoint_key(models.K0)
+K0 = models.checkpoint_key(models.K0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 from support import checkpoint_models as models
 from support.checkpoint_models import contents, write_protect
 
-from sdd_lora import sd1 as names
 from sdd_lora.checkpoint import in_place
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.copying import insert_space
@@ -163,7 +162,7 @@ def test_a_model_that_has_changed_since_is_refused(source, tmp_path, key, in_pla
     undo, out = tmp_path / "u", tmp_path / "o.safetensors"
     bake(source, [(A, 1.0)], out=None if in_place else out, in_place=in_place, undo=undo)
     baked = source if in_place else out
-    name = names.checkpoint_key(models.K0)
+    name = models.checkpoint_key(models.K0)
     if key != "touched":
         name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
     header = read_header(baked)

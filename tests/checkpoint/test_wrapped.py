@@ -5,14 +5,13 @@ import pytest
 import torch
 from support import checkpoint_models as models
 
-from sdd_lora import sd1
 from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.layout import read_any_header
 from sdd_lora.errors import BadInput
 from sdd_lora.io.safetensors import read_tensors
 
 ADAPTERS = [(models.adapter(), 1.0)]
-K0 = sd1.checkpoint_key(models.K0)
+K0 = models.checkpoint_key(models.K0)
 
 
 @pytest.fixture(scope="module")

@@ -158,6 +158,19 @@ def write_folder(folder: Path, variant: str | None = None, shard: str | None = N
     return folder
 
 
+def checkpoint_key(name: str) -> str:
+    """Where an LDM single file keeps the weight of a module."""
+    if name.startswith(names.TEXT_PREFIX):
+        return f"{names.LDM_TEXT_PREFIX}{name.removeprefix(names.TEXT_PREFIX)}.weight"
+    return f"{names.LDM_UNET_PREFIX}{names.to_ldm(name)}.weight"
+
+
+def cross_attention_shapes(widths: names.Widths = names.SD15) -> dict[str, names.Shape]:
+    """The 64 matrices' names → (out, in)."""
+    shapes = names.unet_shapes(widths)
+    return {name: shapes[name] for name in names.CROSS_ATTENTION}
+
+
 def adapter(
     rank: int = 4,
     seed: int = 0,
@@ -171,7 +184,7 @@ def adapter(
     rng = np.random.default_rng(seed)
     shapes = {
         module: shape
-        for module, shape in names.cross_attention_shapes(widths).items()
+        for module, shape in cross_attention_shapes(widths).items()
         if module.endswith(leaves)
     }
     if text:
