@@ -115,11 +115,11 @@ def test_the_stack_is_the_sum_of_its_parts():
 
 def test_weapons_measured_again():
     """A small sample on other seeds: far apart, as the card says."""
-    overrides = {"measure.images": 16, "measure.seed": 7_000_000, "measure.prompts.kept": []}
+    overrides = {"measure.images": 8, "measure.seed": 7_000_000, "measure.prompts.kept": []}
     recipe = Recipe.load(ADAPTERS / "demo" / "weapons" / "recipe.yaml", overrides)
     adapter = Adapter.load(ADAPTERS / "demo" / "weapons")
     row = before_after.measure_before_after(recipe, adapter, "demo").rows[0]
-    assert (row.name, row.group, row.n) == ("concept drawn", "weapons", 16)
+    assert (row.name, row.group, row.n) == ("concept drawn", "weapons", 8)
     assert row.before >= 0.7 and row.after <= 0.2
 
 

@@ -42,11 +42,10 @@ def train_with_a_snapshot(recipe, folder, resume):
     (folder / "metrics.json").write_text(json.dumps(told))
 
 
-@pytest.fixture
-def bench(tmp_path, monkeypatch):
-    monkeypatch.setenv("SDD_LORA_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "r.yaml").write_text(RECIPE)
-    (tmp_path / "b.yaml").write_text(SMALL)
+def bench_in(folder, monkeypatch):
+    monkeypatch.setenv("SDD_LORA_CACHE", str(folder / "cache"))
+    (folder / "r.yaml").write_text(RECIPE)
+    (folder / "b.yaml").write_text(SMALL)
     changes = {
         "methods": ["sd", "neg", "sdd"],
         "recipes": {"sdd": {"file": "r.yaml", "set": {"training.snapshot_every": 1}}},
@@ -55,25 +54,38 @@ def bench(tmp_path, monkeypatch):
             "training": {"field": "snapshot", "values": [1, 2], "methods": ["sdd"], "erased": 1}
         },
     }
-    return Bench.load(tmp_path / "b.yaml", overrides=changes)
+    return Bench.load(folder / "b.yaml", overrides=changes)
 
 
-def test_snapshots_are_drawn_along_the_training(bench, tmp_path):
-    results = ran(bench, tmp_path / "out", train_with_a_snapshot)
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    return bench_in(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def run_along_training(tmp_path_factory):
+    """The bench's results, and its folder."""
+    folder = tmp_path_factory.mktemp("along")
+    with pytest.MonkeyPatch.context() as patch:
+        return ran(bench_in(folder, patch), folder / "out", train_with_a_snapshot), folder / "out"
+
+
+def test_snapshots_are_drawn_along_the_training(run_along_training):
+    results, folder = run_along_training
     (variation,) = results.variations
     assert {row.setting for row in variation.rows} == {1.0, 2.0}
-    drawn = images_of(tmp_path / "out")
-    root = tmp_path / "out" / "images" / "training"
+    drawn = images_of(folder)
+    root = folder / "images" / "training"
     images = [(root / s / "sdd" / "00000.png").read_bytes() for s in ("1.0", "2.0")]
     assert images[0] != images[1]
-    assert images[1] == (tmp_path / "out" / "images" / "sdd" / "00000.png").read_bytes()
+    assert images[1] == (folder / "images" / "sdd" / "00000.png").read_bytes()
     assert not same(drawn["sdd", "weapons", 5], drawn["sd", "weapons", 5])
-    page = render_report(tmp_path / "out")
+    page = render_report(folder)
     assert "along its training, a dot a snapshot" in page
 
 
-def test_costs_say_what_was_spent_and_told(bench, tmp_path):
-    results = ran(bench, tmp_path / "out", train_with_a_snapshot)
+def test_costs_say_what_was_spent_and_told(run_along_training):
+    results, _ = run_along_training
     rows = {row[0]: row[1:] for row in text.cost_table(results)[1]}
     assert rows["sdd"] == ["40", "4", "7", "900", "2 phrases"]
     assert rows["neg"] == ["0", "0", "0", "0", "2 words"]

@@ -14,7 +14,20 @@ from sdd_lora.runs.many import packaged_recipe
 from sdd_lora.runs.train import train
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory):
+    """Results of a bench whose first training is interrupted, its folder, and what was trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("trained")
+        bench, noting, asked = trainable(folder, patch)
+        with pytest.raises(KeyboardInterrupt):
+            ran(bench, folder / "out", noting)
+        results = ran(bench, folder / "out", noting)
+        few = bench.model_copy(update={"methods": ["sd", "sdd", "stack"], "variations": {}})
+        ran(few, folder / "again", noting)  # another folder, the same cache
+    return results, folder / "out", asked
+
+
 def trainable(tmp_path, monkeypatch):
     """A bench that trains, and a `train` that notes what it was asked for."""
     monkeypatch.setenv("SDD_LORA_CACHE", str(tmp_path / "cache"))
@@ -44,19 +57,13 @@ def trainable(tmp_path, monkeypatch):
         "variations": variations,
         "seeds": {"first": 5, "erased": 2, "kept": 0},
     }
-    return Bench.load(tmp_path / "b.yaml", overrides=changes), tmp_path, noting, asked
+    return Bench.load(tmp_path / "b.yaml", overrides=changes), noting, asked
 
 
-def test_what_is_trained_is_kept_and_resumed(trainable):
-    bench, folder, noting, asked = trainable
-    with pytest.raises(KeyboardInterrupt):
-        ran(bench, folder / "out", noting)
-    results = ran(bench, folder / "out", noting)
+def test_what_is_trained_is_kept_and_resumed(trainings):
+    results, folder, asked = trainings
     assert asked == [("short", False), ("short", True), ("o", False)]
-    ran(bench, folder / "again", noting)  # another folder, the same cache
-    assert len(asked) == 3
-
-    drawn = images_of(folder / "out")
+    drawn = images_of(folder)
     for other in ("sd", "stack"):
         assert not same(drawn["sdd", "weapons", 5], drawn[other, "weapons", 5])
     assert results.interference.names == ["sdd", "other"]
@@ -84,11 +91,8 @@ def test_whole_weights_are_trained_and_drawn_with(tmp_path, monkeypatch):
     assert results.methods["sdd-full"]["training"]["iterations"] == 2
 
 
-def test_weight_0_is_the_base_and_1_the_main_table(trainable):
-    bench, folder, noting, asked = trainable
-    asked.append(None)  # the first training is not interrupted
-    ran(bench, folder / "out", noting)
-    root = folder / "out" / "images"
+def test_weight_0_is_the_base_and_1_the_main_table(trainings):
+    root = trainings[1] / "images"
     files = root / "strength" / "0.0" / "sdd" / "00000.png", root / "sd" / "00000.png"
     assert same(*(np.asarray(Image.open(file)).astype(int) for file in files))
     assert not (root / "strength" / "1.0").exists()
