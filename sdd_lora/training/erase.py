@@ -106,7 +106,10 @@ def erase(
         stays = [anchor not in gone.union(near) for anchor in anchors]
         moments = prompts.moments(stays, kept.moment() + extra)
         projection = Projection.solve(moments, rank)
-        near += [w for w in kept.near(projection, moments, prompts.bare) if w not in stay]
+        found = [w for w in kept.near(projection, moments, prompts.bare) if w not in stay]
+        if not found:
+            break
+        near += found
     down, up = (part.float().numpy() for part in (projection.down, projection.up))
     metadata = {
         "name": name or "no-" + "-".join(concepts).replace(" ", "-")[:40],
