@@ -228,6 +228,13 @@ def test_the_fast_preset_is_a_rollout_of_few_steps():
     assert fast.timesteps_per_trajectory > 1 and fast.prompts_per_latent > 1 and fast.steps < 20
 
 
+def test_a_recipe_as_a_run_keeps_it_stays_as_it_is_when_a_preset_learns_more():
+    settings = {"wordings": None, "preserve.vocabulary": None}
+    recipe = Recipe.parse(MINIMAL + "preset: demo\n", overrides=settings)
+    assert "wordings" not in recipe.to_yaml() and Recipe.parse(MINIMAL + "preset: demo\n").wordings
+    assert Recipe.parse(recipe.to_yaml()) == Recipe.model_validate(recipe.model_dump()) == recipe
+
+
 def test_a_written_field_wins_over_the_preset_and_set_wins_over_both():
     recipe = Recipe.parse(
         MINIMAL + "preset: demo\nrollout: {steps: 7}\n", overrides={"rollout.batch": 3}

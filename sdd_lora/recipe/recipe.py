@@ -127,13 +127,16 @@ class Recipe(LaterFields):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, fields: Any) -> Any:
-        """What is written, on top of what it implies, on top of the preset."""
+        """What is written, on top of what it implies, on top of the preset. A recipe as `to_yaml`
+        writes it leaves nothing open: what it lacks came later, and is off there."""
         if not isinstance(fields, dict):
             return fields
         written = {
             name: value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
             for name, value in fields.items()
         }
+        if _is_complete(cls, written):
+            return written
         preset = written.get("preset", "paper")
         filled = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
         for (path, value), implied in IMPLIED.items():
@@ -301,6 +304,21 @@ class Recipe(LaterFields):
     def sha256(self) -> str:
         """SHA-256 of the recipe's content, whatever its comments and layout."""
         return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
+
+
+def _is_complete(section: type[Section], written: Any) -> bool:
+    """Whether all of a section's fields are written, but for those that came later or are gone."""
+    if not isinstance(written, dict):
+        return False
+    for name, field in section.model_fields.items():
+        if field.exclude or name in getattr(section, "_later", ()):
+            continue
+        key = name if name in written else _OTHER_NAME.get(name, name)
+        part: Any = field.annotation
+        is_section = isinstance(part, type) and issubclass(part, Section)
+        if key not in written or (is_section and not _is_complete(part, written[key])):
+            return False
+    return True
 
 
 def _read_lists(fields: dict[str, Any], folder: Path) -> None:
