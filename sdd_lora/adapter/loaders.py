@@ -12,6 +12,7 @@ from sdd_lora.adapter import formats
 from sdd_lora.adapter.alphas import PEFT_CONFIG_FILE, PEFT_METADATA_KEY, PEFT_MODEL_FILE
 from sdd_lora.adapter.inspect import AdapterDescription
 
+_PREFIXES = (names.UNET_PREFIX, names.TEXT_PREFIX)
 _TO_KOHYA = "convert it to kohya"
 _TO_PEFT_FOLDER = "convert it to peft, onto a folder's name"
 _LACKING_IN_SD_SCRIPTS = ("conv_in", "conv_out", "time_embedding")
@@ -83,7 +84,7 @@ def _diffusers(description: AdapterDescription) -> Iterator[str]:
         yield f"loads one format at a time, found {' and '.join(sorted(found))}; {_TO_KOHYA}"
     elif "ldm" in found:
         yield f"refuses LDM block names; {_TO_KOHYA}"
-    elif "kohya" not in found and not _all_prefixed(description):
+    elif "kohya" not in found and not all(key.startswith(_PREFIXES) for key in _keys(description)):
         yield "its pipeline loads nothing without the prefix unet., and only warns; convert it"
     elif has_alphas and PEFT_METADATA_KEY in description.header.metadata:
         yield f"refuses .alpha together with {PEFT_METADATA_KEY}; {_TO_KOHYA}"
@@ -177,11 +178,6 @@ def _tensors(description: AdapterDescription) -> Iterator[tuple[str, str, str]]:
     """Module, part ("down", "up", "alpha") and key of each tensor."""
     for module, parts in description.keys.items():
         yield from ((module, part, key) for part, key in parts.items())
-
-
-def _all_prefixed(description: AdapterDescription) -> bool:
-    prefixes = (names.UNET_PREFIX, names.TEXT_PREFIX)
-    return all(key.startswith(prefixes) for key in _keys(description))
 
 
 def _has_alphas(description: AdapterDescription) -> bool:

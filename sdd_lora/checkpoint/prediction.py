@@ -119,7 +119,8 @@ def _content(file: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        warn(f"{file}: not read, so the model's prediction type may be missed: {_first(error)}")
+        first = " ".join(str(error).split())[:100]
+        warn(f"{file}: not read, so the model's prediction type may be missed: {first}")
         return {}
     return content if isinstance(content, Mapping) else {}
 
@@ -130,7 +131,3 @@ def _parameterization(config: Mapping[str, Any]) -> PredictionType | None:
         inner = config.get(level)
         config = inner if isinstance(inner, Mapping) else {}
     return _SPELLINGS.get(str(config.get("parameterization")).lower())
-
-
-def _first(error: Exception) -> str:
-    return " ".join(str(error).split())[:100]

@@ -118,12 +118,6 @@ def _train_locked(
     return result if isinstance(result, Adapter) else folder / WEIGHTS
 
 
-def _keep_recipe(recipe: Recipe, place: Path) -> None:
-    """A resumed run may measure in another way than the recipe that it was started with."""
-    if processes().is_main_process:
-        write_text(place / RECIPE, recipe.to_yaml())
-
-
 @contextmanager
 def _measuring_advice(place: Path) -> Iterator[None]:
     """Where measuring fails after a training, say how to measure without training again."""
@@ -175,7 +169,8 @@ def _run_training(
             trainer.accelerator.wait_for_everyone()
             if resume:
                 trainer.resume()
-                _keep_recipe(recipe, place)
+                if trainer.accelerator.is_main_process:  # it may measure in another way now
+                    write_text(place / RECIPE, recipe.to_yaml())
             metadata = _metadata(recipe, parts.fingerprint)
             if trainer.started_from is not None:
                 metadata |= {"started_from": trainer.started_from}
