@@ -59,11 +59,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-#: with a start of its own, on the prompts that a recipe names; stored recipes without these fields
-#: are older than they are
-NAMED_PROMPTS: dict[str, Any] = {"wordings": None, "preserve": {"vocabulary": None}}
-# the papers' losses alone
-_ESD: dict[str, Any] = NAMED_PROMPTS | {
+# the papers' losses alone, on the prompts that a recipe names
+_ESD: dict[str, Any] = {
+    "wordings": None,
+    "preserve": {"vocabulary": None},
     "objective": {"eta": 1.0},
     "lora": {"init": "random"},
     "ema": {"decay": 0.0, "warmup": False},

@@ -23,7 +23,7 @@ from sdd_lora.io.strict_yaml import (
 from sdd_lora.io.text import read_text
 from sdd_lora.progress import warn
 from sdd_lora.recipe.other_trainers import translated
-from sdd_lora.recipe.presets import IMPLIED, NAMED_PROMPTS, PRESETS
+from sdd_lora.recipe.presets import IMPLIED, PRESETS
 from sdd_lora.recipe.sections import (
     EARLIER_NAMES,
     KINDS,
@@ -139,8 +139,6 @@ class Recipe(LaterFields):
             return written
         preset = written.get("preset", "paper")
         filled = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-        if at(written, ["lora", "init"]) not in (None, "words"):
-            filled = merged_fields(filled, NAMED_PROMPTS, _OTHER_NAME)
         for (path, value), implied in IMPLIED.items():
             if at(written, path) == value:
                 filled = merged_fields(filled, implied, _OTHER_NAME)
