@@ -31,6 +31,8 @@ from sdd_lora.recipe import Recipe
 
 #: fields of a bench that all its images depend on
 _FIXED = ("model", "concepts", "style", "concept", "prompts", "seeds", "sampling")
+#: sections that only recipes have
+_OF_RECIPES = {"preset", "objective", "lora", "training", "preserve", "measure"}
 #: what the attacks' images go by where variations have their names
 ATTACK_VARIATION = "attacks"
 #: what the images go by that a snapshot is chosen by
@@ -180,6 +182,8 @@ class Bench(Section):
         """Like `load`, from a string."""
 
         def prepared(fields: dict[str, Any]) -> dict[str, Any]:
+            if _OF_RECIPES & fields.keys() and not {"methods", "measures"} & fields.keys():
+                raise BadInput(f"{where}: a recipe, which `sdd-lora train` takes, not a bench")
             if quick:
                 _quicken(fields)
             put(fields, overrides or {})

@@ -59,6 +59,8 @@ def local(model: str | Path) -> Path | None:
     path = named(Path(model))
     if path.exists():
         return _snapshot(path)
+    if path.is_symlink():
+        raise BadInput(f"{name}: a link to {path.readlink()}, which is not there")
     if path.suffix.lower() in MODEL_SUFFIXES or name.count("/") != 1 or path.is_absolute():
         raise BadInput(f"{name}: no such file or folder, and no hub id (owner/name) either")
     return None

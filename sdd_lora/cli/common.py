@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.progress import say
@@ -151,6 +152,24 @@ _SHARED = {
 }
 
 
+class _VerbOfRecipes(TyperCommand):
+    """Names the field that an unknown option may have meant: --rank, --set lora.rank=…"""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # typer's, or click's, on which other versions are built
+            if type(error).__name__ == "NoSuchOption":
+                from sdd_lora.io.strict_yaml import fields_meant
+                from sdd_lora.recipe import Recipe
+
+                unknown: Any = error
+                name = unknown.option_name.lstrip("-").replace("-", "_")
+                fields = [f"--set {field}=…" for field in fields_meant(Recipe, [name])]
+                unknown.possibilities = [*(unknown.possibilities or ()), *fields]
+            raise
+
+
 def verb(
     name: str, *, loads_model: bool = False
 ) -> Callable[[Callable[..., Result]], Callable[..., None]]:
@@ -187,7 +206,8 @@ def verb(
         )
         run.__annotations__ = {**function.__annotations__, **_SHARED}
         panel = _PANELS[function.__module__.rpartition(".")[2]]
-        app.command(name, no_args_is_help=False, rich_help_panel=panel)(run)
+        kind = _VerbOfRecipes if name in ("train", "plan") else TyperCommand
+        app.command(name, cls=kind, no_args_is_help=False, rich_help_panel=panel)(run)
         return run
 
     return decorate
@@ -200,6 +220,7 @@ def parse_overrides(changes: Sequence[str] | None) -> dict[str, Any]:
     overrides = {}
     for text in changes or ():
         name, equals, value = text.partition("=")
+        name = name.strip()
         if not equals or not name:
             raise BadInput(f"--set {text}: expected name=value, such as training.iterations=300")
         overrides[name] = read_yaml(value, f"--set {name}").value
@@ -239,6 +260,10 @@ def _put_into_words(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         shown = str(error.filename)[:40]
         return f"{shown}…: no such file or folder: too long a name", BadInput.exit_code
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: {error.strerror}", BadInput.exit_code
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's
+        return f"{error}: a link to itself; expected a file or folder", BadInput.exit_code
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
 
 

@@ -53,6 +53,8 @@ def atomic_output(path: Path) -> Iterator[BinaryIO]:
     path = Path(path)
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; expected the name of a file to write")
+    if path.exists() and not path.is_file():  # a rename would put a file in /dev/null's place
+        raise BadInput(f"{path}: a pipe or a device; expected the name of a file to write")
     try:
         handle, temporary = _open_temporary(path)
     except OSError as error:

@@ -265,8 +265,17 @@ def _concerns(option: str, name: str, is_written: bool) -> bool:
 
 
 def _suggestion(kind: type[Section], location: Sequence[int | str]) -> str:
-    """The field that was meant, by its spelling or by another trainer's name; else all there are in
-    this section."""
+    """The field that was meant; else all there are in this section."""
+    if meant := fields_meant(kind, location):
+        return f"did you mean {' or '.join(meant)}?"
+    section = tuple(map(str, location[:-1]))
+    here = [path[-1] for path in _fields_of(kind) if path[:-1] == section]
+    return f"expected one of {', '.join(here)}"
+
+
+def fields_meant(kind: type[Section], location: Sequence[int | str]) -> list[str]:
+    """Dotted names of the fields that an unknown one may have meant: by its spelling, or by another
+    trainer's name."""
     *section, name = map(str, location)
     known = list(_fields_of(kind))
     here = [path[-1] for path in known if list(path[:-1]) == section]
@@ -277,9 +286,7 @@ def _suggestion(kind: type[Section], location: Sequence[int | str]) -> str:
     if not meant:
         leaves = get_close_matches(name.lower(), {path[-1] for path in known}, 1)
         meant = [path for path in known if path[-1] in leaves]
-    if meant:
-        return f"did you mean {' or '.join(map('.'.join, meant))}?"
-    return f"expected one of {', '.join(here)}"
+    return list(map(".".join, meant))
 
 
 def _fields_of(kind: type[Section], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -264,6 +264,8 @@ class Recipe(LaterFields):
         """Like `load`, from a string."""
 
         def prepared(fields: dict[str, Any]) -> dict[str, Any]:
+            if {"methods", "measures"} <= fields.keys():
+                raise BadInput(f"{where}: a bench, which `sdd-lora evaluate` takes, not a recipe")
             put(fields, overrides or {}, _OTHER_NAME)
             _read_lists(fields, folder)
             _find_adapter(fields, folder)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,28 @@ def test_a_verb_that_loads_a_model_says_so_at_once(refused, tmp_path):
     arguments = ("generate", "demo", "-o", tmp_path / "out")  # and no prompt
     assert refused(*arguments).startswith("loading PyTorch and the model\n")
     assert refused(*arguments, "-q").startswith("sdd-lora: no prompt")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--rank", "lora.rank"),
+        ("--lr", "optimizer.learning_rate"),
+        ("--learning-rate", "optimizer.learning_rate"),
+        ("--iteratons", "training.iterations"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_an_option_that_is_a_recipes_field_is_told(call, verb, typed, meant):
+    told = call(verb, "r.yaml", typed, "8", code=2).err
+    assert f"--set {meant}=" in " ".join(told.replace("│", " ").split())
+
+
+def test_a_recipe_is_no_bench_and_a_bench_no_recipe(refused):
+    recipes = Path(__file__).parents[2] / "recipes"
+    recipe, bench = recipes / "demo" / "weapons.yaml", recipes / "bench" / "demo-single.yaml"
+    for verb in ("train", "plan"):
+        assert f"{bench}: a bench, which `sdd-lora evaluate` takes" in refused(verb, bench)
+    for quick in ([], ["--quick"]):
+        told = refused("evaluate", recipe, *quick)
+        assert f"{recipe}: a recipe, which `sdd-lora train` takes" in told

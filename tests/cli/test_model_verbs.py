@@ -92,6 +92,7 @@ def test_a_result_that_cannot_be_written_is_one_line():
         (["train", "r.yaml", "--resume"], "no run to resume"),
         (["train", "r.yaml", "--resume", "--force"], "expected one of them"),
         (["train", "r.yaml", "-o", "x" * 300], "too long a name"),
+        (["train", "r.yaml", "--set", " training.iterations =x"], "--set training.iterations: "),
         (["generate", "x" * 300, "--prompt", "x", "-o", "out"], "too long a name"),
         (["generate", "demo", "--prompt", "x", "-o", "out", "--guidance", "nan"], "finite number"),
         (["generate", "demo", "--prompt", "x", "-o", "out", "--seed", 2**64], "less than 2^63"),

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from sdd_lora.errors import Busy, SddLoraError
+from sdd_lora.errors import BadInput, Busy, SddLoraError
 from sdd_lora.io import atomic
 
 
@@ -29,6 +29,18 @@ def test_a_share_that_syncs_nothing_still_gets_its_files(tmp_path, monkeypatch, 
     with atomic.atomic_folder(tmp_path / "folder") as folder:
         (folder / "b").write_bytes(b"whole")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "folder" / "b").read_bytes() == b"whole"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a Windows file system has no pipes")
+def test_no_file_takes_the_place_of_a_pipe_or_a_device(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (
+        pytest.raises(BadInput, match="pipe: a pipe or a device; expected the name of a file"),
+        atomic.atomic_output(tmp_path / "pipe"),
+    ):
+        pass
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_file_that_is_whole_is_never_called_not_written(tmp_path, monkeypatch):
