@@ -8,16 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sdd_lora.adapter.adapter import Adapter
+from sdd_lora.adapter.algebra import stack
 from sdd_lora.adapter.inspect import describe_adapter
 from sdd_lora.adapter.loaders import verdicts
+from sdd_lora.checkpoint.bake import bake
 from sdd_lora.checkpoint.describe import open_sd1
-from sdd_lora.checkpoint.locate import locate
+from sdd_lora.checkpoint.locate import DEMO_FOLDER, locate
 from sdd_lora.checkpoint.plan import misfits_of
+from sdd_lora.checkpoint.portable import adapter_on
+from sdd_lora.checkpoint.undo import unbake
 from sdd_lora.io.atomic import sha256_of
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs import before_after
+from sdd_lora.sd.pipeline import load_pipeline
 
 ADAPTERS = Path(__file__).parent.parent / "adapters"
 FOLDERS = sorted(path.parent for path in ADAPTERS.glob("demo/*/metrics.json"))
@@ -111,6 +117,30 @@ def test_the_stack_is_the_sum_of_its_parts():
         expected = np.sum([part.factors[module].delta() for part in parts], axis=0)
         error = np.linalg.norm(stack.factors[module].delta() - expected)
         assert error <= 1e-3 * np.linalg.norm(expected)
+
+
+@torch.no_grad()
+def test_the_one_that_holds_loads_in_diffusers_stacks_bakes_and_unbakes(tmp_path):
+    folder = ADAPTERS / "demo" / "weapons-robust"
+    inputs = (torch.ones(1, 4, 16, 16), torch.tensor([500]), torch.ones(1, 77, 128))
+    base, theirs = load_pipeline("demo"), load_pipeline("demo")
+    theirs.load_lora_weights(str(folder), weight_name="adapter.safetensors")
+    found = theirs.unet(*inputs).sample
+    robust = Adapter.load(folder)
+    ours = load_pipeline("demo", [(robust, 1.0)]).unet(*inputs).sample
+    assert (found - base.unet(*inputs).sample).abs().max() > 0.1
+    torch.testing.assert_close(found, ours, atol=1e-3, rtol=0)
+    eraser = Adapter.load(folder.parent / "from-words" / "no-weapons.safetensors")
+    words = adapter_on(eraser, "demo")
+    both = stack([robust, words])
+    bake(DEMO_FOLDER, [both], out=tmp_path / "baked", undo=tmp_path / "demo.undo")
+    baked = load_pipeline(str(tmp_path / "baked")).unet(*inputs).sample
+    expected = load_pipeline("demo", [(robust, 1.0), (words, 1.0)]).unet(*inputs).sample
+    torch.testing.assert_close(baked, expected, atol=2e-2, rtol=0)  # baked in fp16
+    assert (baked - found).abs().max() > 0.1
+    unbake(tmp_path / "baked", tmp_path / "demo.undo", tmp_path / "back")
+    weights = Path("unet", "diffusion_pytorch_model.safetensors")
+    assert (tmp_path / "back" / weights).read_bytes() == (DEMO_FOLDER / weights).read_bytes()
 
 
 def test_weapons_measured_again():

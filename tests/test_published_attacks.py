@@ -1,7 +1,7 @@
 """The table of attacks under adapters/demo/attacks: told as it is, where it is told.
 
-`python -m tests.test_published_attacks` prints it, and writes the rows of `weapons` into its
-metrics.json and card.
+`python -m tests.test_published_attacks` prints it, and writes the rows of `CARDS` into their
+metrics.json and cards.
 """
 
 from pathlib import Path
@@ -19,7 +19,8 @@ from sdd_lora.bench.results import AttackRow, Results
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "adapters" / "demo" / "attacks"
-WEAPONS = ROOT / "adapters" / "demo" / "weapons"
+#: rows of the table → the folders whose cards tell them
+CARDS = {"weapons": ROOT / "adapters/demo/weapons", "robust": ROOT / "adapters/demo/weapons-robust"}
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="no table of attacks is published yet")
 
 
@@ -69,15 +70,16 @@ def test_each_attack_finds_the_concept_in_the_model_that_nothing_protects():
     assert found and min(found.values()) >= 0.9
 
 
-def test_the_card_of_weapons_says_what_it_withstands():
-    assert Metrics.read(WEAPONS).attacks == rows_of("weapons")
-    card = (WEAPONS / "README.md").read_text("utf-8")
+@pytest.mark.parametrize("method", CARDS)
+def test_cards_say_what_their_adapters_withstand(method):
+    assert Metrics.read(CARDS[method]).attacks == rows_of(method)
+    card = (CARDS[method] / "README.md").read_text("utf-8")
     assert "## What it withstands, and what not" in card and "| completion 5 |" in card
 
 
 if __name__ == "__main__":
     print("\n".join(table()))
-    metrics = Metrics.read(WEAPONS) | {"attacks": rows_of("weapons")}
-    (WEAPONS / "metrics.json").write_text(metrics.to_json(), "utf-8")
-    card = render_card(Adapter.load(WEAPONS), metrics)
-    (WEAPONS / "README.md").write_text(card, "utf-8")
+    for method, folder in CARDS.items():
+        metrics = Metrics.read(folder) | {"attacks": rows_of(method)}
+        (folder / "metrics.json").write_text(metrics.to_json(), "utf-8")
+        (folder / "README.md").write_text(render_card(Adapter.load(folder), metrics), "utf-8")

@@ -16,7 +16,8 @@ BENCHES = sorted((packaged_recipe("bench/x").parent).glob("*.yaml"))
 NEWER = {"closed-form", "closed-form-sdd", "esd-x-1-preserve", "leco", "leco-preserve", "uce"}
 NEWER |= {"words", "words-sdd", "words-solved"}
 #: benches that fill no table of the paper's rows
-OTHER_ROWS = {"demo-attacks", "demo-rates", "demo-multi-held-out", "demo-style-held-out"}
+OTHER_ROWS = {"demo-attacks", "demo-rates", "demo-robust"}
+OTHER_ROWS |= {"demo-multi-held-out", "demo-style-held-out"}
 LEFT_OUT = {
     "demo-single": {"esd-u-1-lora"},
     "demo-multi": {"esd-u-1-lora", "esd-x-1-lora"},
@@ -50,19 +51,21 @@ def test_the_benches_that_travel_with_the_package_are_whole(path):
 def test_the_bench_of_attacks_has_models_to_be_broken_and_the_published_erasers():
     bench = Bench.load(packaged_recipe("bench/demo-attacks"))
     assert Bench.parse(bench.to_yaml()).model_dump() == bench.model_dump()
-    assert bench.methods == bench.attacks.methods == ["sd", "weak", "weapons", "from-words"]
+    published = ["weapons", "from-words", "robust"]
+    assert bench.methods == bench.attacks.methods == ["sd", "weak", *published]
     assert bench.adapters["weak"].keys() == bench.adapters["weapons"].keys()
     assert all(bench.file(name).exists() for row in bench.adapters.values() for name in row)
     steps = [settings.steps for settings in bench.attacks.inversion]
     assert len(steps) == 3 and steps == sorted(steps)
 
 
-def test_there_are_fourteen_benches():
+def test_there_are_fifteen_benches():
     assert {path.stem for path in BENCHES} == {
         "demo-attacks",
         "demo-single",
         "demo-held-out",
         "demo-rates",
+        "demo-robust",
         "demo-multi-held-out",
         "demo-style-held-out",
         "demo-multi",
