@@ -96,7 +96,7 @@ def family(method: str) -> str:
     """Methods that belong together share a colour: sd, those that only draw differently, ours, …"""
     if method.startswith(("esd", "uce", "leco")):
         return "esd"
-    if method.startswith(("sdd", "stack", "baked")):
+    if method.startswith(("sdd", "closed-form", "words", "stack", "baked")):
         return "sdd"
     return "sd" if method == "sd" else "drawing"
 
