@@ -53,10 +53,10 @@ def test_a_full_training_gives_a_shared_base_back(tmp_path):
         SHORT.replace("short", "a").replace("ema: {decay: 0.5}", "parameters: full")
     )
     (tmp_path / "b.yaml").write_text(SHORT.replace("short", "b"))
-    together = dict(train_recipes([tmp_path], tmp_path / "together", []))
-    ((_, alone),) = train_recipes([tmp_path / "b.yaml"], tmp_path / "alone", [])
+    together = dict(train_recipes([tmp_path], tmp_path / "together"))
+    ((_, alone),) = train_recipes([tmp_path / "b.yaml"], tmp_path / "alone")
     second = together[tmp_path / "together" / "b"]
-    assert second["adapter"]["sha256"] == alone["adapter"]["sha256"]
+    assert second.adapter.sha256 == alone.adapter.sha256
 
 
 def test_esd_u_as_an_adapter_draws_the_same_from_its_file_and_baked(tmp_path):
