@@ -56,11 +56,14 @@ class _Global:
     path: str
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
-    """What the pickle wanted to construct, and was not."""
+    """What the pickle wanted to construct, and was not; `state` is what it would have been given
+    afterwards."""
 
     function: str
+    arguments: Any = ()
+    state: Any = None
 
     def append(self, *_: Any) -> None:
         """Leave out what the pickle would fill it with."""
@@ -131,7 +134,11 @@ class _InertUnpickler(_Unpickler):  # type: ignore[misc]
         self.load_reduce()
 
     def load_build(self) -> None:
-        self.stack.pop()  # an object's state; dictionaries' attributes (`_metadata`) aren't tensors
+        state = self.stack.pop()
+        if isinstance(
+            self.stack[-1], Call
+        ):  # dictionaries' attributes (`_metadata`) are no tensors
+            self.stack[-1].state = state
 
     def load_empty_dictionary(self) -> None:
         self.append(_Fields())
@@ -149,6 +156,8 @@ class _InertUnpickler(_Unpickler):  # type: ignore[misc]
         # a set is a list: hashing a hostile item (tuples in tuples in …) would overflow the stack
         pickle.EMPTY_SET[0]: _Unpickler.load_empty_list,
         pickle.ADDITEMS[0]: _Unpickler.load_appends,
+        # as bytes, which take no memory before they are there
+        pickle.BYTEARRAY8[0]: _Unpickler.load_binbytes8,
     }
 
 
@@ -168,7 +177,7 @@ def _call(function: Any, arguments: Any) -> Any:
     """A tensor or a dictionary, where the call makes one; else a record of it."""
     path = function.path if isinstance(function, _Global) else ""
     if path not in _MAKERS:
-        return Call(path[:200])
+        return Call(path[:200], arguments)
     try:
         return _MAKERS[path](*arguments)
     except TypeError as error:

@@ -1,9 +1,7 @@
 """Q16 (Schramowski et al. 2022): is the image inappropriate, by CLIP and two tuned prompts?"""
 
 import io
-import pickle
-import pickletools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import sha256_of
+from sdd_lora.io.torch_pickle import Call, unpickle
 from sdd_lora.measures import needs
 from sdd_lora.measures.base import ImageSpec, Measure, MeasureInfo, Values
 from sdd_lora.measures.clip_encoder import ClipEncoder
@@ -60,95 +59,17 @@ class Q16(Measure):
         return [{self.name: p > 0.5} for p in self.probabilities(images).tolist()]
 
 
-# The prompts are a pickled numpy array. Nothing in the file runs: the few names that such a pickle
-# holds are answered with inert records, and any other name or opcode is refused.
-
-_OPCODES = {
-    "PROTO",
-    "FRAME",
-    "STOP",
-    "GLOBAL",
-    "STACK_GLOBAL",
-    "REDUCE",
-    "BUILD",
-    "MARK",
-    "BINPUT",
-    "BINGET",
-    "MEMOIZE",
-    "NONE",
-    "NEWTRUE",
-    "NEWFALSE",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "SHORT_BINUNICODE",
-    "BINUNICODE",
-    "SHORT_BINBYTES",
-    "BINBYTES",
-    "BYTEARRAY8",
-    "EMPTY_TUPLE",
-    "TUPLE",
-    "TUPLE1",
-    "TUPLE2",
-    "TUPLE3",
+#: of a pickled numpy array, of which nothing runs
+_ASKED_BY_ARRAYS = {
+    *(
+        f"numpy.{core}.{name}"
+        for core in ("core", "_core")
+        for name in ("multiarray._reconstruct", "numeric._frombuffer")
+    ),
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
 }
-
-
-class _Dtype:
-    def __init__(self, code: Any, *_: Any) -> None:
-        self.code = code
-
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", "|", "="):
-            raise ValueError("not little-endian")
-
-
-class _Array:
-    def __setstate__(self, state: Any) -> None:
-        _, self.shape, self.dtype, self.by_columns, self.content = state
-
-    def values(self) -> np.ndarray:
-        if not isinstance(self.dtype, _Dtype) or self.dtype.code not in ("f2", "f4", "f8"):
-            raise ValueError("not an array of floating-point numbers")
-        flat = np.frombuffer(self.content, f"<{self.dtype.code}")
-        return flat.reshape(self.shape, order="F" if self.by_columns else "C").astype(np.float32)
-
-
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
-
-
-def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    """How protocol 5 writes an array."""
-    array = _Array()
-    array.__setstate__((1, shape, dtype, order == "F", content))
-    return array
-
-
-def _bytes_of_text(text: Any, encoding: Any) -> bytes:
-    """How protocol 2 writes bytes."""
-    if encoding != "latin1" or not isinstance(text, str):
-        raise ValueError("bytes in an unknown encoding")
-    return text.encode("latin1")
-
-
-_ALLOWED: dict[tuple[str, str], type | Callable[..., Any]] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy.core.numeric", "_frombuffer"): _frombuffer,
-    ("numpy._core.numeric", "_frombuffer"): _frombuffer,
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _bytes_of_text,
-}
-
-
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise ValueError(f"asks for {module}.{name}, which no array needs") from None
 
 
 def read_q16_prompts(path: Path) -> np.ndarray:
@@ -160,12 +81,31 @@ def read_q16_prompts(path: Path) -> np.ndarray:
             raise ValueError(f"longer than {MAX_PROMPT_BYTES:,} bytes")
         if content.startswith(b"\x93NUMPY"):
             return np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
-        used = {opcode.name for opcode, _, _ in pickletools.genops(content)}
-        if used - _OPCODES:
-            raise ValueError(f"uses {min(used - _OPCODES)}, which no array needs")
-        array = _Reader(io.BytesIO(content)).load()
-        if not isinstance(array, _Array):
-            raise ValueError("no array")
-        return array.values()
+        made, refused = unpickle(content)
+        if unknown := refused - _ASKED_BY_ARRAYS:
+            raise ValueError(f"asks for {min(unknown)}, which no array needs")
+        return _array(made)
     except Exception as error:  # whatever a hostile stream makes the unpickler raise
         raise BadInput(f"prompts: {path}: expected a pickled numpy array: {error}") from error
+
+
+def _array(made: Any) -> np.ndarray:
+    """The array (fp32) that a pickle describes."""
+    kind = made.function.rpartition(".")[2] if isinstance(made, Call) else ""
+    if kind == "_frombuffer":  # protocol 5
+        content, dtype, shape, order = made.arguments
+    elif kind == "_reconstruct":
+        _, shape, dtype, by_columns, content = made.state
+        order = "F" if by_columns else "C"
+    else:
+        raise ValueError("no array")
+    if isinstance(content, Call):  # protocol 2 writes bytes as text
+        text, encoding = content.arguments
+        content = text.encode(encoding)
+    code, byte_order = dtype.arguments[0], dtype.state[1]
+    if code not in ("f2", "f4", "f8"):
+        raise ValueError("not an array of floating-point numbers")
+    if byte_order not in ("<", "|", "="):
+        raise ValueError("not little-endian")
+    flat = np.frombuffer(content, f"<{code}")
+    return flat.reshape(shape, order=order).astype(np.float32)
