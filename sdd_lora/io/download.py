@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SHARD = re.compile(r"-\d+-of-\d+")
+_OTHER_FRAMEWORKS = (".msgpack", ".onnx", ".onnx_data", ".pb", ".h5", ".ot")
 
 
 def is_hub_id(name: str) -> bool:
@@ -66,17 +69,41 @@ def download_file(repository: str, commit: str | None, entry: Any) -> Path:
 
 
 def download_model(repository: str) -> Path:
-    """A model's own folder; single-file copies of it, which lie beside it, are left there.
+    """A model's own folder, with one copy of each component's weights and without whole models in
+    one file, which lie beside them; without a network, what the client's cache has.
 
-    Raises BadInput where the hub doesn't have it or can't be reached.
+    Raises BadInput where neither has it.
     """
+    from huggingface_hub import try_to_load_from_cache
+
     with _named_by_user(repository):
-        folder = hub_client().snapshot_download(
-            repository,
-            allow_patterns=["model_index.json", "*/*"],
-            ignore_patterns=["*.msgpack", "*.onnx", "*.onnx_data"],
-        )
+        try:
+            _, files = files_of(repository, None)
+        except SddLoraError as error:
+            cached = try_to_load_from_cache(repository, "model_index.json")
+            if isinstance(error, BadInput) or not isinstance(cached, str):
+                raise
+            return Path(cached).parent
+        wanted = one_copy(list(files))
+        folder = hub_client().snapshot_download(repository, allow_patterns=wanted)
     return Path(folder)
+
+
+def one_copy(names: Sequence[str]) -> list[str]:
+    """A model's files without further copies of a component's weights: safetensors come before
+    pickles, plain weights before variants such as `fp16` and `non_ema`, then by name."""
+    wanted, copies = [], defaultdict[str, dict[frozenset[str], list[str]]](dict)
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        label = frozenset(_SHARD.sub("", file).split(".")) - {"index", "json"}
+        if name == "model_index.json" or (folder and not label & {"safetensors", "bin"}):
+            wanted.append(name)
+        elif folder:
+            copies[folder].setdefault(label, []).append(name)
+    for of_folder in copies.values():
+        best = min(of_folder, key=lambda at: ("bin" in at, len(at), sorted(at)))
+        wanted += of_folder[best]
+    return [name for name in wanted if not name.endswith(_OTHER_FRAMEWORKS)]
 
 
 def download_pipeline(repository: str, **parts: Any) -> Path:

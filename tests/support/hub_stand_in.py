@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"commitOid": COMMIT, "commitUrl": url, "success": True})
 
     def _info(self, rest: str) -> None:
-        repository = rest.split("/revision/", maxsplit=1)[0]
+        repository, _, tree = rest.split("/revision/", maxsplit=1)[0].partition("/tree/")
         files = self.server.repositories.get(repository)
         if files is None:
             self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -150,8 +150,13 @@ class _Handler(BaseHTTPRequestHandler):
             entry = {"rfilename": name, "size": len(content), "blobId": blob_id(content)}
             if large(name):
                 digest = hashlib.sha256(content).hexdigest()
-                entry["lfs"] = {"sha256": digest, "size": len(content), "pointerSize": 130}
+                entry["lfs"] = {"sha256": digest, "oid": digest, "size": len(content)}
+                entry["lfs"]["pointerSize"] = 130
             siblings.append(entry)
+        if tree:
+            told = [{**e, "path": e["rfilename"], "oid": e["blobId"]} for e in siblings]
+            self._answer(200, [{"type": "file", **entry} for entry in told])
+            return
         self._answer(
             200,
             {
