@@ -1,5 +1,6 @@
 """The verb that needs no training: erase."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +9,7 @@ import typer
 from sdd_lora.cli.adapters import check_outputs, line, write
 from sdd_lora.cli.common import AdapterName, Force, NewDtype, OutputFile, Result, verb
 from sdd_lora.cli.tables import erased_table
+from sdd_lora.progress import warn
 
 
 @verb("erase", loads_model=True)
@@ -92,4 +94,8 @@ def _phrases(arguments: list[str]) -> list[str]:
     for argument in arguments:
         is_file = argument.endswith(".txt")
         found += [p.text for p in read_prompts(Path(argument))] if is_file else [argument]
+    for phrase in found:
+        if "," in phrase:
+            apart = " ".join(shlex.quote(part.strip()) for part in phrase.split(","))
+            warn(f"{phrase!r} is one phrase; if you mean several words, give them apart: {apart}")
     return found

@@ -81,3 +81,8 @@ def test_resolve_goes_with_erasers_from_words(tmp_path, call):
     for verb in (("bake", "demo-community", ordinary), ("convert", ordinary)):
         assert "--resolve goes with" in call(*verb, *out, code=2).err
         assert not out[1].exists()
+
+
+def test_words_with_commas_between_them_are_said_to_be_one_phrase(tmp_path, call):
+    printed = call("erase", "bomb, kitchen knife", "-o", tmp_path / "phrase.safetensors")
+    assert "one phrase" in printed.err and "apart: bomb 'kitchen knife'" in printed.err
