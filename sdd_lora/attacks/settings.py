@@ -6,7 +6,16 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, model_validator
 
 from sdd_lora.attacks.base import AttackSettings, distinct
-from sdd_lora.io.strict_yaml import Fraction, OneOrSeveral, Positive, Real, Section, Text, Whole
+from sdd_lora.io.strict_yaml import (
+    Fraction,
+    OneOrSeveral,
+    Positive,
+    Real,
+    Section,
+    Text,
+    Whole,
+    sections_in,
+)
 
 Rate = Annotated[Real, Field(gt=0)]
 AttackedMethods = Annotated[list[Text], Field(min_length=1), AfterValidator(distinct)]
@@ -288,27 +297,6 @@ class Relearning(AttackSettings):
         )
 
 
-#: fields of a bench's `attacks`, in the tables' order
-ATTACK_KINDS: dict[str, type[AttackSettings]] = {
-    "paraphrase": Paraphrase,
-    "group_word": GroupWord,
-    "emphasis": Emphasis,
-    "clip_skip": ClipSkip,
-    "text_encoder": TextEncoder,
-    "adapter_weight": AdapterWeight,
-    "another_adapter": AnotherAdapter,
-    "noise_search": NoiseSearch,
-    "completion": Completion,
-    "img2img": Img2Img,
-    "inpainting": Inpainting,
-    "ring_a_bell": RingABell,
-    "inversion": Inversion,
-    "unlearndiffatk": UnlearnDiffAtk,
-    "null_text": NullText,
-    "relearning": Relearning,
-}
-
-
 class Attacks(Section):
     """The first `targets` erased prompts of the main table, asked in other ways; each attack that
     has a field here is run on each of `methods`. A list holds one attack at several strengths."""
@@ -351,6 +339,15 @@ class Attacks(Section):
             if isinstance(written, AttackSettings):
                 found[name] = written
         return found
+
+
+#: the fields of `Attacks` that are attacks, in the tables' order
+ATTACK_KINDS: dict[str, type[AttackSettings]] = {
+    name: kind
+    for name, field in Attacks.model_fields.items()
+    for kind in sections_in(field.annotation)
+    if issubclass(kind, AttackSettings)
+}
 
 
 def titled(key: str) -> str:

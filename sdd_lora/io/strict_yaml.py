@@ -294,14 +294,14 @@ def _fields_of(kind: type[Section], above: tuple[str, ...] = ()) -> Iterator[tup
     for name, field in kind.model_fields.items():
         if not field.exclude:
             yield (*above, name)
-        for part in dict.fromkeys(_sections_in(field.annotation)):
+        for part in dict.fromkeys(sections_in(field.annotation)):
             yield from _fields_of(part, (*above, name))
 
 
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
     """The kinds of sections that a field may hold."""
     if get_origin(annotation) is not None:
         for part in get_args(annotation):
-            yield from _sections_in(part)
+            yield from sections_in(part)
     elif isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
