@@ -71,10 +71,6 @@ class Header:
     metadata: dict[str, str]
     data_start: int
 
-    @property
-    def data_bytes(self) -> int:
-        return max((info.end for info in self.tensors.values()), default=0)
-
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file; no tensor is read.
