@@ -34,28 +34,6 @@ _OF_THE_TENSORS = (
     "extracted_from",
     "started_from",
 )
-#: Header keys written anew at every save: what a read file said there is stale or in `Metadata`.
-_GENERATED = {
-    ENTRY_KEY,
-    "format",
-    "lora_adapter_metadata",
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-    "ss_output_name",
-    "ss_sd_model_name",
-    "ss_network_module",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "ss_base_model_version",
-    "ss_v2",
-    "modelspec.sai_model_spec",
-    "modelspec.architecture",
-    "modelspec.implementation",
-    "modelspec.title",
-    "modelspec.merged_from",
-    "modelspec.hash_sha256",
-    *(f"modelspec.{field}" for field in _MODELSPEC_FIELDS),
-}
 
 
 def _finite(value: int | float) -> int | float:
@@ -309,6 +287,17 @@ class Metadata(Entry):
 
     def _given(self) -> Iterator[tuple[str, Any]]:
         return ((key, value) for key, value in self if key in self.model_fields_set)
+
+
+#: Header keys written anew at every save: what a read file said there is stale or in `Metadata`.
+_GENERATED = {
+    *Metadata().header_entries(rank=0, data_hash=""),
+    *(f"modelspec.{field}" for field in (*_MODELSPEC_FIELDS, "merged_from")),
+    ENTRY_KEY,
+    "lora_adapter_metadata",
+    "sshs_legacy_hash",
+    "ss_sd_model_name",
+}
 
 
 def is_edited(header: Mapping[str, str], data_hash: str) -> bool:
