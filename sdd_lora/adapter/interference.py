@@ -1,7 +1,7 @@
 """Do adapters get in each other's way? Told from the factors' Gram matrices, never dense."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -69,17 +69,7 @@ class Interference:
             "norms": self.norms,
             "norm": self.norm,
             "overdriven": [module.module for module in self.overdriven],
-            "modules": [
-                {
-                    "module": m.module,
-                    "norms": m.norms,
-                    "norm": m.norm,
-                    "gain": m.gain,
-                    "tested_gain": m.tested_gain,
-                    "drive": m.drive,
-                }
-                for m in self.modules
-            ],
+            "modules": [asdict(module) | {"drive": module.drive} for module in self.modules],
         }
 
 
