@@ -1,7 +1,7 @@
 """The attacks by their names in a bench's or a recipe's `attacks`, and what they share."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,10 @@ def counted(pipelines: Sequence[StableDiffusionPipeline]) -> Iterator[Passes]:
         passes.count += len(inputs[0])
 
     unets = {id(pipeline.unet): pipeline.unet for pipeline in pipelines}
-    hooks = [unet.register_forward_pre_hook(count) for unet in unets.values()]
-    try:
+    with ExitStack() as hooks:
+        for unet in unets.values():
+            hooks.enter_context(unet.register_forward_pre_hook(count))
         yield passes
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def armed_pipeline(

@@ -47,8 +47,5 @@ def free_words(text_encoder: CLIPTextModel, first: int, vectors: torch.Tensor) -
         own = vectors.to(output).expand(len(output), *vectors.shape[-2:])
         return torch.cat([output[:, :first], own, output[:, first + own.shape[1] :]], dim=1)
 
-    hook = text_encoder.get_input_embeddings().register_forward_hook(replace)
-    try:
+    with text_encoder.get_input_embeddings().register_forward_hook(replace):
         yield
-    finally:
-        hook.remove()

@@ -2,7 +2,7 @@
 adapter: the change that a prompt gets grows with its similarity to the concept."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,10 @@ def concepts_of(text: str) -> list[str]:
 def gated(pipeline: StableDiffusionPipeline, gate: Gate) -> Iterator[Gate]:
     """Within the block, what the active adapters add passes the gate: once, behind the up factor,
     so that a gain m scales a change by m (SPM's released code multiplies both factors: m²)."""
-    hooks = [up.register_forward_hook(gate) for up in gated_layers(pipeline)]
-    try:
+    with ExitStack() as hooks:
+        for up in gated_layers(pipeline):
+            hooks.enter_context(up.register_forward_hook(gate))
         yield gate
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def gated_layers(pipeline: StableDiffusionPipeline) -> list[torch.nn.Module]:
