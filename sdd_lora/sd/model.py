@@ -1,7 +1,7 @@
 """The parts of an SD 1.x model: from the embedded one, a folder, one file, or a hub id."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,11 +44,15 @@ def fingerprint(unet: UNet2DConditionModel) -> str:
 
     Taken at fp16, so that a model keeps its fingerprint in another layout and as fp32 or fp16.
     """
+    weights = unet.state_dict().items()
+    return _digest_at_fp16((name, tensor) for name, tensor in weights if ".attn2." in name)
+
+
+def _digest_at_fp16(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(unet.state_dict().items()):
-        if ".attn2." in name:
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().half().numpy().tobytes())
+    for name, tensor in sorted(weights):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().half().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -101,12 +105,11 @@ def load_text_parts(model: str) -> TextParts:
 def text_fingerprint(encoder: CLIPTextModel) -> str:
     """A digest of a text encoder's weights, taken at fp16, so that a model keeps it in another
     layout and as fp32 or fp16."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        if tensor.is_floating_point():
-            digest.update(f"{name.removeprefix('text_model.')} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().half().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return _digest_at_fp16(
+        (name.removeprefix("text_model."), tensor)
+        for name, tensor in encoder.state_dict().items()
+        if tensor.is_floating_point()
+    )[:16]
 
 
 def another_encoder(name: str, model: str) -> str:
