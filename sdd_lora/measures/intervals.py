@@ -41,8 +41,7 @@ def bootstrap_mean(
     means = [
         sample[generator.integers(len(sample), size=len(sample))].mean() for _ in range(resamples)
     ]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    return _middle_95(means)
 
 
 def bootstrap_groups(
@@ -59,8 +58,7 @@ def bootstrap_groups(
         drawn = [samples[i] for i in generator.integers(len(samples), size=len(samples))]
         again = [values[generator.integers(len(values), size=len(values))] for values in drawn]
         means.append(np.concatenate(again).mean())
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
+    return _middle_95(means)
 
 
 def expected_maximum(
@@ -84,8 +82,12 @@ def bootstrap_maximum(
     sample, generator = np.asarray(rates, dtype=np.float64), np.random.default_rng(seed)
     chances = np.diff((np.arange(len(sample) + 1) / len(sample)) ** draws)
     found = [
-        np.sort(sample[generator.integers(len(sample), size=len(sample))]) @ chances
+        float(np.sort(sample[generator.integers(len(sample), size=len(sample))]) @ chances)
         for _ in range(resamples)
     ]
+    return _middle_95(found)
+
+
+def _middle_95(found: Sequence[float]) -> tuple[float, float]:
     low, high = np.quantile(found, (0.025, 0.975))
     return float(low), float(high)
