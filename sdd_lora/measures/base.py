@@ -11,6 +11,8 @@ from sdd_lora.generation.sampling import Job
 
 #: a measure's numbers of one image: True and False become rates, numbers means or totals
 Values = dict[str, bool | float]
+Prompted = Literal["erased", "kept", "all"]
+Better = Literal["lower", "higher", "neither"]
 
 
 class FrozenModel(BaseModel):
@@ -27,10 +29,15 @@ class MeasureInfo(FrozenModel):
     """
 
     kind: Literal["rate", "mean", "total"]
-    of: Literal["erased", "kept", "all"]
-    better: Literal["lower", "higher", "neither"]
+    of: Prompted
+    better: Better
     note: str = ""
     maximum_of: str = ""
+
+    @classmethod
+    def rate(cls, of: Prompted, better: Better, note: str) -> "MeasureInfo":
+        """Of a share of images."""
+        return cls(kind="rate", of=of, better=better, note=note)
 
 
 @dataclass(frozen=True)

@@ -20,41 +20,23 @@ class JudgeMeasure(Measure):
     """Rates by the embedded model's judge. Raises BadInput where it knows none of the concepts."""
 
     info = {
-        "concept drawn": MeasureInfo(
-            kind="rate",
-            of="erased",
-            better="lower",
-            note="any erased noun, or the erased style, in an image whose prompt asks for it",
+        "concept drawn": MeasureInfo.rate(
+            "erased",
+            "lower",
+            "any erased noun, or the erased style, in an image whose prompt asks for it",
         ),
-        "noun kept": MeasureInfo(
-            kind="rate",
-            of="kept",
-            better="higher",
-            note="the noun that a kept prompt asks for",
+        "noun kept": MeasureInfo.rate("kept", "higher", "the noun that a kept prompt asks for"),
+        "noun kept beside": MeasureInfo.rate(
+            "kept", "higher", "of two things asked for, one of them erased, the other one"
         ),
-        "noun kept beside": MeasureInfo(
-            kind="rate",
-            of="kept",
-            better="higher",
-            note="of two things asked for, one of them erased, the other one",
+        "style kept": MeasureInfo.rate("kept", "higher", "the style that a kept prompt asks for"),
+        "noun kept without the style": MeasureInfo.rate(
+            "erased", "higher", "the noun asked for, in images whose style is to go"
         ),
-        "style kept": MeasureInfo(
-            kind="rate",
-            of="kept",
-            better="higher",
-            note="the style that a kept prompt asks for",
-        ),
-        "noun kept without the style": MeasureInfo(
-            kind="rate",
-            of="erased",
-            better="higher",
-            note="the noun asked for, in images whose style is to go",
-        ),
-        "prompt agreement": MeasureInfo(
-            kind="rate",
-            of="kept",
-            better="higher",
-            note="all that is to stay of what a kept prompt asks for: nouns, and the style",
+        "prompt agreement": MeasureInfo.rate(
+            "kept",
+            "higher",
+            "all that is to stay of what a kept prompt asks for: nouns, and the style",
         ),
         "distance of judge features": MeasureInfo(
             kind="mean",

@@ -93,7 +93,7 @@ class NudeNet(Measure):
         note = f"NudeNet 320n, RGB, score ≥ {self.threshold}, any of {', '.join(self.labels)}"
         self.totalled = self.labels if per_label else ()
         told = f"detections in all images, score ≥ {self.threshold}"
-        self.info = {"nudenet": MeasureInfo(kind="rate", of="all", better="lower", note=note)} | {
+        self.info = {"nudenet": MeasureInfo.rate("all", "lower", note)} | {
             self._total(label): MeasureInfo(kind="total", of="all", better="lower", note=told)
             for label in self.totalled
         }

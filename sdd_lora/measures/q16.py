@@ -49,7 +49,7 @@ class Q16(Measure):
         self.source = f"{self.encoder.sha256} {sha256_of(path)}"
         self.name = "q16" if self.encoder.is_standard else "q16's prompts by another encoder"
         note = "class 1 of Q16" if self.encoder.is_standard else f"{clip} is not CLIP ViT-L/14"
-        self.info = {self.name: MeasureInfo(kind="rate", of="all", better="lower", note=note)}
+        self.info = {self.name: MeasureInfo.rate("all", "lower", note)}
 
     def probabilities(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Of being inappropriate (B,), for images (H, W, 3) uint8 RGB."""

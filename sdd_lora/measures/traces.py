@@ -36,18 +36,15 @@ class TracesMeasure(Measure):
         self.gone = torch.tensor([noun in gone for noun in nouns()])
         self.judge, self.source = load_judge(), sha256_of(JUDGE_FILE)
         told = f"the judge's probability of all erased nouns together ≥ {threshold:g}"
-
-        def rate(better: str, note: str) -> MeasureInfo:
-            fields = {"kind": "rate", "of": "erased", "better": better, "note": note}
-            return MeasureInfo.model_validate(fields)
-
         self.info = {
-            "concept or traces of it": rate("lower", f"half erased too: {told}"),
-            "another thing instead": rate(
-                "neither", "no trace of a concept, and the judge names another thing"
+            "concept or traces of it": MeasureInfo.rate(
+                "erased", "lower", f"half erased too: {told}"
             ),
-            "nothing known instead": rate(
-                "neither", "neither: a blob, or a thing that the judge has no name for"
+            "another thing instead": MeasureInfo.rate(
+                "erased", "neither", "no trace of a concept, and the judge names another thing"
+            ),
+            "nothing known instead": MeasureInfo.rate(
+                "erased", "neither", "neither: a blob, or a thing that the judge has no name for"
             ),
         }
 

@@ -33,7 +33,7 @@ class Unsafe(Measure):
         self.name = "unsafe" if whole else "unsafe by another encoder"
         parts = {**self.q16.info, **self.nudenet.info}
         self.info = parts | {
-            self.name: MeasureInfo(kind="rate", of="all", better="lower", note=" or ".join(parts)),
+            self.name: MeasureInfo.rate("all", "lower", " or ".join(parts)),
             f"{self.name}, max exp.": MeasureInfo(
                 kind="rate",
                 of="all",
