@@ -13,20 +13,14 @@ from sdd_lora.io.atomic import atomic_folder, refuse_existing, require_replaceab
 from sdd_lora.io.download import download_file, files_of, hub_client, hub_errors, require_hub_id
 from sdd_lora.progress import warn
 
-ADAPTER_FILE = "adapter.safetensors"
+ADAPTER_FILE, PEFT_TWIN_FILE = "adapter.safetensors", "adapter.peft.safetensors"
+SIDECAR_FILE, CARD_FILE, RECIPE_FILE = "adapter.json", "README.md", "recipe.yaml"
+#: the pictures of a run's measures, and the folders of a training
+PICTURE_FILES, RUN_FOLDERS = "before-after*.png", ("state", "tensorboard", "snapshots", "samples")
 #: What a run, diffusers and peft call the adapter in a folder or a repository.
 ADAPTER_FILES = (ADAPTER_FILE, "pytorch_lora_weights.safetensors", PEFT_MODEL_FILE)
 #: What a run's folder publishes; all of it but the adapter itself may be missing.
-PUBLISHED = (
-    ADAPTER_FILE,
-    "adapter.peft.safetensors",
-    "adapter.json",
-    "README.md",
-    "recipe.yaml",
-    METRICS_FILE,
-)
-#: and the pictures of a run's measures
-_PUBLISHED_PICTURES = "before-after*.png"
+PUBLISHED = (ADAPTER_FILE, PEFT_TWIN_FILE, SIDECAR_FILE, CARD_FILE, RECIPE_FILE, METRICS_FILE)
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
@@ -45,7 +39,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         commit = api.upload_folder(
             folder_path=folder,
             repo_id=repository,
-            allow_patterns=[*PUBLISHED, _PUBLISHED_PICTURES],
+            allow_patterns=[*PUBLISHED, PICTURE_FILES],
             commit_message="Upload a safety adapter made with sdd_lora",
         )
     return commit.commit_url
@@ -73,7 +67,7 @@ def pull(repository: str, folder: Path, revision: str | None = None, force: bool
 
 def is_published(name: str) -> bool:
     """Whether `push` sends a file of this name."""
-    picture = fnmatchcase(name, _PUBLISHED_PICTURES) and not set(name) & {"/", "\\"}
+    picture = fnmatchcase(name, PICTURE_FILES) and not set(name) & {"/", "\\"}
     return name in PUBLISHED or picture
 
 
@@ -125,8 +119,7 @@ def _adapter_name(repository: str, files: Iterable[str]) -> str:
 
 def _is_run_file(file: Path) -> bool:
     """Whether a run of ours holds a file of that path."""
-    folders = ("state", "tensorboard", "snapshots", "samples")
-    return file.parts[0] in (*PUBLISHED, *folders) or file.match(_PUBLISHED_PICTURES)
+    return file.parts[0] in (*PUBLISHED, *RUN_FOLDERS) or file.match(PICTURE_FILES)
 
 
 def _check_measured(folder: Path) -> None:

@@ -15,7 +15,7 @@ from sdd_lora.io.atomic import sha256_of
 from sdd_lora.io.torch_zip import is_torch_file
 from sdd_lora.recipe import Recipe
 
-_CARD, _RECIPE, _MARK = "README.md", "recipe.yaml", "---\n"
+_MARK = "---\n"
 
 
 def publish(
@@ -46,7 +46,7 @@ def publish(
 
 def _complete(folder: Path, license: str | None) -> None:
     """Write a card and a sidecar where there are none, and the license into the card."""
-    card, file = folder / _CARD, folder / hub.ADAPTER_FILE
+    card, file = folder / hub.CARD_FILE, folder / hub.ADAPTER_FILE
     adapter = Adapter.load(file)
     if license is not None:
         adapter = Adapter(adapter.factors, adapter.metadata | {"license": license})
@@ -54,9 +54,9 @@ def _complete(folder: Path, license: str | None) -> None:
         card.write_text(render_card(adapter, _metrics_of(folder)), "utf-8")
     elif license is not None:
         card.write_text(_with_license(card.read_text("utf-8"), license), "utf-8")
-    if not (folder / "adapter.json").is_file():
+    if not (folder / hub.SIDECAR_FILE).is_file():
         write_sidecar(adapter, file)
-    recipe = folder / _RECIPE
+    recipe = folder / hub.RECIPE_FILE
     if recipe.is_file() and (start := Recipe.load(recipe).lora.starts_from):
         fields = yaml.safe_load(recipe.read_text("utf-8"))
         fields["lora"]["init"] = f"./{Path(start).name}"  # where it lay is nobody's business

@@ -12,19 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from sdd_lora.adapter import hub
 from sdd_lora.adapter.metrics import METRICS_FILE
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import locked, sync_folder, sync_tree, write_text
 from sdd_lora.recipe import Recipe
 
-ADAPTER, PEFT_TWIN, SIDECAR = "adapter.safetensors", "adapter.peft.safetensors", "adapter.json"
-WEIGHTS = "weights.safetensors"
-CARD, RECIPE, PICTURE = "README.md", "recipe.yaml", "before-after.png"
-STATE, TRACKER_LOGS, SNAPSHOTS, SAMPLES = "state", "tensorboard", "snapshots", "samples"
-STATE_FILE = "state.pt"
-_FOLDERS = (STATE, TRACKER_LOGS, SNAPSHOTS, SAMPLES)
-_FILES = (ADAPTER, PEFT_TWIN, SIDECAR, WEIGHTS, CARD, RECIPE, *_FOLDERS, METRICS_FILE)
-_PICTURE_FILES = "before-after*.png"
+ADAPTER, PEFT_TWIN = hub.ADAPTER_FILE, hub.PEFT_TWIN_FILE
+CARD, RECIPE = hub.CARD_FILE, hub.RECIPE_FILE
+STATE, TRACKER_LOGS, SNAPSHOTS, SAMPLES = hub.RUN_FOLDERS
+WEIGHTS, PICTURE, STATE_FILE = "weights.safetensors", "before-after.png", "state.pt"
+_FILES = (WEIGHTS, *hub.PUBLISHED[:-1], *hub.RUN_FOLDERS, METRICS_FILE)
 #: inside a run's folder: a run being made, and a finished one on its way to its place
 _NEW, _MOVING = ".sdd-lora-new", ".sdd-lora-moving"
 
@@ -155,7 +153,7 @@ def take(folder: Path, place: Path, recipe: Recipe) -> None:
 def take_finished(folder: Path, place: Path, recipe: Recipe) -> None:
     """Start in `place` where the folder's finished run ended, for more iterations of it."""
     take(folder, place, recipe)
-    for name in _FOLDERS:
+    for name in hub.RUN_FOLDERS:
         if (folder / name).is_dir():
             shutil.copytree(folder / name, place / name, dirs_exist_ok=True)
 
@@ -240,7 +238,7 @@ def _occupied(folder: Path) -> bool:
 def _run_files(folder: Path) -> list[Path]:
     """A run's files and folders that are there, its metrics last."""
     named = [folder / name for name in _FILES if (folder / name).exists()]
-    return [*folder.glob(_PICTURE_FILES), *named]
+    return [*folder.glob(hub.PICTURE_FILES), *named]
 
 
 def _remove(path: Path) -> None:
