@@ -9,23 +9,17 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdd_lora.sd.prompts import tokenize
-
-_END_OF_WORD = "</w>"
+from sdd_lora.training.words import whole_words
 
 
 def plain_words(tokenizer: CLIPTokenizer, without: Sequence[str] = ()) -> list[str]:
     """Words that are one token each and are read back as that token, so that a row of them is a
     text that anybody can type; none that stands in one of the texts `without`."""
-    vocabulary = tokenizer.get_vocab()
     left_out = {word for text in without for word in text.lower().split()}
-    words = [
-        token.removesuffix(_END_OF_WORD)
-        for token in sorted(vocabulary, key=vocabulary.__getitem__)
-        if token.endswith(_END_OF_WORD)
-    ]
-    words = [w for w in words if w.isascii() and w.isalpha() and w not in left_out]
+    words = [word for word in whole_words(tokenizer, shortest=1) if word not in left_out]
     read = tokenizer(words, add_special_tokens=False).input_ids
-    return [w for w, ids in zip(words, read, strict=True) if ids == [vocabulary[w + _END_OF_WORD]]]
+    own = tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in words])
+    return [w for w, ids, token in zip(words, read, own, strict=True) if ids == [token]]
 
 
 def token_ids(pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> torch.Tensor:

@@ -26,11 +26,13 @@ _SHORTEST_WORD = 3
 _SEED = 0
 
 
-def whole_words(tokenizer: CLIPTokenizer, most: int) -> list[str]:
+def whole_words(
+    tokenizer: CLIPTokenizer, most: int | None = None, shortest: int = _SHORTEST_WORD
+) -> list[str]:
     """Words that are one token, the most frequent first: byte-pair encoding merges them first."""
     ends = sorted((i, t) for t, i in tokenizer.get_vocab().items() if t.endswith("</w>"))
     words = (token.removesuffix("</w>") for _, token in ends)
-    plain = (w for w in words if len(w) >= _SHORTEST_WORD and w.isascii() and w.isalpha())
+    plain = (w for w in words if len(w) >= shortest and w.isascii() and w.isalpha())
     return list(islice(plain, most))
 
 
