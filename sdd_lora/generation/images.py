@@ -26,7 +26,7 @@ from sdd_lora.io.jsonl import appended, drop_cut_line
 from sdd_lora.progress import progress, warn
 from sdd_lora.sd.devices import is_out_of_memory, precision_of
 from sdd_lora.sd.prompts import cut_off
-from sdd_lora.sd.schedulers import NAMES_IN_A1111, set_scheduler
+from sdd_lora.sd.schedulers import SAMPLERS, set_scheduler
 from sdd_lora.version import __version__
 
 #: methods that sample as `sd` does where an image's guidance is 1 or less
@@ -195,7 +195,7 @@ def parameters_text(job: Job, sampling: Sampling, shape: tuple[int, ...]) -> Png
     negative = neg.negative_prompt(own) if own.method == "neg" else own.negative_prompt
     settings: dict[str, object] = {
         "Steps": own.steps,
-        "Sampler": NAMES_IN_A1111[own.scheduler],
+        "Sampler": SAMPLERS[own.scheduler].in_a1111,
         "CFG scale": own.guidance,
         "Seed": job.seed,
         "Size": f"{shape[1]}x{shape[0]}",

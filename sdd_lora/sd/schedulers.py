@@ -1,6 +1,6 @@
 """Samplers by their short names, as data: command line and bench files know them without torch."""
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from sdd_lora.errors import BadInput
 
@@ -10,27 +10,23 @@ if TYPE_CHECKING:
 Scheduler = Literal["ddim", "dpm++", "euler", "euler-a", "lcm", "lms", "pndm", "unipc"]
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 
-#: diffusers' class of each sampler
-_CLASSES: dict[Scheduler, str] = {
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "lcm": "LCMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-#: and A1111's name for it
-NAMES_IN_A1111: dict[Scheduler, str] = {
-    "ddim": "DDIM",
-    "dpm++": "DPM++ 2M",
-    "euler": "Euler",
-    "euler-a": "Euler a",
-    "lcm": "LCM",
-    "lms": "LMS",
-    "pndm": "PLMS",
-    "unipc": "UniPC",
+
+class Sampler(NamedTuple):
+    """A sampler's class in diffusers, and its name in A1111."""
+
+    diffusers_class: str
+    in_a1111: str
+
+
+SAMPLERS: dict[Scheduler, Sampler] = {
+    "ddim": Sampler("DDIMScheduler", "DDIM"),
+    "dpm++": Sampler("DPMSolverMultistepScheduler", "DPM++ 2M"),
+    "euler": Sampler("EulerDiscreteScheduler", "Euler"),
+    "euler-a": Sampler("EulerAncestralDiscreteScheduler", "Euler a"),
+    "lcm": Sampler("LCMScheduler", "LCM"),
+    "lms": Sampler("LMSDiscreteScheduler", "LMS"),
+    "pndm": Sampler("PNDMScheduler", "PLMS"),
+    "unipc": Sampler("UniPCMultistepScheduler", "UniPC"),
 }
 
 
@@ -42,7 +38,7 @@ def set_scheduler(pipeline: "StableDiffusionPipeline", name: Scheduler) -> None:
     """
     import diffusers
 
-    scheduler = getattr(diffusers, _CLASSES[name])
+    scheduler = getattr(diffusers, SAMPLERS[name].diffusers_class)
     try:
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     except ImportError as error:  # diffusers' LMS integrates by scipy
