@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -21,6 +21,9 @@ from typer.core import TyperCommand
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.progress import say
 from sdd_lora.version import __version__
+
+if TYPE_CHECKING:
+    from sdd_lora.io.strict_yaml import Overrides
 
 app = typer.Typer(
     name="sdd-lora",
@@ -213,7 +216,7 @@ def verb(
     return decorate
 
 
-def parse_overrides(changes: Sequence[str] | None) -> dict[str, Any]:
+def parse_overrides(changes: Sequence[str] | None) -> "Overrides":
     """["ema.decay=0.99"], as --set takes them → {"ema.decay": 0.99}; values are read as YAML."""
     from sdd_lora.io.strict_yaml import read_yaml
 

@@ -65,10 +65,11 @@ def demo(
 
         sdd-lora demo --recipe substances -o my-run --seed 1
     """
+    from sdd_lora.io.strict_yaml import Overrides
     from sdd_lora.runs.folder import ADAPTER, PICTURE
     from sdd_lora.runs.many import packaged_recipe, train_recipes
 
-    overrides: dict[str, Any] = {"training.seed": seed}
+    overrides: Overrides = {"training.seed": seed}
     if quick:
         overrides |= {"training.iterations": 4, "measure.images": 2}
     if images is not None:

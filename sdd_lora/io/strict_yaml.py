@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -40,6 +40,9 @@ Count = Annotated[Whole, Field(ge=0)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**62)]  # torch takes 64 bits; some are added on the way
 Fraction = Annotated[Real, Field(ge=0.0, le=1.0)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+#: dotted names of a file's fields → the values that take their place
+Overrides: TypeAlias = dict[str, Any]
 
 #: other trainers' names of fields → ours
 OTHER_TRAINERS = {

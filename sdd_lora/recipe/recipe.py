@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.strict_yaml import (
+    Overrides,
     Positive,
     Section,
     Switch,
@@ -235,7 +236,7 @@ class Recipe(LaterFields):
         return given if isinstance(given, Recipe) else cls.load(given)
 
     @classmethod
-    def load(cls, path: str | Path, overrides: dict[str, Any] | None = None) -> "Recipe":
+    def load(cls, path: str | Path, overrides: Overrides | None = None) -> "Recipe":
         """Read a recipe file; `overrides` maps dotted names to values ("ema.decay": 0.99).
 
         LECO's, sliders' and ai-toolkit's files are read too, with a warning for each difference.
@@ -259,7 +260,7 @@ class Recipe(LaterFields):
         text: str,
         where: str = "recipe",
         folder: Path = Path(),
-        overrides: dict[str, Any] | None = None,
+        overrides: Overrides | None = None,
     ) -> "Recipe":
         """Like `load`, from a string."""
 

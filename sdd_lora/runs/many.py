@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
 
 from sdd_lora.adapter.metrics import Metrics
 from sdd_lora.errors import BadInput, SddLoraError
 from sdd_lora.io.distributed import Shard, processes
+from sdd_lora.io.strict_yaml import Overrides
 from sdd_lora.progress import say
 from sdd_lora.recipe import Recipe
 from sdd_lora.runs.folder import (
@@ -25,7 +25,7 @@ from sdd_lora.sd.model import TrainingParts, load_training_parts
 def train_recipes(
     paths: Sequence[Path],
     output: Path | None,
-    overrides: dict[str, Any] | None = None,
+    overrides: Overrides | None = None,
     resume: bool = False,
     keep_state: bool = False,
     force: bool = False,
@@ -100,7 +100,7 @@ def packaged_recipe(name: str) -> Path:
 
 
 def _recipes_and_folders(
-    paths: Sequence[Path], output: Path | None, overrides: dict[str, Any] | None
+    paths: Sequence[Path], output: Path | None, overrides: Overrides | None
 ) -> list[tuple[Recipe, Path]]:
     """Each recipe, and the folder of its run."""
     recipes = [Recipe.load(path, overrides) for path in recipe_files(paths)]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sdd_lora.errors import SddLoraError
+from sdd_lora.io.strict_yaml import Overrides
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.devices import is_out_of_memory
 
@@ -97,16 +98,16 @@ def memory_advice(recipe: Recipe) -> Iterator[None]:
         ) from error
 
 
-def _overrides(changes: dict[str, Any]) -> str:
+def _overrides(changes: Overrides) -> str:
     """Changes of a recipe as an error shows them, in Python and at the command line."""
     return " ".join(f'`overrides["{name}"]={value!r}`' for name, value in changes.items())
 
 
-def memory_savers(recipe: Recipe) -> list[tuple[dict[str, Any], str]]:
+def memory_savers(recipe: Recipe) -> list[tuple[Overrides, str]]:
     """Changes of a recipe (dotted names → values) that take less memory, and what each costs; the
     cheapest in erasure and time first."""
     training, batch = recipe.training, recipe.rollout.batch
-    savers: list[tuple[dict[str, Any], str]] = []
+    savers: list[tuple[Overrides, str]] = []
 
     def add(cost: str, **changes: Any) -> None:
         savers.append(({name.replace("__", "."): v for name, v in changes.items()}, cost))

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from sdd_lora.io.strict_yaml import Overrides
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.devices import DTYPES
 from sdd_lora.training.memory import memory_savers
@@ -329,7 +330,7 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 class Saving:
     """A change of the recipe (dotted names → values), its costs in words, and the plan with it."""
 
-    changes: dict[str, Any]
+    changes: Overrides
     costs: str
     plan: Footprint
 
