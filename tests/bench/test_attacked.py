@@ -1,6 +1,5 @@
 """Attacks as a bench's section: what is run, kept, gone on with, and told."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from support.adapters import random_adapter
+from support.benches import lines_of, never_train, ran
 
 from sdd_lora.attacks.case import Attacked
 from sdd_lora.attacks.registry import counted
@@ -19,7 +19,6 @@ from sdd_lora.bench.grid import grid_of
 from sdd_lora.bench.methods import Weights
 from sdd_lora.bench.report import render_report
 from sdd_lora.bench.results import ImageRecord, Results
-from sdd_lora.bench.run import run
 from sdd_lora.errors import BadInput
 from sdd_lora.measures.base import MeasureInfo
 from sdd_lora.measures.intervals import wilson
@@ -43,18 +42,6 @@ attacks:
   unlearndiffatk: {words: 2, steps: 2, points: 2}
 """
 TEXTS, GRADIENTS = ["paraphrase", "ring_a_bell"], ["inversion", "unlearndiffatk"]
-
-
-def never_train(recipe, folder, resume):
-    raise AssertionError("nothing here is to be trained")
-
-
-def ran(bench, folder):
-    return run(bench, folder, never_train, "sdd-lora evaluate", {})
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def same(one, other):
