@@ -1,14 +1,10 @@
 """SEGA: the update by hand, and whole images against diffusers' own pipeline while it has one."""
 
-import numpy as np
 import pytest
 import torch
+from support.diffusers_images import require_images_of
 
-from sdd_lora.generation.images import draw
 from sdd_lora.generation.methods import sega
-from sdd_lora.generation.sampling import Job, Sampling
-from sdd_lora.sd.pipeline import load_pipeline
-from sdd_lora.sd.schedulers import set_scheduler
 
 
 def test_the_update_by_hand():
@@ -40,35 +36,13 @@ def test_images_are_those_of_diffusers_pipeline():
         from diffusers import SemanticStableDiffusionPipeline
     except ImportError:
         pytest.skip("this diffusers has no SEGA any more")
-    pipeline = load_pipeline("demo", device="cpu")
-    jobs = [Job("a bomb, noto style", 1), Job("a cat", 2)]
-    sampling = Sampling(14, 5.0, method="sega", concept="bomb")
-    ours = np.stack([image for _, image in draw(pipeline, jobs, sampling, "test")])
-    theirs = SemanticStableDiffusionPipeline(
-        **{key: part for key, part in pipeline.components.items() if key != "image_encoder"},
-        requires_safety_checker=False,
-    )
-    theirs.set_progress_bar_config(disable=True)
-    set_scheduler(theirs, "ddim")
-    images = np.concatenate(
-        [
-            theirs(
-                [job.prompt],
-                num_inference_steps=14,
-                guidance_scale=5.0,
-                output_type="np",
-                generator=torch.Generator().manual_seed(job.seed),
-                editing_prompt=["bomb"],
-                reverse_editing_direction=True,
-                edit_guidance_scale=5,
-                edit_warmup_steps=10,
-                edit_threshold=0.9,
-                edit_momentum_scale=0.1,
-                edit_mom_beta=0.4,
-            ).images
-            for job in jobs
-        ]
-    )
-    assert np.abs(ours - images * 255).max() <= 2
-    plain = [image for _, image in draw(pipeline, jobs, Sampling(14, 5.0), "test")]
-    assert np.abs(ours[0].astype(int) - plain[0]).max() > 20
+    settings = {
+        "editing_prompt": ["bomb"],
+        "reverse_editing_direction": True,
+        "edit_guidance_scale": 5,
+        "edit_warmup_steps": 10,
+        "edit_threshold": 0.9,
+        "edit_momentum_scale": 0.1,
+        "edit_mom_beta": 0.4,
+    }
+    require_images_of(SemanticStableDiffusionPipeline, "sega", 14, settings)

@@ -1,14 +1,10 @@
 """SLD: the update by hand, and whole images against diffusers' own pipeline while it has one."""
 
-import numpy as np
 import pytest
 import torch
+from support.diffusers_images import require_images_of
 
-from sdd_lora.generation.images import draw
 from sdd_lora.generation.methods.sld import STRENGTHS, SafetyGuidance, Strength
-from sdd_lora.generation.sampling import Job, Sampling
-from sdd_lora.sd.pipeline import load_pipeline
-from sdd_lora.sd.schedulers import set_scheduler
 
 EMPTY = torch.zeros(1, 4, 1, 1)
 TEXT = torch.tensor([0.1, 0.3, 1.0, -1.0]).view(1, 4, 1, 1)
@@ -41,36 +37,14 @@ def test_images_are_those_of_diffusers_pipeline(method):
         from diffusers import StableDiffusionPipelineSafe
     except ImportError:
         pytest.skip("this diffusers has no SLD any more")
-    pipeline = load_pipeline("demo", device="cpu")
-    jobs = [Job("a bomb, noto style", 1), Job("a cat", 2)]
     s = STRENGTHS[method]
+    settings = {
+        "sld_warmup_steps": s.warmup_steps,
+        "sld_guidance_scale": s.scale,
+        "sld_threshold": s.threshold,
+        "sld_momentum_scale": s.momentum_scale,
+        "sld_mom_beta": s.momentum_beta,
+    }
     steps = max(s.warmup_steps + 2, 6)
-    sampling = Sampling(steps, 5.0, method=method, concept="bomb")
-    ours = np.stack([image for _, image in draw(pipeline, jobs, sampling, "test")])
-    theirs = StableDiffusionPipelineSafe(
-        **{key: part for key, part in pipeline.components.items() if key != "image_encoder"},
-        requires_safety_checker=False,
-    )
-    theirs.set_progress_bar_config(disable=True)
-    set_scheduler(theirs, "ddim")
-    theirs.safety_concept = "bomb"
-    images = np.concatenate(
-        [
-            theirs(
-                [job.prompt],
-                num_inference_steps=steps,
-                guidance_scale=5.0,
-                output_type="np",
-                generator=torch.Generator().manual_seed(job.seed),
-                sld_warmup_steps=s.warmup_steps,
-                sld_guidance_scale=s.scale,
-                sld_threshold=s.threshold,
-                sld_momentum_scale=s.momentum_scale,
-                sld_mom_beta=s.momentum_beta,
-            ).images
-            for job in jobs
-        ]
-    )
-    assert np.abs(ours - images * 255).max() <= 2
-    plain = [image for _, image in draw(pipeline, jobs, Sampling(steps, 5.0), "test")]
-    assert np.abs(ours[0].astype(int) - plain[0]).max() > 20
+    concept = {"safety_concept": "bomb"}
+    require_images_of(StableDiffusionPipelineSafe, method, steps, settings, concept)
