@@ -45,7 +45,7 @@ def initialise(
     """
     if recipe.lora.init == "random":  # from the seed alone, as peft does
         return None
-    started_from = None
+    started_from, kept = None, embeddings.kept_and_empty
     if recipe.lora.starts_from is not None:
         started_from = continue_from(roles, recipe, recipe.lora.starts_from)
     elif embeddings.eraser is not None:
@@ -53,29 +53,14 @@ def initialise(
     elif not isinstance(roles, LoraRoles):
         raise TypeError("expected roles by adapters: no other has matrices of its own to start")
     elif recipe.lora.init == "concepts":
-        start_along(roles, directions_of(embeddings, recipe.lora.rank))
+        start_along(roles, concept_directions(embeddings.erased, kept, recipe.lora.rank))
     else:
-        start_at(roles, closed_form_of(recipe, objective, embeddings))
+        erased, weight = objective.start_prompts(embeddings), recipe.preserve.weight
+        start_at(roles, ClosedForm.of(erased, kept, embeddings.empty, weight))
     for factor in roles.parameters_of(STUDENT).values():
         factor.copy_(broadcast(factor.data))
     roles.copy_student_to_teacher()
     return started_from
-
-
-def directions_of(embeddings: Embeddings, rank: int) -> torch.Tensor:
-    """Directions in which concepts, each and joined, differ most from kept prompts and ∅."""
-    return concept_directions(embeddings.erased, embeddings.kept_and_empty, rank)
-
-
-def closed_form_of(recipe: Recipe, objective: Objective, embeddings: Embeddings) -> "ClosedForm":
-    """The change that erases the objective's prompts, and keeps ∅ and the kept ones by
-    `preserve.weight`."""
-    return ClosedForm.of(
-        objective.start_prompts(embeddings),
-        embeddings.kept_and_empty,
-        embeddings.empty,
-        recipe.preserve.weight,
-    )
 
 
 def start_along(roles: LoraRoles, directions: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from sdd_lora.errors import BadInput
 from sdd_lora.recipe import Recipe
 from sdd_lora.sd.model import load_training_parts
 from sdd_lora.training.embeddings import encode_prompts
-from sdd_lora.training.init import concept_directions, damping, directions_of
+from sdd_lora.training.init import concept_directions, damping
 from sdd_lora.training.roles import STUDENT, TEACHER
 from sdd_lora.training.trainer import Trainer
 
@@ -73,7 +73,7 @@ def test_a_training_starts_as_the_base_with_the_rows_asked_for(init):
     parts = load_training_parts(recipe.model)
     embeddings = encode_prompts(recipe, parts)
     trainer = Trainer(recipe, parts.unet, parts.scheduler, embeddings)
-    rows = directions_of(embeddings, 2)
+    rows = concept_directions(embeddings.erased, embeddings.kept_and_empty, 2)
     for role in (STUDENT, TEACHER):
         for name, factor in trainer.roles.parameters_of(role).items():
             if name.endswith("lora_B"):
