@@ -101,7 +101,7 @@ def project(model: Checkpoint, base: Checkpoint, adapter: Adapter) -> tuple[floa
     """
     product = square = difference_square = 0.0
     for module, factors in adapter.modules.items():
-        theirs, ours = _weight_of(base, module), _weight_of(model, module)
+        theirs, ours = base.weight_of(module), model.weight_of(module)
         if theirs.shape != ours.shape or not factors.fits(ours.shape):
             raise BadInput(
                 f"{module}: {model.path}, {base.path} and {adapter.name} differ in shape: "
@@ -144,10 +144,3 @@ def cross_attention_norms(model: Path) -> dict[str, float]:
 def _rows_of(weight: np.ndarray, block: slice) -> np.ndarray:
     """Some rows of a weight as a matrix, widened."""
     return weight.reshape(len(weight), -1)[block].astype(np.float64)
-
-
-def _weight_of(checkpoint: Checkpoint, module: str) -> np.ndarray:
-    location = checkpoint.find(module)
-    if location is None:
-        raise BadInput(f"{checkpoint.path}: no weight for {module}")
-    return checkpoint.read(location)

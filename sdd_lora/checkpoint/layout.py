@@ -84,6 +84,13 @@ class Checkpoint:
                 return weights.locations[module]
         return None
 
+    def weight_of(self, module: str) -> np.ndarray:
+        """A module's weight, read. Raises BadInput where there is none."""
+        location = self.find(module)
+        if location is None:
+            raise BadInput(f"{self.path}: no weight for {module}")
+        return self.read(location)
+
     def info(self, location: TensorLocation) -> TensorInfo:
         return self.headers[location.file].tensors[location.key]
 

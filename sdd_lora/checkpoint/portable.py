@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.checkpoint.describe import open_sd1
 from sdd_lora.checkpoint.locate import locate
@@ -22,10 +20,4 @@ def adapter_on(adapter: Adapter, model: str | Path) -> Adapter:
     checkpoint = open_sd1(locate(model))
     if problems := misfits_of(checkpoint, [(adapter, 1.0)]):
         raise BadInput(f"{adapter.name} does not fit {model}: {problems[0]}")
-
-    def weight_of(module: str) -> np.ndarray:
-        location = checkpoint.find(module)
-        assert location is not None  # no misfit
-        return checkpoint.read(location)
-
-    return adapter.on(weight_of)
+    return adapter.on(checkpoint.weight_of)
