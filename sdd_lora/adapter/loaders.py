@@ -128,8 +128,8 @@ def _unread_alphas(description: AdapterDescription, *read: str) -> Iterator[str]
     """Alphas that stand where the loader doesn't look, and aren't what it takes then: the rank."""
     if description.alphas_from in ("", *read):
         return
-    stored = {module for module, part, _ in _tensors(description) if part == "alpha"}
-    if any(scale != 1 for name, scale in description.scales.items() if name not in stored):
+    scales = description.scales.items()
+    if any(scale != 1 for name, scale in scales if "alpha" not in description.keys[name]):
         yield f"loads it at a wrong scale: it doesn't read {description.alphas_from}; {_TO_KOHYA}"
 
 
@@ -145,7 +145,7 @@ def _mis_scaled_by_diffusers(description: AdapterDescription) -> list[str]:
     """Modules that diffusers gives the most frequent alpha of the UNet, or of the text encoder,
     where they have another: those of attention, and those without an alpha of their own.
     """
-    stored = {module for module, part, _ in _tensors(description) if part == "alpha"}
+    stored = {module for module, parts in description.keys.items() if "alpha" in parts}
     alphas = {
         name: round(scale * description.ranks[name], 6)
         for name, scale in description.scales.items()
@@ -181,4 +181,4 @@ def _tensors(description: AdapterDescription) -> Iterator[tuple[str, str, str]]:
 
 
 def _has_alphas(description: AdapterDescription) -> bool:
-    return any(key.endswith(".alpha") for key in _keys(description))
+    return any("alpha" in parts for parts in description.keys.values())
