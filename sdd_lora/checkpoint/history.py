@@ -164,7 +164,9 @@ def digest_of_samples(file: BinaryIO, header: Header, keys: Iterable[str]) -> st
     """A fingerprint of tensors by the beginning of each: a fine-tune or a cast changes them all."""
     digest = hashlib.sha256()
     for key in keys:
-        digest.update(_sample(file, header, key))
+        info = header.tensors[key]
+        size = min(info.nbytes, SAMPLE_BYTES)
+        digest.update(read_at(file, header.data_start + info.start, size))
     return digest.hexdigest()
 
 
@@ -191,11 +193,6 @@ def digest_of_tensor(file: BinaryIO, header: Header, key: str) -> str:
     for piece in read_pieces(file, header, key):
         digest.update(piece)
     return digest.hexdigest()
-
-
-def _sample(file: BinaryIO, header: Header, key: str) -> bytes:
-    info = header.tensors[key]
-    return read_at(file, header.data_start + info.start, min(info.nbytes, SAMPLE_BYTES))
 
 
 def _read_sidecar(sidecar: Path) -> dict[str, Any]:
