@@ -1,6 +1,7 @@
 """Verbs on checkpoints: bake, unbake, extract."""
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -139,15 +140,8 @@ def _bake_data(report: "BakeReport") -> dict[str, Any]:
         "realised": report.total.realised,
         "error": report.total.error,
         "tensors": [
-            {
-                "module": c.module,
-                "key": c.key,
-                "dtype": c.dtype,
-                "intended": c.intended,
-                "realised": c.realised,
-                "error": c.error,
-            }
-            for c in report.changes
+            {name: value for name, value in asdict(change).items() if name != "file"}
+            for change in report.changes
         ],
         "left_out": list(report.left_out),
         "refused": list(report.refused),
