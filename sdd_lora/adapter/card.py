@@ -74,35 +74,28 @@ def _render(metadata: Metadata, metrics: Metrics, adapter: Adapter | None) -> st
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"percent": _percent, "interval": _interval, "shortened": shortened}
-    base, stem = metadata.base_model, metadata.name_or_default
+    base = metadata.base_model
     return environment.from_string(template).render(
         front_matter=_front_matter(metadata, adapter),
         adapter=adapter,
         portable=adapter is not None and adapter.is_portable,
-        name=stem,
-        stem=stem,
-        file_name=f"{stem}.safetensors",
+        name=metadata.name_or_default,
+        metadata=metadata,
+        metrics=metrics,
         in_plain_numbers=[*_in_plain_numbers(metrics.measures)],
         pictures=[*_pictures(metrics)],
         made=_made(metadata),
-        license=metadata.license,
-        parts=metadata.merged_from,
-        resized=metadata.resized_from,
         is_sd15=adapter is not None and adapter.fits(names.SD15),
         is_demo=adapter is not None and adapter.fits(names.DEMO),
         # InvokeAI tells the model's family by these
         sees_prompts=adapter is not None
         and any(name.endswith(("attn2.to_k", "attn2.to_v")) for name in adapter.factors),
-        description=metadata.sentence,
         base=base,
         hub_base=base if base and _MODEL_ID.fullmatch(base) else None,
-        modules=len(adapter.factors) if adapter else 0,
         tables=_tables(metrics),
         black=black_note(metrics.black) if metrics.black else "",
-        attacks=metrics.attacks,
         training=metrics.training.as_json(),
         file=(metrics.adapter if adapter else metrics.weights) or FileNumbers(),
-        versions=metrics.versions,
     )
 
 
