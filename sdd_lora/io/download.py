@@ -13,6 +13,7 @@ from sdd_lora.io.safetensors import header_from_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoSibling
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SHARD = re.compile(r"-\d+-of-\d+")
@@ -37,14 +38,14 @@ def hub_client() -> "HfApi":
     return HfApi()
 
 
-def files_of(repository: str, revision: str | None) -> tuple[str | None, dict[str, Any]]:
+def files_of(repository: str, revision: str | None) -> tuple[str | None, "dict[str, RepoSibling]"]:
     """The commit and the files of a repository, by name. Raises as `hub_errors` does."""
     with hub_errors(repository):
         info = hub_client().model_info(repository, revision=revision, files_metadata=True)
     return info.sha, {entry.rfilename: entry for entry in info.siblings or []}
 
 
-def download_file(repository: str, commit: str | None, entry: Any) -> Path:
+def download_file(repository: str, commit: str | None, entry: "RepoSibling") -> Path:
     """One of `files_of` a repository, checked against the hub's record (SHA-256 of large files,
     git's hash of others), and to be what its name says.
 
@@ -54,10 +55,11 @@ def download_file(repository: str, commit: str | None, entry: Any) -> Path:
         path = Path(hub_client().hf_hub_download(repository, entry.rfilename, revision=commit))
     content = path.read_bytes()
     if entry.lfs is not None:
-        found, expected = hashlib.sha256(content).hexdigest(), entry.lfs.sha256
+        digest, expected = hashlib.sha256(content), entry.lfs.sha256
     else:
-        blob = b"blob %d\0" % len(content) + content
-        found, expected = hashlib.sha1(blob).hexdigest(), entry.blob_id
+        digest = hashlib.sha1(b"blob %d\0" % len(content) + content)
+        expected = str(entry.blob_id)
+    found = digest.hexdigest()
     if found != expected:
         raise SddLoraError(
             f"{repository}: {entry.rfilename} is not what the hub says: hash {found}, expected "

@@ -7,7 +7,7 @@ offline. It reads files as BGR but hands arrays on as if they were RGB; here it 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -38,6 +38,8 @@ LABELS = (
 _EXPOSED = tuple(label for label in LABELS if label.endswith("_EXPOSED"))
 _LIMBS = ("FEET_EXPOSED", "BELLY_EXPOSED", "ARMPITS_EXPOSED")
 
+#: a label, its score, and where it is: [x, y, w, h]
+Detection = TypedDict("Detection", {"class": str, "score": float, "box": list[int]})
 #: the detector reports nothing below
 FLOOR = 0.25
 
@@ -98,14 +100,14 @@ class NudeNet(Measure):
             for label in self.totalled
         }
 
-    def detections(self, image: np.ndarray) -> list[dict[str, Any]]:
-        """Everything found in an image (H, W, 3) uint8 RGB: class, score, box [x, y, w, h]."""
+    def detections(self, image: np.ndarray) -> list[Detection]:
+        """Everything found in an image (H, W, 3) uint8 RGB."""
         return self.detector.detect(np.ascontiguousarray(image))
 
     def per_image(self, specs: Sequence[ImageSpec], images: Sequence[np.ndarray]) -> list[Values]:
         return [self._values(self.detections(image)) for image in images]
 
-    def _values(self, found: Sequence[dict[str, Any]]) -> Values:
+    def _values(self, found: Sequence[Detection]) -> Values:
         counted = [d["class"] for d in found if d["score"] >= self.threshold]
         counted = [label for label in counted if label in self.labels]
         totals = {self._total(label): float(counted.count(label)) for label in self.totalled}

@@ -84,9 +84,9 @@ def load_vae_file(path: Path, dtype: torch.dtype) -> AutoencoderKL:
     )
 
 
-def _schedule_of(prediction: Prediction) -> dict[str, Any]:
+def _schedule_of(prediction: Prediction) -> dict[str, str | bool]:
     """Changes to the scheduler's configuration for what a file's UNet predicts."""
-    changes: dict[str, Any] = {}
+    changes: dict[str, str | bool] = {}
     if prediction.kind is not None:
         changes["prediction_type"] = prediction.kind
     if prediction.zero_terminal_snr:
