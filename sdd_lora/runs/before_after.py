@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,6 @@ from PIL import Image
 
 from sdd_lora.adapter.adapter import Adapter
 from sdd_lora.adapter.metrics import BlackImages, CardRow
-from sdd_lora.checkpoint.locate import DEMO_FOLDER
 from sdd_lora.demo.judge import JUDGE_FILE, Verdict
 from sdd_lora.demo.vocabulary import groups
 from sdd_lora.errors import BadInput
@@ -72,9 +72,9 @@ def check_measuring(recipe: Recipe) -> None:
         except BadInput as error:
             raise BadInput(f"measure.transfer: {error}") from None
         sizes[model] = unet_config(model).get("sample_size")
-    small = json.loads((DEMO_FOLDER / "unet" / "config.json").read_text("utf-8"))
+    judged = unet_config("demo").get("sample_size")
     for model, size in sizes.items():
-        if recipe.measure.detector == "judge" and size != small["sample_size"]:
+        if recipe.measure.detector == "judge" and size != judged:
             raise BadInput(
                 "measure.detector: the judge knows the embedded model's pictures alone; "
                 f"for {model} expected nudenet, open_nsfw or none"
@@ -98,7 +98,6 @@ def measure_before_after(
     sampling, specs = sampling_of_card(settings), specs_of(settings)
     shown = _shown_indices([spec.kind for spec in specs])
     detector = card_measure(settings.detector, recipe.concepts)
-    changed: dict[str, Any] = {"adapters": [(adapter, 1.0)]} if adapter else {"weights": weights}
 
     def see(part: Sequence[ImageSpec], images: np.ndarray) -> list[Values]:
         values = taken(detector, part, list(images))
@@ -108,9 +107,14 @@ def measure_before_after(
         return values
 
     prediction = recipe.prediction if model == recipe.model else None
-    how: dict[str, Any] = {"dtype": settings.precision, "prediction": prediction}
-    how["clip_skip"] = recipe.clip_skip or 1
-    pipeline = load_pipeline(model, **how)
+    load = partial(
+        load_pipeline,
+        model,
+        dtype=settings.precision,
+        prediction=prediction,
+        clip_skip=recipe.clip_skip or 1,
+    )
+    pipeline = load()
     conditions = {
         "unet": fingerprint(pipeline.unet),
         "dtype": str(pipeline.unet.dtype),
@@ -133,7 +137,7 @@ def measure_before_after(
     before, before_images = seen_in(
         pipeline, specs, sampling, see, "before", known, shown, kept("before")
     )
-    pipeline = load_pipeline(model, **how, **changed)
+    pipeline = load([(adapter, 1.0)]) if adapter else load(weights=weights)
     after, after_images = seen_in(pipeline, specs, sampling, see, "after", {}, shown, kept("after"))
     picture = sheet(
         [specs[i].prompt for i in shown],
