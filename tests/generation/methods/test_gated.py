@@ -37,8 +37,11 @@ def test_each_prompt_has_its_own_gain_and_no_square_of_it(adapter, adapted, monk
     jobs = [Job(prompt, 3) for prompt in gains]
     together = images(adapted, jobs, GATED)
 
+    plain = load_pipeline("demo", [(adapter, 1.0)])
+
     def at(weight, job):
-        return images(load_pipeline("demo", [(adapter, weight)]), [job], PLAIN)[0]
+        plain.set_adapters(plain.get_active_adapters(), weight)
+        return images(plain, [job], PLAIN)[0]
 
     for image, gain, job in zip(together, gains.values(), jobs, strict=True):
         assert np.abs(image - at(gain, job)).max() <= 1
