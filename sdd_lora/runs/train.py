@@ -80,42 +80,29 @@ def train(
     """
     recipe = Recipe.of(recipe)
     folder = Path("runs") / recipe.name if out_dir is None else Path(out_dir)
-    with lock(folder) if processes().is_main_process else nullcontext():
-        return _train_locked(recipe, folder, resume, keep_state, force, parts, callback)
-
-
-def _train_locked(
-    recipe: Recipe,
-    folder: Path,
-    resume: bool,
-    keep_state: bool,
-    force: bool,
-    parts: TrainingParts | None,
-    callback: Callback | None,
-) -> Adapter | Path:
-    """`train`, in a folder that the main process has locked."""
     state = processes()
-    if state.is_main_process:
-        check_folder(folder, recipe, resume, force)
-        _warn_of_prompts(recipe)
-    before_after.check_measuring(recipe)
-    check_attacks(recipe)
-    if recipe.lora.starts_from is not None:
-        adapter_file(recipe.lora.starts_from)  # now, not after the model is loaded
-    state.wait_for_everyone()
-    place = (under_way(folder) if resume else None) or place_of_new(folder)
-    result, metadata, made_by = _run_training(recipe, folder, place, resume, parts, callback)
-    if state.is_main_process:
-        with _measuring_advice(place), advice_on_interrupt("`resume=True`"):
-            if isinstance(result, Adapter):
-                result = finish_adapter(result, place, recipe, made_by)
-            else:
-                finish_weights(result, metadata, place, recipe, made_by)
-        if not keep_state:
-            shutil.rmtree(place / STATE)
-        move_in(folder, place)
-    state.wait_for_everyone()
-    return result if isinstance(result, Adapter) else folder / WEIGHTS
+    with lock(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            check_folder(folder, recipe, resume, force)
+            _warn_of_prompts(recipe)
+        before_after.check_measuring(recipe)
+        check_attacks(recipe)
+        if recipe.lora.starts_from is not None:
+            adapter_file(recipe.lora.starts_from)  # now, not after the model is loaded
+        state.wait_for_everyone()
+        place = (under_way(folder) if resume else None) or place_of_new(folder)
+        result, metadata, made_by = _run_training(recipe, folder, place, resume, parts, callback)
+        if state.is_main_process:
+            with _measuring_advice(place), advice_on_interrupt("`resume=True`"):
+                if isinstance(result, Adapter):
+                    result = finish_adapter(result, place, recipe, made_by)
+                else:
+                    finish_weights(result, metadata, place, recipe, made_by)
+            if not keep_state:
+                shutil.rmtree(place / STATE)
+            move_in(folder, place)
+        state.wait_for_everyone()
+        return result if isinstance(result, Adapter) else folder / WEIGHTS
 
 
 @contextmanager
