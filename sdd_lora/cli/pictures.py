@@ -94,10 +94,7 @@ _Guidance = Annotated[
     float | None,
     typer.Option(help="Classifier-free guidance scale [default: the file's, else 7.5]."),
 ]
-_Width = Annotated[
-    int | None, typer.Option(help="Pixels [default: the file's, else the model's own].")
-]
-_Height = Annotated[
+_Pixels = Annotated[
     int | None, typer.Option(help="Pixels [default: the file's, else the model's own].")
 ]
 _NegativePrompt = Annotated[
@@ -147,8 +144,8 @@ def generate(
     seed: _Seed = None,
     steps: _Steps = None,
     guidance: _Guidance = None,
-    width: _Width = None,
-    height: _Height = None,
+    width: _Pixels = None,
+    height: _Pixels = None,
     negative_prompt: _NegativePrompt = None,
     clip_skip: _ClipSkip = 1,
     scheduler: _Sampler = "ddim",
