@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdd_lora.generation.given import FromGiven, Given, as_drawn, from_given
 from sdd_lora.generation.sampling import Job, Sampling
-from sdd_lora.io.pictures import reading
+from sdd_lora.io.pictures import read_picture
 from sdd_lora.sd.schedulers import set_scheduler
 
 
@@ -27,8 +27,7 @@ def from_images(
 
     def given(job: Job) -> Given:
         advice = "can't read this image; delete it and run again, which draws it anew"
-        with reading(files[job], advice), Image.open(files[job]) as opened:
-            image = np.asarray(opened.convert("RGB"))
+        image = read_picture(files[job], advice)
         generator = torch.Generator().manual_seed(job.seed)
         return noised(
             pipeline, encode_image(pipeline, image, generator), sampling, strength, generator

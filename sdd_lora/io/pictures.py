@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from sdd_lora.errors import BadInput
@@ -16,3 +17,9 @@ def reading(picture: Path, advice: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInput(f"{picture}: {advice}: {error}") from error
+
+
+def read_picture(path: Path, advice: str) -> np.ndarray:
+    """A file's picture (H, W, 3) uint8 RGB. Raises BadInput, with `advice`, for a damaged one."""
+    with reading(path, advice), Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))

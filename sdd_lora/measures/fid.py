@@ -13,7 +13,7 @@ from PIL import Image
 
 from sdd_lora.errors import BadInput
 from sdd_lora.io.atomic import sha256_of
-from sdd_lora.io.pictures import reading
+from sdd_lora.io.pictures import read_picture, reading
 from sdd_lora.measures import needs
 from sdd_lora.measures.base import Measure, MeasureInfo
 from sdd_lora.sd.devices import best_device
@@ -116,7 +116,7 @@ class Fid(Measure):
         if drawn.count < 2:
             return {}
         if self._real is None:
-            self._real = self.moments(map(_read_picture, self.real_files))
+            self._real = self.moments(read_picture(x, _NO_PICTURE) for x in self.real_files)
         return {self.name: frechet_distance(drawn, self._real)}
 
     def moments(self, images: Iterable[np.ndarray]) -> FeatureMoments:
@@ -154,8 +154,3 @@ def _pictures_in(folder: Path) -> list[Path]:
         with reading(path, _NO_PICTURE), Image.open(path):
             pass
     return found
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    with reading(path, _NO_PICTURE), Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))

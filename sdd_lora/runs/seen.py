@@ -16,7 +16,7 @@ from PIL import Image
 from sdd_lora.io.atomic import atomic_output
 from sdd_lora.io.cache import cache_folder
 from sdd_lora.io.jsonl import append_lines, read_lines
-from sdd_lora.io.pictures import reading
+from sdd_lora.io.pictures import read_picture
 
 
 class SeenImages:
@@ -35,10 +35,7 @@ class SeenImages:
     def image(self, index: int) -> np.ndarray | None:
         """An image that was kept; None where it is not there."""
         path = self._path(index)
-        if not path.exists():
-            return None
-        with reading(path, "delete it and measure again"):
-            return np.asarray(Image.open(path).convert("RGB"))
+        return read_picture(path, "delete it and measure again") if path.exists() else None
 
     def add(self, values: Mapping[int, Any], images: Mapping[int, np.ndarray]) -> None:
         """Keep what was seen of images, and those of `images` themselves."""
