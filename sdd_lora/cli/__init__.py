@@ -3,20 +3,8 @@
 import sys
 
 # in the order in which --help lists the verbs
-from sdd_lora.cli import train, erase, plan, pictures, adapters, inspect, checkpoints  # isort: skip
+from sdd_lora.cli import train, erase, plan, pictures, adapters, inspect, checkpoints  # isort: skip  # noqa: F401
 from sdd_lora.cli.common import app
-
-__all__ = [
-    "adapters",
-    "app",
-    "checkpoints",
-    "erase",
-    "inspect",
-    "main",
-    "pictures",
-    "plan",
-    "train",
-]
 
 
 def main() -> None:
