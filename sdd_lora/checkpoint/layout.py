@@ -18,6 +18,7 @@ from sdd_lora.checkpoint.copying import as_array, read_bytes
 from sdd_lora.checkpoint.journal import require_no_journal
 from sdd_lora.errors import BadInput
 from sdd_lora.io import torch_zip
+from sdd_lora.io.download import SHARD
 from sdd_lora.io.safetensors import Header, TensorInfo, open_input, read_header
 
 Layout = Literal["diffusers", "unet", "ldm"]
@@ -35,7 +36,6 @@ _STEMS: dict[str, tuple[str, ...]] = {
 _WHOLE_MODELS = (".safetensors", ".ckpt")
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 _UNREAD = ("*.msgpack", "*.h5", "*.onnx", "*.onnx_data", "*.pb")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 #: Levels that DataParallel and torch.compile add to the names of a model that is saved inside them.
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")
 
@@ -307,7 +307,7 @@ def _weight_files(
     found: dict[str, dict[str, list[Path]]] = {".safetensors": {}, ".bin": {}}
     others = []
     for file in sorted(folder.glob("*")):
-        bare = _SHARD.sub("", file.name)
+        bare = SHARD.sub("", file.name)
         stem, _, rest = bare.partition(".")
         suffix = file.suffix.lower()
         if stem in stems and suffix in found:

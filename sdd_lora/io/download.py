@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_SHARD = re.compile(r"-\d+-of-\d+")
+#: of a file that holds a part of a component's weights
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _OTHER_FRAMEWORKS = (".msgpack", ".onnx", ".onnx_data", ".pb", ".h5", ".ot")
 
 
@@ -97,7 +98,7 @@ def one_copy(names: Sequence[str]) -> list[str]:
     wanted, copies = [], defaultdict[str, dict[frozenset[str], list[str]]](dict)
     for name in names:
         folder, _, file = name.rpartition("/")
-        label = frozenset(_SHARD.sub("", file).split(".")) - {"index", "json"}
+        label = frozenset(SHARD.sub("", file).split(".")) - {"index", "json"}
         if name == "model_index.json" or (folder and not label & {"safetensors", "bin"}):
             wanted.append(name)
         elif folder:
