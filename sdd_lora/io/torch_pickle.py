@@ -134,11 +134,9 @@ class _InertUnpickler(_Unpickler):  # type: ignore[misc]
         self.load_reduce()
 
     def load_build(self) -> None:
-        state = self.stack.pop()
-        if isinstance(
-            self.stack[-1], Call
-        ):  # dictionaries' attributes (`_metadata`) are no tensors
-            self.stack[-1].state = state
+        state, built = self.stack.pop(), self.stack[-1]
+        if isinstance(built, Call):  # dictionaries' attributes (`_metadata`) are no tensors
+            built.state = state
 
     def load_empty_dictionary(self) -> None:
         self.append(_Fields())
