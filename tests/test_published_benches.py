@@ -4,6 +4,7 @@
 """
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,12 @@ from sdd_lora.bench.held_out import NAMED, NOT_NAMED
 from sdd_lora.bench.report import best_that_keeps
 from sdd_lora.bench.results import ALL, Results, find_row
 from sdd_lora.bench.text import percent
+from sdd_lora.cli.common import parse_overrides
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(path.parent for path in ROOT.glob("adapters/demo/bench/*/results.json"))
 pytestmark = pytest.mark.skipif(not FOLDERS, reason="no table of a bench is published yet")
 INDEX = ROOT / "adapters" / "demo" / "bench" / "README.md"
-#: how a command ends whose table comes without the figure's curves
-WITHOUT_CURVES = " --set 'variations={}'"
 SHOWN = ("concept drawn", "noun kept", "noun kept without the style", "style kept")
 
 
@@ -72,10 +72,9 @@ def best(folder: Path) -> str:
 def test_each_is_a_table_of_its_bench_and_rows_that_it_lacks_are_named(folder):
     results, index = Results.load(folder), INDEX.read_text("utf-8")
     bench_file = f"recipes/bench/{results.bench}.yaml"
-    command, changes = results.command.removesuffix(WITHOUT_CURVES), {}
-    if command != results.command:
-        changes = {"variations": {}}
-    bench = Bench.load(ROOT / bench_file, overrides=changes)
+    command, *changes = results.command.split(" --set ")
+    overrides = parse_overrides([change for told in changes for change in shlex.split(told)])
+    bench = Bench.load(ROOT / bench_file, overrides=overrides)
     methods, rows_elsewhere = results.method_names(), rows_of(results.bench)
     if left_out := set(bench.methods) - set(methods):
         assert command == f"sdd-lora evaluate {bench_file} --methods {','.join(methods)}"
