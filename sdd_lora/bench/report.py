@@ -21,6 +21,7 @@ from sdd_lora.bench.results import (
     find_row,
     pair_of,
 )
+from sdd_lora.measures.intervals import wilson
 
 REPORT = "report.html"
 #: points of a kept rate that a method may lose and still count as keeping
@@ -52,12 +53,13 @@ def render_report(folder: Path) -> str:
         find=find_row,
         family=family,
         scales={name: _scale_of(results, name) for name in results.headline()},
-        counts={name: image_counts(results, name) for name in results.headline()},
+        counts={name: results.image_counts(name) for name in results.headline()},
         few=FEW_IMAGES,
         fewest=fewest_images(results),
         best=best,
         headline=headline_pair(results),
         trade=_trade_off_chart(results),
+        choice_chart=_choice_chart(results),
         curve_field=curve_field(results),
         groups={name: _groups(results.rows, name) for name in results.measure_names()},
         main_grid=pictures.main(["sd", best[0].method] if best else ["sd"])
@@ -125,16 +127,10 @@ def headline_pair(results: Results) -> tuple[str, str] | None:
     return pair_of({name: results.info(name) for name in results.headline()})
 
 
-def image_counts(results: Results, measure: str) -> list[int]:
-    """The different numbers of images behind a measure's headline rows; usually one."""
-    rows = [row for row in results.rows if row.measure == measure and row.group == ALL]
-    return sorted({row.n for row in rows})
-
-
 def fewest_images(results: Results) -> int:
     """The fewest images that a headline rate of what is erased or kept counts."""
     names = headline_pair(results) or results.headline()
-    return min((n for name in names for n in image_counts(results, name)), default=0)
+    return min((n for name in names for n in results.image_counts(name)), default=0)
 
 
 def _scale_of(results: Results, measure: str) -> tuple[float, float]:
@@ -162,6 +158,20 @@ def _trade_off_chart(results: Results) -> tuple[str, str, Chart] | None:
         if variation.field == curve_field(results):
             curves_of |= _settings_curves(variation, pair)
     return (*pair, scatter(spots, curves_of)) if len(spots) > 1 else None
+
+
+def _choice_chart(results: Results) -> Chart | None:
+    """Each training on the prompts that its snapshot was chosen by; the chosen one is a point."""
+    chosen = [row for row in results.choices if row.chosen]
+    spots, paths = [], {}
+    for row in chosen:
+        drawn, kept = (
+            wilson(round(rate * n), n) for rate, n in zip((row.drawn, row.kept), row.n, strict=True)
+        )
+        spots.append((row.method, row.kept, kept, row.drawn, drawn))
+        own = [r for r in results.choices if r.method == row.method]
+        paths[row.method] = [(r.kept, r.drawn) for r in own]
+    return scatter(spots, paths) if spots and headline_pair(results) else None
 
 
 def _spot(label: str, erased: Row | None, kept: Row | None) -> Spot | None:

@@ -227,6 +227,10 @@ class Results(FrozenModel):
         """Measures that have a row over all images, in order of appearance."""
         return list(dict.fromkeys(row.measure for row in self.rows if row.group == ALL))
 
+    def image_counts(self, measure: str) -> list[int]:
+        """The different numbers of images behind a measure's headline rows; usually one."""
+        return sorted({r.n for r in self.rows if r.measure == measure and r.group == ALL})
+
     def measure_names(self) -> list[str]:
         return list(dict.fromkeys(row.measure for row in self.rows))
 

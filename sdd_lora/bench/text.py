@@ -72,7 +72,10 @@ def cell(results: Results, method: str, measure: str) -> str:
 def main_table(results: Results) -> Table:
     """Methods down, measures across, over all images."""
     measures = results.headline()
-    heads = ["method", *(heading(results, name) for name in measures)]
+    heads = ["method"]
+    for name in measures:
+        counts = " or ".join(f"{n:,}" for n in results.image_counts(name))
+        heads.append(f"{heading(results, name)}, n {counts}")
     return heads, [
         [method, *(cell(results, method, name) for name in measures)]
         for method in results.method_names()
@@ -91,14 +94,16 @@ def cost_table(results: Results) -> Table:
 
 
 def choice_table(results: Results) -> Table:
-    """Snapshots down; their rates on the seeds of the choice, and which stand in the table."""
+    """Snapshots down; their rates on the seeds of the choice, and which stand in the table: where
+    it is a training's last, a longer one might go on."""
+    last = {row.method: row.iteration for row in results.choices}
     heads = ["method, iteration", "drawn %", "kept %", "in the table"]
     rows = [
         [
             f"{row.method}, {row.iteration}",
             f"{percent(row.drawn)} of {row.n[0]}",
             f"{percent(row.kept)} of {row.n[1]}",
-            "yes" if row.chosen else "",
+            ("yes, the last" if row.iteration == last[row.method] else "yes") if row.chosen else "",
         ]
         for row in results.choices
     ]

@@ -87,6 +87,39 @@ def test_it_can_be_read_without_a_mouse_and_without_seeing(page):
     assert {a["href"][1:] for a in page.all("a")} <= set(ids)
 
 
+def test_the_winner_stands_beside_sd_and_what_went_wrong_is_marked(page):
+    first, second = [image["alt"].partition(":")[0] for image in page.all("img")][:2]
+    assert (first, second) == ("sd", "sdd-preserve")
+    drawn = {image["alt"].partition(":")[0] for image in page.all("img") if image.get("class")}
+    assert "sd" in drawn and "sdd-preserve" not in drawn
+
+
+def test_a_kept_picture_that_misses_what_was_asked_for_is_lost(tmp_path):
+    write(tmp_path, methods=("sd", "neg", "sdd", "stack"))
+    path = tmp_path / "images.jsonl"
+    path.write_text(path.read_text().replace(f'"{KEPT}": true', f'"{KEPT}": false'))
+    assert "lost" in [image.get("class") for image in Page(render_report(tmp_path)).all("img")]
+
+
+def test_n_stands_in_the_table_and_a_banner_where_it_is_small(tmp_path, page):
+    words = "".join(page.text)
+    assert "n 210" in words and "n 400" in words and "Too few images" not in words
+    write(tmp_path, methods=("sd", "neg", "sdd", "stack"))
+    few = [row.model_dump() | {"n": 12} for row in results(("sd", "neg")).rows]
+    told(tmp_path, rows=few)
+    assert "A row counts as few as 12" in "".join(Page(render_report(tmp_path)).text)
+
+
+def test_each_training_is_a_curve_on_the_prompts_of_its_choice(page):
+    assert "Along each training" in page.text
+    label = "Along each training; the numbers are in the table below"
+    assert label in [svg.get("aria-label") for svg in page.all("svg")]
+    _, rows = text.choice_table(results())
+    assert [row[-1] for row in rows] == ["", "yes", ""]
+    last = [row.model_copy(update={"chosen": row.iteration == 750}) for row in results().choices]
+    assert text.choice_table(changed(results(), choices=last))[1][-1][-1] == "yes, the last"
+
+
 def test_names_of_variations_double_no_id(tmp_path):
     write(tmp_path, methods=("sd", "neg", "sdd", "stack"))
     told = json.loads((tmp_path / "results.json").read_text())
@@ -247,7 +280,9 @@ def test_csv_and_markdown_say_the_same(tmp_path):
     assert len(lines) == 1 + len(found.rows) + varied + len(found.attacks)
     assert lines[1].startswith("sd,concept drawn,all,,,0.93,")
     markdown = text.to_markdown(found).splitlines()
-    assert markdown[0] == (f"| method | {DRAWN} % ↓ | {KEPT} % ↑ | judge features: distance ↓ |")
+    assert markdown[0] == (
+        f"| method | {DRAWN} % ↓, n 210 | {KEPT} % ↑, n 400 | judge features: distance ↓, n 400 |"
+    )
     heads, attacks = text.comparison_table(found, next(attack_comparisons(found)))
     first = markdown.index("| " + " | ".join(heads) + " |")
     assert attacks[3][1:3] != ["–", "–"]
