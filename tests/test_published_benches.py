@@ -89,6 +89,8 @@ def test_each_is_a_table_of_its_bench_and_rows_that_it_lacks_are_named(folder):
     for method in methods:
         row = find_row(results.rows, method, "concept drawn", ALL)
         assert row.n == bench.seeds.erased
+        if method in bench.recipes:  # the command trains what the row was drawn with
+            assert results.methods[method]["recipe_sha256"] == bench.recipe(method).sha256
     assert results.sampling == bench.sampling.model_dump(exclude={"batch"})
     assert Bench.load(folder / "bench.yaml").sha256_of_images == bench.sha256_of_images
 

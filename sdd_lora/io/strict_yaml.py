@@ -191,13 +191,15 @@ def at(fields: Any, path: Sequence[str]) -> Any:
 def put(
     fields: dict[str, Any], changes: Mapping[str, Any], other_name: Mapping[str, str] | None = None
 ) -> None:
-    """Set fields by their dotted names; one that a field's `other_name` holds goes.
+    """Set fields by their dotted names; one that a field's `other_name` holds goes. Below `set`,
+    where a bench changes a recipe, the keys are dotted names themselves.
 
     Raises BadInput where a dotted name leads through a value.
     """
     for dotted, value in changes.items():
         place = fields
-        *sections, last = str(dotted).split(".")
+        above, of_recipe, below = str(dotted).partition(".set.")
+        *sections, last = [*above.split("."), "set", below] if of_recipe else above.split(".")
         for key in sections:
             if place.get(key) is None:
                 place[key] = {}

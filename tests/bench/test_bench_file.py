@@ -194,3 +194,12 @@ def test_methods_are_chosen_by_name():
     with pytest.raises(BadInput, match="`methods=stack`: in variations or attacks only"):
         chosen(more, ["stack"])
     assert limited(parsed(), 2).seeds.kept == 2 and limited(parsed(), None) == parsed()
+
+
+def test_a_recipes_fields_are_changed_by_their_dotted_names():
+    fields = {"recipes.sdd.set.optimizer.learning_rate": 3e-4, "recipes.sdd.set.ema.decay": 0.5}
+    bench = Bench.load(packaged_recipe("bench/demo-held-out"), overrides=fields)
+    before = Bench.load(packaged_recipe("bench/demo-held-out")).recipe("sdd")
+    recipe = bench.recipe("sdd")
+    assert (recipe.optimizer.learning_rate, recipe.ema.decay) == (3e-4, 0.5)
+    assert recipe.training == before.training and recipe.lora == before.lora
