@@ -3,6 +3,8 @@
 import torch
 from diffusers import StableDiffusionPipeline
 
+from sdd_lora.errors import BadInput
+
 
 def random_points(
     pipeline: StableDiffusionPipeline, latents: torch.Tensor, generator: torch.Generator
@@ -21,9 +23,15 @@ def denoising_loss(
     points: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """‖ε − ε_θ(z_t, t, c)‖², the mean over everything: latents (B, 4, h, w), embeddings (B, 77, d),
-    `points` the timesteps and noise."""
+    `points` the timesteps and noise. z_t = √ᾱ z + √(1 − ᾱ) ε, whatever sampler draws.
+
+    Raises BadInput for a model that predicts something else than ε.
+    """
+    if (kind := pipeline.scheduler.config.prediction_type) != "epsilon":
+        raise BadInput(f"attacks: the model predicts {kind}; expected epsilon")
     t, noise = points
-    noisy = pipeline.scheduler.add_noise(latents, noise, t)
+    alphas = pipeline.scheduler.alphas_cumprod.to(latents)[t][:, None, None, None]
+    noisy = alphas**0.5 * latents + (1 - alphas) ** 0.5 * noise
     predicted = pipeline.unet(noisy, t, encoder_hidden_states=embeddings).sample
     return torch.nn.functional.mse_loss(predicted.float(), noise.float())
 

@@ -25,9 +25,9 @@ def null_text(case: Case, settings: NullText) -> Attacked:
     picture = drawn_latents(case.base, case, [case.prompt], [case.seed]).to(model.device)
     with torch.no_grad():
         empty = encoded(model, token_ids(model, [""]))
-    goals = _inverted(case, picture, empty)
     set_scheduler(model, "ddim")
     model.scheduler.set_timesteps(steps, device=model.device)
+    goals = _inverted(case, picture, empty)
 
     def stepped(latents: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         predicted = model.unet(latents, t, encoder_hidden_states=text).sample
@@ -57,10 +57,12 @@ def null_text(case: Case, settings: NullText) -> Attacked:
 def _inverted(case: Case, picture: torch.Tensor, text: torch.Tensor) -> list[torch.Tensor]:
     """Latents (1, 4, h, w) from the picture to noise, one more than there are steps."""
     model = case.protected
-    inverse = DDIMInverseScheduler.from_config(model.scheduler.config, clip_sample=False)
+    inverse = DDIMInverseScheduler.from_config(
+        model.scheduler.config, clip_sample=False, timestep_spacing="leading"
+    )
     inverse.set_timesteps(case.sampling.steps, device=model.device)
     found = [picture]
-    for t in inverse.timesteps:
+    for t in model.scheduler.timesteps.flip(0):  # of any spacing; the inverse knows two
         predicted = model.unet(found[-1], t, encoder_hidden_states=text).sample
         found.append(inverse.step(predicted, t, found[-1]).prev_sample)
     return found

@@ -29,9 +29,11 @@ from sdd_lora.attacks.settings import (
     Relearning,
 )
 from sdd_lora.attacks.tokens import encoded, token_ids
+from sdd_lora.errors import BadInput
 from sdd_lora.generation.given import Given, from_given
 from sdd_lora.generation.sampling import Sampling
 from sdd_lora.sd.pipeline import load_pipeline
+from sdd_lora.sd.schedulers import set_scheduler
 
 PROMPT = "a drawing of an axe, pencil sketch"
 SAMPLING = Sampling(4, 3.0)
@@ -153,6 +155,38 @@ def test_null_text_inversion_leads_to_the_picture_without_a_word(case):
     missed = torch.nn.functional.mse_loss(drawn, usual(case.base, case))
     assert missed.item() == pytest.approx(found.after, rel=1e-3)
     assert all(p.grad is None for p in case.protected.unet.parameters())
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_null_text_inversion_goes_by_the_models_own_timesteps(case, spacing):
+    spaced = replace(case, protected=protected_model())
+    scheduler = spaced.protected.scheduler
+    spaced.protected.scheduler = type(scheduler).from_config(
+        scheduler.config, timestep_spacing=spacing
+    )
+    found = null_text(spaced, NullText(steps=2, learning_rate=0.05))
+    assert found.after < found.before
+
+
+def test_the_loss_is_the_same_whatever_sampler_draws(case):
+    pipeline = frozen(load_pipeline("demo", device="cpu"))
+    latents = drawn_latents(pipeline, case, [PROMPT], [1])
+    points = random_points(pipeline, latents, torch.Generator().manual_seed(5))
+    text = encoded(pipeline, token_ids(pipeline, [PROMPT]))
+    found = []
+    for name in ("ddim", "dpm++", "euler", "unipc"):
+        set_scheduler(pipeline, name)
+        found.append(denoising_loss(pipeline, latents, text, points).item())
+    assert found == [pytest.approx(found[0], rel=1e-5)] * 4
+
+
+def test_a_model_that_predicts_something_else_is_refused(case):
+    pipeline = frozen(load_pipeline("demo", device="cpu"))
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    latents = torch.zeros(1, 4, 16, 16)
+    points = random_points(pipeline, latents, torch.Generator().manual_seed(5))
+    with pytest.raises(BadInput, match="predicts v_prediction; expected epsilon"):
+        denoising_loss(pipeline, latents, torch.zeros(1, 77, 128), points)
 
 
 def test_relearning_finds_an_adapter_under_which_the_pictures_are_likelier(case):
