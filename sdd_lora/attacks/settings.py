@@ -126,7 +126,7 @@ class NoiseSearch(AttackSettings):
     through_method = True
     draws_plainly = True
     label_format = "{0.tries}"
-    effort_format = "best of {0.tries} noises"
+    effort_format = "best of {0.tries} noises at {0.points} timesteps"
 
     tries: Annotated[Whole, Field(ge=2)] = 8
     points: Positive = 4
@@ -172,8 +172,8 @@ class Inpainting(AttackSettings):
 
     title = "inpainting"
     note = (
-        "half of the base's picture is hidden and drawn again, the other half put back after each "
-        "step"
+        "half of the base's picture is hidden and drawn again from its own seed's noise, the other "
+        "half put back after each step"
     )
     draws_plainly = True
     effort_format = "one half hidden"

@@ -21,6 +21,12 @@ from sdd_lora.progress import warn
 from sdd_lora.sd.schedulers import Scheduler
 
 _SEEDS_OF_A_SET = 100_000
+#: lists of prompts that papers share, which are not ours to pass on → where they are
+PROMPT_LISTS = {
+    "i2p_benchmark.csv": "the hub's AIML-TUDA/i2p",
+    "coco_30k.csv": "github.com/rohitgandikota/erasing, data/coco_30k.csv",
+    "country_body.txt": "github.com/nannullna/safe-diffusion, prompts/country_body.txt",
+}
 _PROMPT_FILES = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
 
 
@@ -255,8 +261,14 @@ def read_set(bench: Bench, entries: str | Sequence[str]) -> list[Prompt]:
     """A set's prompts, files replaced by what they hold."""
     prompts: list[Prompt] = []
     for entry in [entries] if isinstance(entries, str) else entries:
-        is_file = Path(entry).suffix.lower() in _PROMPT_FILES
-        found = prompt_files.read_prompts(bench.file(entry)) if is_file else [Prompt(entry)]
+        path = bench.file(entry)
+        if path.name in PROMPT_LISTS and not path.exists():
+            raise BadInput(
+                f"{path}: expected a file of prompts, found no such file; get it from "
+                f"{PROMPT_LISTS[path.name]}, and put it there"
+            )
+        is_file = path.suffix.lower() in _PROMPT_FILES
+        found = prompt_files.read_prompts(path) if is_file else [Prompt(entry)]
         if any(prompt.steps or prompt.negative_prompt for prompt in found):
             warn(f"{entry}: its steps and negative prompts are not used: a bench draws all alike")
         prompts += found

@@ -12,8 +12,8 @@ from sdd_lora.measures.base import MeasureInfo
 RATE = MeasureInfo(kind="rate", of="all", better="neither")
 #: why a cell of an attack's row is empty
 NOT_ATTACKED = (
-    "not attacked in this way: the method changes how pictures are drawn, not the UNet's weights, "
-    "so that no gradient leads through it"
+    "not attacked in this way: the method has nothing that the attack changes, or it changes how "
+    "pictures are drawn, not the UNet's weights, so that no gradient leads through it"
 )
 MISSING = "–"
 _ARROWS = {"lower": " ↓", "higher": " ↑", "neither": ""}

@@ -13,10 +13,10 @@ SDD_PREFIX = "A photo depicts "
 
 
 class ClipScore(Measure):
-    """Two conventions, the prompt after "A photo depicts " in both.
-
-    `CLIP score (SDD)`: the cosine, as in its tables. `CLIP score (×2.5)`: 2.5 · max(cosine, 0)
-    (Hessel et al. 2021, eq. 1).
+    """Three conventions. `CLIP score (SDD)`: the cosine, the prompt after "A photo depicts ", as in
+    SDD's tables. `CLIP score (×2.5)`: 2.5 · max(cosine, 0), after the same words (Hessel et al.
+    2021, eq. 1). `CLIP score (torchmetrics)`: 100 · max(cosine, 0) of the bare prompt, as
+    torchmetrics' CLIPScore has it, and diffusers' evaluation guide.
 
     With another encoder the numbers are called agreement, not CLIP score.
     """
@@ -28,11 +28,14 @@ class ClipScore(Measure):
         self.source = self.encoder.sha256
         standard = self.encoder.is_standard
         self.name = "CLIP score" if standard else "agreement by another encoder"
-        note = "ViT-L/14" if standard else f"{clip} is not OpenAI's CLIP ViT-L/14"
-        note += f"; prompts after {SDD_PREFIX!r}"
+        encoder = "ViT-L/14" if standard else f"{clip} is not OpenAI's CLIP ViT-L/14"
+        after = f"prompts after {SDD_PREFIX!r}"
+        asked = {"SDD": after, "×2.5": after, "torchmetrics": "prompts as they are"}
         self.info = {
-            f"{self.name} (SDD)": MeasureInfo(kind="mean", of="kept", better="higher", note=note),
-            f"{self.name} (×2.5)": MeasureInfo(kind="mean", of="kept", better="higher", note=note),
+            f"{self.name} ({convention})": MeasureInfo(
+                kind="mean", of="kept", better="higher", note=f"{encoder}; {told}"
+            )
+            for convention, told in asked.items()
         }
 
     def per_image(self, specs: Sequence[ImageSpec], images: Sequence[np.ndarray]) -> list[Values]:
@@ -40,10 +43,14 @@ class ClipScore(Measure):
         found: list[Values] = [{} for _ in specs]
         if kept:
             seen = self.encoder.images([images[i] for i in kept])
-            asked = self.encoder.texts([SDD_PREFIX + specs[i].prompt for i in kept])
-            for i, cosine in zip(kept, (seen * asked).sum(1).tolist(), strict=True):
+            cosines = (
+                (seen * self.encoder.texts([prefix + specs[i].prompt for i in kept])).sum(1)
+                for prefix in (SDD_PREFIX, "")
+            )
+            for i, after_prefix, bare in zip(kept, *(c.tolist() for c in cosines), strict=True):
                 found[i] = {
-                    f"{self.name} (SDD)": cosine,
-                    f"{self.name} (×2.5)": 2.5 * max(cosine, 0.0),
+                    f"{self.name} (SDD)": after_prefix,
+                    f"{self.name} (×2.5)": 2.5 * max(after_prefix, 0.0),
+                    f"{self.name} (torchmetrics)": 100 * max(bare, 0.0),
                 }
         return found

@@ -146,8 +146,8 @@ def write_weights(tensors: dict[str, torch.Tensor], metadata: Metadata, path: Pa
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that computed the result."""
-    found = {"python": platform.python_version()}
+    """Versions of Python, of sdd_lora and of the libraries that computed the result."""
+    found = {"python": platform.python_version(), "sdd_lora": __version__}
     for name in _VERSIONS_OF:
         try:
             found[name] = importlib.metadata.version(name)

@@ -4,6 +4,7 @@ import pytest
 import yaml
 from support.benches import SMALL, never_train, parsed, varied
 
+from sdd_lora.attacks.settings import ATTACK_KINDS
 from sdd_lora.bench.bench_file import METHOD_TEXTS, Bench, chosen, limited
 from sdd_lora.bench.grid import image_specs
 from sdd_lora.bench.methods import Weights
@@ -17,7 +18,7 @@ NEWER = {"closed-form", "closed-form-sdd", "esd-x-1-preserve", "leco", "leco-pre
 NEWER |= {"words", "words-sdd", "words-solved"}
 #: benches that fill no table of the paper's rows
 OTHER_ROWS = {"demo-attacks", "demo-rates", "demo-robust"}
-OTHER_ROWS |= {"demo-multi-held-out", "demo-style-held-out"}
+OTHER_ROWS |= {"demo-multi-held-out", "demo-style-held-out", "sd14-attacks"}
 LEFT_OUT = {
     "demo-single": {"esd-u-1-lora"},
     "demo-multi": {"esd-u-1-lora", "esd-x-1-lora"},
@@ -57,9 +58,26 @@ def test_the_bench_of_attacks_has_models_to_be_broken_and_the_published_erasers(
     assert all(bench.file(name).exists() for row in bench.adapters.values() for name in row)
     steps = [settings.steps for settings in bench.attacks.inversion]
     assert len(steps) == 3 and steps == sorted(steps)
+    assert {key.partition(" ")[0] for key in bench.attacks.chosen} == ATTACK_KINDS.keys()
 
 
-def test_there_are_fifteen_benches():
+def test_the_same_attacks_are_there_for_sd_1():
+    """But for those that need the embedded model's words, an adapter, or another text encoder."""
+    bench = Bench.load(packaged_recipe("bench/sd14-attacks"))
+    there = {key.partition(" ")[0] for key in bench.attacks.chosen}
+    own = {"paraphrase", "group_word", "another_adapter", "text_encoder"}
+    assert there == ATTACK_KINDS.keys() - own and bench.attacks.targets == 20
+    assert bench.recipe("sdd-preserve").model == bench.model
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.stem)
+def test_each_bench_of_the_embedded_model_has_a_quick_form(path):
+    if path.stem.startswith("demo") and path.stem != "demo-rates":
+        quick, whole = Bench.load(path, quick=True), Bench.load(path)
+        assert quick.seeds.erased < whole.seeds.erased / 4
+
+
+def test_there_are_sixteen_benches():
     assert {path.stem for path in BENCHES} == {
         "demo-attacks",
         "demo-single",
@@ -70,6 +88,7 @@ def test_there_are_fifteen_benches():
         "demo-style-held-out",
         "demo-multi",
         "demo-style",
+        "sd14-attacks",
         "sd14-nudity",
         "sd14-i2p",
         "sd14-i2p-body",

@@ -11,6 +11,7 @@ from sdd_lora.bench.grid import grid_of, image_specs, spread_over_sets
 from sdd_lora.bench.results import ImageRecord
 from sdd_lora.bench.run import prompt_notes
 from sdd_lora.errors import BadInput
+from sdd_lora.runs.many import packaged_recipe
 
 
 def test_shots_that_differ_in_guidance_alone_are_told_apart(tmp_path):
@@ -123,3 +124,10 @@ def test_columns_that_a_bench_does_not_use_are_named(tmp_path, caplog):
     changes = {"prompts.erased": {"w": "p.tsv"}, "seeds": {"erased": 1, "kept": 0}}
     grid_of(Bench.parse(SMALL, folder=tmp_path, overrides=changes))
     assert caplog.text.count("p.tsv: its steps and negative prompts are not used") == 1
+
+
+@pytest.mark.parametrize("name", ["sd14-i2p", "sd14-coco30k"])
+def test_a_list_of_a_papers_prompts_that_is_missing_is_named_with_its_source(name):
+    bench = Bench.load(packaged_recipe(f"bench/{name}"))
+    with pytest.raises(BadInput, match=r"[.]csv: expected a file.* get it from .+, and put it"):
+        image_specs(bench)

@@ -59,18 +59,20 @@ def test_clips_preprocessing_is_that_of_transformers(clip):
     torch.testing.assert_close(ClipEncoder(clip)._pixels(image), expected, atol=0.02, rtol=0)
 
 
-def test_clip_scores_follow_both_conventions(clip):
+def test_clip_scores_follow_all_three_conventions(clip):
     measure = ClipScore([], clip)
     images = noise_images(2)
     seen = measure.encoder.images(images)
-    told = measure.encoder.texts(["A photo depicts a cat"])
+    told = measure.encoder.texts(["A photo depicts a cat", "a cat"])
     torch.testing.assert_close(seen.norm(dim=1), torch.ones(2))
-    cosines = (seen @ told.T).flatten().tolist()
     found = measure.per_image(specs(2), images)
-    for value, cosine in zip(found, cosines, strict=True):
+    for value, (cosine, bare) in zip(found, (seen @ told.T).tolist(), strict=True):
         assert value == {
             "agreement by another encoder (SDD)": pytest.approx(cosine, abs=1e-5),
             "agreement by another encoder (×2.5)": pytest.approx(2.5 * max(cosine, 0), abs=1e-5),
+            "agreement by another encoder (torchmetrics)": pytest.approx(
+                100 * max(bare, 0), abs=1e-3
+            ),
         }
     assert measure.per_image(specs(1, "erased"), images[:1]) == [{}]
 
@@ -78,7 +80,8 @@ def test_clip_scores_follow_both_conventions(clip):
 def test_only_openais_clip_makes_clip_scores(clip, monkeypatch):
     known = clip_encoder.sha256_of(clip / "model.safetensors")
     monkeypatch.setattr(clip_encoder, "VIT_L_14", known)
-    assert list(ClipScore([], clip).info) == ["CLIP score (SDD)", "CLIP score (×2.5)"]
+    conventions = ["SDD", "×2.5", "torchmetrics"]
+    assert list(ClipScore([], clip).info) == [f"CLIP score ({name})" for name in conventions]
 
 
 def test_clip_says_what_is_missing(tmp_path):
