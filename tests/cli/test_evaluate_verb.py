@@ -82,6 +82,16 @@ def test_rows_of_ones_own_of_every_kind_stand_below_those_of_the_bench(ask, tmp_
     assert len(set(map(pixels, ["sd", "file", "code"]))) == 3
 
 
+def test_a_row_of_ones_own_is_attacked_too(ask, tmp_path):
+    published = Path(__file__).parents[2] / "adapters" / "demo" / "weapons"
+    attacks = "attacks={methods: [sd], targets: 1, completion: {steps: 1}}"
+    row = ("--row", f"mine={published}", "--row", "pictures=out/images/sd")
+    quick = ("evaluate", "b.yaml", "--quick", "--methods", "sd", "-o", "out", "-q")
+    ask(*quick)
+    told = ask(*quick, *row, "--set", attacks)
+    assert {row["method"] for row in told["attacks"]} == {"sd", "mine"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
