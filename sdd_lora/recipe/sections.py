@@ -139,8 +139,8 @@ class PictureSettings(Section):
     trajectories."""
 
     learnt: Count = 0
-    """Prompts that are learnt beside the student to bring concepts back, and erased with the others
-    (concept inversion in the loop)."""
+    """Prompts that are learnt beside the student to bring concepts back, and erased with the
+    others: concept inversion in the loop, over mixtures of known prompts."""
 
     from_timestep: Annotated[Whole, Field(ge=0, lt=700)] = 150
     """The least noise that is erased in: below this timestep a picture is all but done."""

@@ -100,6 +100,7 @@ def test_an_eraser_from_words_is_no_lora_file():
 
 
 def test_what_was_not_attacked_is_said():
-    assert "## What it withstands, and what not\n\nNot measured.\n" in render_card(
-        random_adapter(), Metrics()
+    assert (
+        "## What it withstands, and what not\n\nNot measured: take it as withstanding no attack.\n"
+        in render_card(random_adapter(), Metrics())
     )

@@ -44,7 +44,10 @@ def test_each_attack_is_put_to_the_model_with_the_adapter_and_without(tmp_path):
 
 def test_a_card_says_that_nothing_was_measured():
     card = render_card(random_adapter(0.1), Metrics())
-    assert "## What it withstands, and what not\n\nNot measured.\n" in card
+    assert (
+        "## What it withstands, and what not\n\nNot measured: take it as withstanding no attack.\n"
+        in card
+    )
 
 
 def test_a_learnt_adapter_and_words_are_drawn_with(monkeypatch, tmp_path):
