@@ -104,7 +104,7 @@ def test_each_is_sound_complete_and_as_its_metrics_say(folder):
         for module in adapter.factors:
             difference = adapter.delta(module) - twin.delta(module)
             assert difference.norm() <= 1e-3 * adapter.delta(module).norm()
-    for name in ("README.md", "adapter.json", "before-after.png"):
+    for name in ("README.md", "adapter.json", "adapter.preview.png", "before-after.png"):
         assert (folder / name).stat().st_size > 0
     if metrics["training"]:
         assert Recipe.load(folder / "recipe.yaml").sha256 == metrics["recipe_sha256"]
