@@ -222,3 +222,12 @@ def test_a_recipes_fields_are_changed_by_their_dotted_names():
     recipe = bench.recipe("sdd")
     assert (recipe.optimizer.learning_rate, recipe.ema.decay) == (3e-4, 0.5)
     assert recipe.training == before.training and recipe.lora == before.lora
+
+
+def test_the_bench_that_the_readme_shows_is_complete():
+    folder = packaged_recipe("bench/x").parent
+    text = (folder.parent / "README.md").read_text("utf-8")
+    example = text.partition("This bench is complete:\n\n```yaml\n")[2].partition("```")[0]
+    bench = Bench.parse(example, folder=folder)
+    assert bench.methods[-1] == "mine" and len(image_specs(bench)[0]) == 120
+    assert all(bench.file(name).exists() for name in bench.adapters["mine"])
