@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -339,6 +339,17 @@ def chosen(bench: Bench, methods: Sequence[str] | None) -> Bench:
             "attacks": attacks,
         }
     )
+
+
+def with_own_rows(bench: Bench, own: Mapping[str, str]) -> Bench:
+    """The bench with rows of the user's own below its own, each name with the field that holds it;
+    attacked with the others where the weights of their UNets are known."""
+    changes: dict[str, Any] = {"methods": [*bench.methods, *own]}
+    if bench.attacks:
+        of_weights = [name for name, field in own.items() if field in ("adapters", "weights")]
+        attacked = list(dict.fromkeys([*bench.attacks.methods, *of_weights]))
+        changes["attacks"] = bench.attacks.model_copy(update={"methods": attacked})
+    return bench.model_copy(update=changes)
 
 
 def limited(bench: Bench, limit: int | None) -> Bench:

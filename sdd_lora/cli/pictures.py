@@ -329,7 +329,7 @@ def evaluate(
 
         sdd-lora report bench
     """
-    from sdd_lora.bench.bench_file import Bench, chosen, limited
+    from sdd_lora.bench.bench_file import Bench, chosen, limited, with_own_rows
 
     drawing = {} if precision is None else {"sampling.precision": precision}
     own = dict(map(_own_row, row or []))
@@ -339,12 +339,7 @@ def evaluate(
     if taken := [name for name in own if name in Bench.load(bench, quick=quick).every_method]:
         raise BadInput(f"--row {taken[0]}: a row of the bench; choose another name")
     wanted = chosen(wanted, [m for given in methods or [] for m in given.split(",")])
-    wanted = wanted.model_copy(update={"methods": [*wanted.methods, *own]})
-    if wanted.attacks:  # rows of one's own are attacked too, where the UNet's weights are known
-        of_weights = [name for name, (kind, _) in own.items() if kind in ("adapters", "weights")]
-        attacked = list(dict.fromkeys([*wanted.attacks.methods, *of_weights]))
-        attacks = wanted.attacks.model_copy(update={"methods": attacked})
-        wanted = wanted.model_copy(update={"attacks": attacks})
+    wanted = with_own_rows(wanted, {name: kind for name, (kind, _) in own.items()})
     folder = output or Path("bench") / (wanted.name + (f"-limit{limit}" if limit else ""))
 
     from sdd_lora.bench.run import MARKDOWN, draw_shard, run
